@@ -1,0 +1,1 @@
+"""A simulation-backed research and tuning platform for the xLLM inference engine."""

@@ -1,0 +1,175 @@
+"""What is asked of a server: requests, when they arrive, and what a prompt consists of.
+
+A `Workload` is plain data. Engine and simulator serve the same one: a prompt that a trace gives only as lengths
+and block hashes is synthesised, so that equal hashes become equal tokens and prefix hits are real in both hosts.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm_lab.errors import TraceError
+
+RequestId = NewType("RequestId", int)
+TokenIds = npt.NDArray[np.int32]
+
+
+class Priority(enum.IntEnum):
+    """xLLM's request priorities; a smaller number is more urgent."""
+
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What the client was promised. `None` means no promise.
+
+    Attributes:
+        ttft_us: time to first token, from arrival.
+        tpot_us: mean time per output token after the first.
+        e2e_us: time to the last token, from arrival.
+    """
+
+    ttft_us: int | None = None
+    tpot_us: int | None = None
+    e2e_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn from logits. `temperature` 0 is greedy.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the largest logit, the smallest id among equals.
+        top_k: keep the k largest logits; 0 keeps all.
+        top_p: keep the smallest set whose probability reaches this fraction; 1 keeps all.
+        seed: the draw for output position i depends on (seed, request id, i) alone, never on the batch.
+        stop_token_ids: generation ends after one of these.
+        ignore_eos: replay mode: exactly `Request.output_tokens` tokens are produced.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt of `num_tokens`, given as token ids or as block hashes.
+
+    With neither, its tokens are unique to the request. With `block_hashes`, tokens
+    `[i * hash_block_tokens, (i + 1) * hash_block_tokens)` are a function of `block_hashes[i]` alone; tokens after
+    the last hash are unique to the request.
+    """
+
+    num_tokens: int
+    token_ids: tuple[int, ...] | None = None
+    block_hashes: tuple[int, ...] = ()
+    hash_block_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as the client sends it.
+
+    Attributes:
+        id: its place in the workload; ties between equal times are broken by it.
+        arrival_us: microseconds after the workload's start.
+        output_tokens: tokens to produce (replay), or at most to produce when `sampling.ignore_eos` is off.
+            No policy ever sees it.
+        cancel_us: the client goes away at this time; `None` is never.
+    """
+
+    id: RequestId
+    arrival_us: int
+    prompt: Prompt
+    output_tokens: int
+    slo: Slo = Slo()
+    priority: Priority = Priority.NORMAL
+    sampling: Sampling = Sampling()
+    cancel_us: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("arrival_us", self.arrival_us, 0),
+            ("prompt tokens", self.prompt.num_tokens, 1),
+            ("output_tokens", self.output_tokens, 1),
+        ):
+            if value < least:
+                raise TraceError(f"request {self.id}: {name} is {value}, at least {least} is accepted")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedLoop:
+    """A fixed number of clients, each sending its next request `think_us` after its last one finished."""
+
+    num_clients: int
+    think_us: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Requests in order of arrival, and where they came from.
+
+    Attributes:
+        requests: sorted by (arrival_us, id); ids are unique.
+        closed_loop: if set, arrival times are ignored and clients send requests in order of id.
+        source: file or generator, for people.
+        checksum: of the source as it was read, for the manifest.
+        seed: of synthesised prompts.
+    """
+
+    requests: tuple[Request, ...]
+    closed_loop: ClosedLoop | None = None
+    source: str = "made in memory"
+    checksum: str = ""
+    seed: int = 0
+    _ids: frozenset[RequestId] = field(init=False, repr=False, compare=False, default=frozenset())
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.requests, key=lambda r: (r.arrival_us, r.id)))
+        ids = frozenset(r.id for r in ordered)
+        if not ordered:
+            raise TraceError(f"{self.source}: no requests, at least one is accepted")
+        if len(ids) != len(ordered):
+            raise TraceError(f"{self.source}: request ids repeat; each must be unique")
+        object.__setattr__(self, "requests", ordered)
+        object.__setattr__(self, "_ids", ids)
+
+
+def prompt_token_ids(request: Request, *, vocab_size: int, seed: int) -> TokenIds:
+    """The prompt's token ids, shape [num_tokens], each in [0, vocab_size).
+
+    Synthesised tokens avoid the first sixteenth of the vocabulary, where tokenizers keep their special tokens.
+    """
+    prompt = request.prompt
+    if prompt.token_ids is not None:
+        return np.asarray(prompt.token_ids, dtype=np.int32)
+    low = vocab_size // 16
+    pieces: list[TokenIds] = []
+    for block_hash in prompt.block_hashes[: -(-prompt.num_tokens // prompt.hash_block_tokens)]:
+        pieces.append(_tokens((seed, 0, block_hash), prompt.hash_block_tokens, low, vocab_size))
+    missing = prompt.num_tokens - sum(len(p) for p in pieces)
+    if missing > 0:
+        pieces.append(_tokens((seed, 1, request.id), missing, low, vocab_size))
+    return np.concatenate(pieces)[: prompt.num_tokens]
+
+
+def stream(seed: int, purpose: str) -> np.random.Generator:
+    """The named random stream of a run: drawing from one never shifts another."""
+    return np.random.default_rng([seed, *purpose.encode()])
+
+
+def _tokens(key: tuple[int, int, int], count: int, low: int, high: int) -> TokenIds:
+    # The key is spelled out so that neither hash randomisation nor the order of requests can reach the tokens.
+    return np.random.default_rng(list(key)).integers(low, high, count, dtype=np.int32)

@@ -7,7 +7,7 @@ and block hashes is synthesised, so that equal hashes become equal tokens and pr
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NewType
 
 import numpy as np
@@ -134,17 +134,14 @@ class Workload:
     source: str = "made in memory"
     checksum: str = ""
     seed: int = 0
-    _ids: frozenset[RequestId] = field(init=False, repr=False, compare=False, default=frozenset())
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.requests, key=lambda r: (r.arrival_us, r.id)))
-        ids = frozenset(r.id for r in ordered)
         if not ordered:
             raise TraceError(f"{self.source}: no requests, at least one is accepted")
-        if len(ids) != len(ordered):
+        if len({r.id for r in ordered}) != len(ordered):
             raise TraceError(f"{self.source}: request ids repeat; each must be unique")
         object.__setattr__(self, "requests", ordered)
-        object.__setattr__(self, "_ids", ids)
 
 
 def prompt_token_ids(request: Request, *, vocab_size: int, seed: int) -> TokenIds:

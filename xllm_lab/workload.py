@@ -7,15 +7,29 @@ and block hashes is synthesised, so that equal hashes become equal tokens and pr
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
-from typing import NewType
 
 import numpy as np
 import numpy.typing as npt
 
 from xllm_lab.errors import TraceError
+from xllm_lab.policies.api import RequestId
 
-RequestId = NewType("RequestId", int)
+__all__ = [
+    "ClosedLoop",
+    "Priority",
+    "Prompt",
+    "Request",
+    "RequestId",
+    "Sampling",
+    "Slo",
+    "TokenIds",
+    "Workload",
+    "prompt_token_ids",
+    "stream",
+]
+
 TokenIds = npt.NDArray[np.int32]
 
 
@@ -41,6 +55,11 @@ class Slo:
     tpot_us: int | None = None
     e2e_us: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_us", self.ttft_us), ("tpot_us", self.tpot_us), ("e2e_us", self.e2e_us)):
+            if value is not None:
+                _at_least("slo", name, value, 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -62,6 +81,16 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = True
 
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("top_k", self.top_k), ("seed", self.seed)):
+            _at_least("sampling", name, value, 0)
+        if not math.isfinite(self.temperature):
+            raise TraceError(f"sampling: temperature is {self.temperature}, a finite number is accepted")
+        if not 0 < self.top_p <= 1:
+            raise TraceError(f"sampling: top_p is {self.top_p}, more than 0 and at most 1 is accepted")
+        for token_id in self.stop_token_ids:
+            _at_least("sampling", "stop token id", token_id, 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -69,13 +98,23 @@ class Prompt:
 
     With neither, its tokens are unique to the request. With `block_hashes`, tokens
     `[i * hash_block_tokens, (i + 1) * hash_block_tokens)` are a function of `block_hashes[i]` alone; tokens after
-    the last hash are unique to the request.
+    the last hash are unique to the request. Hashes beyond the prompt's end mean nothing.
     """
 
     num_tokens: int
     token_ids: tuple[int, ...] | None = None
     block_hashes: tuple[int, ...] = ()
     hash_block_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _at_least("prompt", "hash_block_tokens", self.hash_block_tokens, 1)
+        for block_hash in self.block_hashes:
+            _at_least("prompt", "block hash", block_hash, 0)
+        if self.token_ids is not None:
+            if len(self.token_ids) != self.num_tokens:
+                raise TraceError(f"prompt: num_tokens is {self.num_tokens}, the {len(self.token_ids)} token_ids differ")
+            for token_id in self.token_ids:
+                _at_least("prompt", "token id", token_id, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +139,13 @@ class Request:
     cancel_us: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("arrival_us", self.arrival_us, 0),
-            ("prompt tokens", self.prompt.num_tokens, 1),
-            ("output_tokens", self.output_tokens, 1),
-        ):
-            if value < least:
-                raise TraceError(f"request {self.id}: {name} is {value}, at least {least} is accepted")
+        owner = f"request {self.id}"
+        _at_least(owner, "id", self.id, 0)
+        _at_least(owner, "arrival_us", self.arrival_us, 0)
+        _at_least(owner, "prompt tokens", self.prompt.num_tokens, 1)
+        _at_least(owner, "output_tokens", self.output_tokens, 1)
+        if self.cancel_us is not None:
+            _at_least(owner, "cancel_us", self.cancel_us, self.arrival_us)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +154,10 @@ class ClosedLoop:
 
     num_clients: int
     think_us: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("closed loop", "num_clients", self.num_clients, 1)
+        _at_least("closed loop", "think_us", self.think_us, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +208,11 @@ def prompt_token_ids(request: Request, *, vocab_size: int, seed: int) -> TokenId
 def stream(seed: int, purpose: str) -> np.random.Generator:
     """The named random stream of a run: drawing from one never shifts another."""
     return np.random.default_rng([seed, *purpose.encode()])
+
+
+def _at_least(owner: str, name: str, value: float, least: int) -> None:
+    if not value >= least:  # and so NaN is refused too
+        raise TraceError(f"{owner}: {name} is {value}, at least {least} is accepted")
 
 
 def _tokens(key: tuple[int, int, int], count: int, low: int, high: int) -> TokenIds:

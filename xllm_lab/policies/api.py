@@ -1,0 +1,286 @@
+"""The policy interface: knobs, what a batch policy may see, and what it returns.
+
+A policy is a frozen, keyword-only dataclass with one method, `decide(view) -> plan`. Its fields are its knobs,
+annotated with the range a tuner may search; there is no other list of them:
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class FewestBlocksFirst:
+        '''Run the requests that hold the fewest KV blocks; ties by arrival, then id.'''
+
+        decides: ClassVar[str] = "batch"
+        max_tokens: Annotated[int, Knob(256, 8192, log=True)] = 2048
+
+        def decide(self, view: BatchView) -> BatchPlan: ...
+
+There are no phases. A request has `num_tokens` known tokens, of which `num_computed_tokens` are in the KV cache;
+prefill, chunked prefill, decode and recomputation after a preemption are all "computed catches up with known".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NewType, Protocol, TypeVar
+
+RequestId = NewType("RequestId", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A numeric field that a tuner may search between `low` and `high`, both included, on a log scale if `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Choice:
+    """A field that a tuner may set to one of `values`."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any) -> None:
+        object.__setattr__(self, "values", values)
+
+
+class StepTimeView(Protocol):
+    """What the host knows of this machine's step times (fitted; see `xllm_lab.step_time`)."""
+
+    @property
+    def constant_us(self) -> float:
+        """Time of a step whatever it holds."""
+        ...
+
+    def request_us(self, num_tokens: int, num_computed_tokens: int) -> float:
+        """What `num_tokens` new tokens of one request add, given `num_computed_tokens` before them."""
+        ...
+
+
+class RequestView(Protocol):
+    """What a server knows of one request. The true output length is not known."""
+
+    @property
+    def id(self) -> RequestId: ...
+    @property
+    def arrival_us(self) -> int: ...
+    @property
+    def priority(self) -> int:
+        """1 is high, 2 normal, 3 low."""
+        ...
+
+    @property
+    def ttft_slo_us(self) -> int | None: ...
+    @property
+    def tpot_slo_us(self) -> int | None: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens, all of which must be in KV before the next one can be drawn."""
+        ...
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens in KV. For a waiting request: those the prefix cache holds for it at this moment."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of those tokens, shared ones included."""
+        ...
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Waiting requests: how many of `num_blocks` nobody uses now, so that taking them takes free blocks."""
+        ...
+
+    @property
+    def num_private_blocks(self) -> int:
+        """Running requests: blocks that a preemption would free."""
+        ...
+
+    @property
+    def admitted_us(self) -> int:
+        """Running requests: start of the step that admitted it (last)."""
+        ...
+
+    @property
+    def first_token_us(self) -> int | None: ...
+    @property
+    def num_preemptions(self) -> int: ...
+
+
+class BatchView(Protocol):
+    """One instance at the start of a step. Requests come in no promised order: sort by a key that ends in the id."""
+
+    @property
+    def now_us(self) -> int: ...
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV block."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks in the pool."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out, cached ones that nobody uses included."""
+        ...
+
+    @property
+    def max_tokens_per_batch(self) -> int: ...
+    @property
+    def max_seqs_per_batch(self) -> int: ...
+    @property
+    def running(self) -> Sequence[RequestView]:
+        """Requests that hold KV."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[RequestView]:
+        """Requests that hold none: fresh and preempted ones."""
+        ...
+
+    @property
+    def step_time(self) -> StepTimeView | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """What one step does.
+
+    Attributes:
+        tokens: new tokens to compute per request, in the order in which they are packed.
+        preempt: running requests that lose their KV first and wait again; it is recomputed later.
+        reason: one phrase for the decision log.
+    """
+
+    tokens: Mapping[RequestId, int] = field(default_factory=dict)
+    preempt: tuple[RequestId, ...] = ()
+    reason: str
+
+
+class BatchPolicy(Protocol):
+    """Which requests compute how many tokens in the next step."""
+
+    decides: ClassVar[str]
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        """A legal plan (see `checks.batch_violations`); empty only if nothing can run. Pure."""
+        ...
+
+
+R = TypeVar("R", bound=RequestView)
+
+
+class ByArrival(list[R]):
+    """A list that its owner keeps sorted by (arrival_us, id)."""
+
+
+class ByAdmission(list[R]):
+    """A list that its owner keeps sorted by (admitted_us, arrival_us, id)."""
+
+
+def arrival_key(request: RequestView) -> tuple[int, int]:
+    return (request.arrival_us, request.id)
+
+
+def admission_key(request: RequestView) -> tuple[int, int, int]:
+    return (request.admitted_us, request.arrival_us, request.id)
+
+
+def by_arrival(requests: Sequence[R]) -> Sequence[R]:
+    """Sorted by (arrival_us, id). Hosts keep their queues so, and then this costs nothing."""
+    return requests if isinstance(requests, ByArrival) else sorted(requests, key=arrival_key)
+
+
+def by_admission(requests: Sequence[R]) -> Sequence[R]:
+    """Sorted by (admitted_us, arrival_us, id). Hosts keep their queues so, and then this costs nothing."""
+    return requests if isinstance(requests, ByAdmission) else sorted(requests, key=admission_key)
+
+
+def ceil_div(amount: int, unit: int) -> int:
+    return -(-amount // unit)
+
+
+def blocks_to_take(view: BatchView, request: RequestView, num_new_tokens: int) -> int:
+    """Free blocks that `num_new_tokens` more tokens of a request take, its idle cached blocks included.
+
+    Two requests that share idle cached blocks count them twice: an upper bound, so a plan that fits is sure to.
+    """
+    target = ceil_div(request.num_computed_tokens + num_new_tokens, view.block_size)
+    return target - request.num_blocks + request.num_idle_blocks
+
+
+class Packing:
+    """A plan in the making: what is left of the step's tokens, sequences and blocks."""
+
+    __slots__ = ("_preempted", "_tokens", "_view", "blocks_left", "seqs_left", "tokens_left")
+
+    def __init__(self, view: BatchView) -> None:
+        self._view = view
+        self._tokens: dict[RequestId, int] = {}
+        self._preempted: list[RequestId] = []
+        self.tokens_left = view.max_tokens_per_batch
+        self.seqs_left = view.max_seqs_per_batch
+        self.blocks_left = view.num_free_blocks
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def grant(self, request: RequestView, num_tokens: int) -> bool:
+        """Give a request that has none yet `num_tokens`, if all of them fit."""
+        assert request.id not in self._tokens, f"request {request.id} is packed already"
+        blocks = blocks_to_take(self._view, request, num_tokens)
+        if num_tokens > self.tokens_left or self.seqs_left < 1 or blocks > self.blocks_left:
+            return False
+        self._tokens[request.id] = num_tokens
+        self.tokens_left -= num_tokens
+        self.seqs_left -= 1
+        self.blocks_left -= blocks
+        return True
+
+    def extend(self, request: RequestView, num_tokens: int) -> bool:
+        """Give a packed request `num_tokens` more, if all of them fit."""
+        had = self._tokens[request.id]
+        blocks = blocks_to_take(self._view, request, had + num_tokens) - blocks_to_take(self._view, request, had)
+        if num_tokens > self.tokens_left or blocks > self.blocks_left:
+            return False
+        self._tokens[request.id] = had + num_tokens
+        self.tokens_left -= num_tokens
+        self.blocks_left -= blocks
+        return True
+
+    def granted(self, request: RequestView) -> int:
+        return self._tokens.get(request.id, 0)
+
+    def preempt(self, request: RequestView) -> None:
+        """Take a running request's KV away, and what it was granted in this plan."""
+        had = self._tokens.pop(request.id, None)
+        if had is not None:
+            self.tokens_left += had
+            self.seqs_left += 1
+            self.blocks_left += blocks_to_take(self._view, request, had)
+        self._preempted.append(request.id)
+        self.blocks_left += request.num_private_blocks
+
+    def plan(self, reason: str) -> BatchPlan:
+        return BatchPlan(tokens=dict(self._tokens), preempt=tuple(self._preempted), reason=reason)
+
+
+def num_missing_tokens(request: RequestView) -> int:
+    """Known tokens that are not in KV: 1 for a decoding request, more while its prompt is computed."""
+    return request.num_tokens - request.num_computed_tokens
+
+
+def is_decoding(request: RequestView) -> bool:
+    """One token behind, and that token was generated."""
+    return num_missing_tokens(request) == 1 and request.num_tokens > request.num_prompt_tokens
+
+
+def ids_of(requests: Iterable[RequestView]) -> tuple[RequestId, ...]:
+    return tuple(r.id for r in requests)

@@ -1,0 +1,153 @@
+"""What xLLM's policies share: queue order, decode with preemption, prefill admission, giving back what is left.
+
+Rules and constants follow xLLM at 3906f5a, xllm/core/scheduler/scheduler_policy.cpp (schedule_prefill_from_queue,
+schedule_decode_from_queue) and decode_first_policy.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+from xllm_lab.policies.api import (
+    BatchView,
+    Packing,
+    RequestView,
+    arrival_key,
+    by_admission,
+    by_arrival,
+    ceil_div,
+    is_decoding,
+    num_missing_tokens,
+)
+
+ORDERS = ("fcfs", "priority", "deadline", "sjf")
+
+
+def queue_order(order: str) -> Callable[[RequestView], tuple[float, int, int]]:
+    """xLLM's `priority_strategy`: fcfs, priority, deadline (earliest TTFT deadline), sjf (fewest missing tokens)."""
+    rank: dict[str, Callable[[RequestView], float]] = {
+        "fcfs": lambda r: 0,
+        "priority": lambda r: r.priority,
+        "deadline": lambda r: inf if r.ttft_slo_us is None else r.arrival_us + r.ttft_slo_us,
+        "sjf": num_missing_tokens,
+    }
+    if order not in rank:
+        raise ValueError(f"order is {order!r}, accepted: {', '.join(ORDERS)}")
+    return lambda r: (rank[order](r), *arrival_key(r))
+
+
+def waiting_in_order(view: BatchView, order: str) -> Sequence[RequestView]:
+    return by_arrival(view.waiting) if order == "fcfs" else sorted(view.waiting, key=queue_order(order))
+
+
+def running_in_order(view: BatchView, order: str) -> tuple[list[RequestView], list[RequestView]]:
+    """(chunk queue, decode queue): running requests with an unfinished prompt, and the others."""
+    running: Sequence[RequestView] = by_admission(view.running)
+    if order != "fcfs":
+        running = sorted(running, key=queue_order(order))
+    return [r for r in running if not is_decoding(r)], [r for r in running if is_decoding(r)]
+
+
+class Stopwatch:
+    """The step's predicted time against a budget. Without a step-time model or a budget nothing is ever late."""
+
+    __slots__ = ("_model", "budget_us", "spent_us")
+
+    def __init__(self, view: BatchView, budget_us: float | None) -> None:
+        self._model = view.step_time if budget_us is not None else None
+        self.budget_us = inf if budget_us is None or self._model is None else budget_us
+        self.spent_us = 0.0 if self._model is None else self._model.constant_us
+
+    @property
+    def is_late(self) -> bool:
+        return self.spent_us >= self.budget_us
+
+    def add(self, request: RequestView, num_tokens: int) -> None:
+        if self._model is not None:
+            self.spent_us += self._model.request_us(num_tokens, request.num_computed_tokens)
+
+
+def decode_with_preemption(
+    packing: Packing, chunking: list[RequestView], decoding: list[RequestView], watch: Stopwatch
+) -> None:
+    """One token for each decoding request, oldest first. When blocks run out, the youngest chunking request is
+    preempted, then the youngest decoding one; a request never preempts itself. Victims leave the lists.
+    """
+    position = 0
+    while position < len(decoding) and packing.tokens_left and packing.seqs_left and not watch.is_late:
+        request = decoding[position]
+        if packing.grant(request, 1):
+            watch.add(request, 1)
+            position += 1
+        elif chunking:
+            packing.preempt(chunking.pop())
+        elif decoding[-1] is not request:
+            packing.preempt(decoding.pop())
+        else:
+            break
+
+
+class Admission:
+    """Grants prompts from the front of a queue until one does not fit; nothing overtakes it.
+
+    No prompt takes blocks while `watermark_frac` of the pool is in use, and a fresh one must leave room for the full
+    footprint of everything admitted this step on top of `reserved_blocks`. Both rules wait while anything else runs;
+    a prompt that has the machine to itself is never held back, so every request that fits the pool gets its turn.
+    """
+
+    def __init__(
+        self,
+        view: BatchView,
+        packing: Packing,
+        watch: Stopwatch,
+        *,
+        max_tokens_per_chunk: int,
+        watermark_frac: float,
+        reserved_blocks: float = 0.0,
+    ) -> None:
+        self.granted: list[RequestView] = []
+        self._view, self._packing, self._watch = view, packing, watch
+        self._chunk = max_tokens_per_chunk
+        self._high_water_blocks = watermark_frac * view.num_blocks
+        self._reserved_blocks = reserved_blocks
+
+    def admit(self, queue: Sequence[RequestView], *, fresh: bool) -> None:
+        """`fresh` requests hold no KV yet; the others continue a prompt."""
+        for request in queue:
+            footprint = ceil_div(request.num_tokens, self._view.block_size)
+            if self._is_full() or (fresh and self._lacks_room_for(footprint)):
+                return
+            num_tokens = min(self._chunk, self._packing.tokens_left, num_missing_tokens(request))
+            if not self._packing.grant(request, num_tokens):
+                return
+            self._watch.add(request, num_tokens)
+            self._reserved_blocks += footprint
+            self.granted.append(request)
+
+    def give_back_the_rest(self) -> None:
+        """Spend what is left of the budget on the prompts granted, in order, beyond their chunk limit."""
+        for request in self.granted:
+            more = min(self._packing.tokens_left, num_missing_tokens(request) - self._packing.granted(request))
+            if more > 0:
+                self._packing.extend(request, more)
+
+    def _is_full(self) -> bool:
+        packing = self._packing
+        if not packing.tokens_left or not packing.seqs_left or self._watch.is_late:
+            return True
+        return bool(packing) and self._view.num_blocks - packing.blocks_left >= self._high_water_blocks
+
+    def _lacks_room_for(self, footprint_blocks: int) -> bool:
+        return bool(self._packing) and self._reserved_blocks + footprint_blocks > self._view.num_blocks
+
+
+def unblock_the_oldest(packing: Packing, chunking: list[RequestView], max_tokens: int) -> None:
+    """If nothing could run because unfinished prompts hold all blocks, preempt the youngest until the oldest fits."""
+    while chunking and not packing:
+        oldest = chunking[0]
+        if packing.grant(oldest, min(max_tokens, packing.tokens_left, num_missing_tokens(oldest))):
+            return
+        if len(chunking) == 1:
+            return
+        packing.preempt(chunking.pop())

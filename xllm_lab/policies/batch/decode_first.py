@@ -1,0 +1,73 @@
+"""xLLM's default: every decoding request first, then prompts with what is left of the budget (Sarathi-style)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, Packing
+from xllm_lab.policies.batch.admission import (
+    ORDERS,
+    Admission,
+    Stopwatch,
+    decode_with_preemption,
+    queue_order,
+    running_in_order,
+    unblock_the_oldest,
+    waiting_in_order,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeFirst:
+    """Decode, then continue prompts, then admit new ones; left-over budget lengthens the chunks.
+
+    xLLM's DecodeFirstPolicy (decode_first_policy.cpp:30-150 at 3906f5a). A later prompt chunk never re-matches the
+    prefix cache here, which xLLM does `chunked_match_frequency` times.
+
+    Attributes:
+        max_tokens_per_chunk: `max_tokens_per_chunk_for_prefill`.
+        watermark_frac: `prefill_scheduling_memory_usage_threshold`.
+        footprint_margin: blocks in use count this much when a fresh prompt is weighed while others decode.
+        order: `priority_strategy`.
+        max_ttft_us: `max_global_ttft_ms`, budget of a step without decodes; needs step times.
+        max_tpot_us: `max_global_tpot_ms`, budget of a step with decodes; needs step times.
+    """
+
+    decides: ClassVar[str] = "batch"
+
+    max_tokens_per_chunk: Annotated[int, Knob(32, 10240, log=True)] = 10240
+    watermark_frac: Annotated[float, Knob(0.5, 1.0)] = 0.95
+    footprint_margin: Annotated[float, Knob(1.0, 2.0)] = 1.1
+    order: Annotated[str, Choice(*ORDERS)] = "fcfs"
+    max_ttft_us: int | None = None
+    max_tpot_us: int | None = None
+
+    def __post_init__(self) -> None:
+        queue_order(self.order)
+        if self.max_tokens_per_chunk < 1:
+            raise ValueError(f"max_tokens_per_chunk is {self.max_tokens_per_chunk}, at least 1 is accepted")
+        if not 0 < self.watermark_frac <= 1:
+            raise ValueError(f"watermark_frac is {self.watermark_frac}, more than 0 and at most 1 is accepted")
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        packing = Packing(view)
+        chunking, decoding = running_in_order(view, self.order)
+        decode_watch = Stopwatch(view, self.max_tpot_us)
+        decode_with_preemption(packing, chunking, decoding, decode_watch)
+        has_decodes = bool(packing)
+        used_blocks = view.num_blocks - packing.blocks_left
+        admission = Admission(
+            view,
+            packing,
+            decode_watch if has_decodes else Stopwatch(view, self.max_ttft_us),
+            max_tokens_per_chunk=self.max_tokens_per_chunk,
+            watermark_frac=self.watermark_frac,
+            reserved_blocks=self.footprint_margin * used_blocks if has_decodes else 0.0,
+        )
+        admission.admit(chunking, fresh=False)
+        if len(admission.granted) == len(chunking):
+            admission.admit(waiting_in_order(view, self.order), fresh=True)
+        admission.give_back_the_rest()
+        unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
+        return packing.plan("decode first")

@@ -1,0 +1,66 @@
+"""Prompts have the step to themselves; decoding requests run only when no prompt could be scheduled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, Packing
+from xllm_lab.policies.batch.admission import (
+    ORDERS,
+    Admission,
+    Stopwatch,
+    decode_with_preemption,
+    queue_order,
+    running_in_order,
+    unblock_the_oldest,
+    waiting_in_order,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillFirst:
+    """Prompts first and alone: the shortest TTFT, at the price of stalled decodes.
+
+    xLLM's PrefillFirstPolicy (prefill_first_policy.cpp:31-125 at 3906f5a), which it also takes whenever batches may
+    not be mixed. Fields as in `DecodeFirst`.
+    """
+
+    decides: ClassVar[str] = "batch"
+
+    max_tokens_per_chunk: Annotated[int, Knob(32, 10240, log=True)] = 10240
+    watermark_frac: Annotated[float, Knob(0.5, 1.0)] = 0.95
+    order: Annotated[str, Choice(*ORDERS)] = "fcfs"
+    max_ttft_us: int | None = None
+    max_tpot_us: int | None = None
+
+    def __post_init__(self) -> None:
+        queue_order(self.order)
+        if self.max_tokens_per_chunk < 1:
+            raise ValueError(f"max_tokens_per_chunk is {self.max_tokens_per_chunk}, at least 1 is accepted")
+        if not 0 < self.watermark_frac <= 1:
+            raise ValueError(f"watermark_frac is {self.watermark_frac}, more than 0 and at most 1 is accepted")
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        packing = Packing(view)
+        chunking, decoding = running_in_order(view, self.order)
+        admission = Admission(
+            view,
+            packing,
+            Stopwatch(view, self.max_ttft_us),
+            max_tokens_per_chunk=self.max_tokens_per_chunk,
+            watermark_frac=self.watermark_frac if decoding else 1.0,
+            # Blocks that decoding requests hold stay theirs while they wait.
+            reserved_blocks=view.num_blocks - view.num_free_blocks,
+        )
+        admission.admit(chunking, fresh=False)
+        if len(admission.granted) == len(chunking) and not (decoding and self._is_nearly_full(view)):
+            admission.admit(waiting_in_order(view, self.order), fresh=True)
+        if packing:
+            return packing.plan("prompts")
+        decode_with_preemption(packing, chunking, decoding, Stopwatch(view, self.max_tpot_us))
+        unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
+        return packing.plan("decodes")
+
+    def _is_nearly_full(self, view: BatchView) -> bool:
+        return view.num_blocks - view.num_free_blocks >= self.watermark_frac * view.num_blocks

@@ -1,0 +1,129 @@
+"""Finds every policy and reads its knobs. Nothing registers itself here, and nothing is listed twice.
+
+A policy is any public dataclass with a `decides` attribute in a module of `xllm_lab.policies`, or in a module that
+another installed package names under the entry-point group `xllm_lab.policies`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+import xllm_lab.policies as package
+from xllm_lab.errors import ConfigError
+from xllm_lab.policies.api import BatchPolicy, Choice, Knob
+
+ENTRY_POINT_GROUP = "xllm_lab.policies"
+
+
+def policies(decides: str = "batch") -> dict[str, type[Any]]:
+    """All policy classes for one decision by name, in order of name."""
+    found = {policy_name(c): c for c in _classes() if c.decides == decides}
+    return dict(sorted(found.items()))
+
+
+def policy_name(policy: type[Any] | object) -> str:
+    """`DecodeFirst` -> `decode-first`."""
+    cls = policy if isinstance(policy, type) else type(policy)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+
+def make_batch_policy(name: str, values: Mapping[str, Any] | None = None) -> BatchPolicy:
+    """Build a batch policy; ConfigError names an unknown policy or knob and what is accepted."""
+    known = policies("batch")
+    if name not in known:
+        raise ConfigError(f"unknown batch policy {name!r}; accepted: {', '.join(known)}")
+    policy: BatchPolicy = configured(known[name], values or {})
+    return policy
+
+
+T = typing.TypeVar("T")
+
+
+def configured(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a dataclass of knobs. Strings are read as the field's type.
+
+    Raises:
+        ConfigError: an unknown field, or a value that its type or the class refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    ready: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{policy_name(cls)} has no knob {name!r}; accepted: {', '.join(fields) or 'none'}")
+        ready[name] = _as_type(name, value, fields[name])
+    try:
+        return cls(**ready)
+    except ValueError as error:
+        raise ConfigError(f"{policy_name(cls)}: {error}") from None
+
+
+def knobs(cls: type[Any]) -> dict[str, Knob | Choice]:
+    """The searchable fields of a dataclass, in order of definition."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found: dict[str, Knob | Choice] = {}
+    for f in dataclasses.fields(cls):
+        for note in getattr(hints[f.name], "__metadata__", ()):
+            if isinstance(note, Knob | Choice):
+                found[f.name] = note
+    return found
+
+
+def values_of(instance: object) -> dict[str, Any]:
+    """All fields of a dataclass instance as plain data, for manifests and exports."""
+    assert dataclasses.is_dataclass(instance)
+    assert not isinstance(instance, type)
+    return dataclasses.asdict(instance)
+
+
+def _as_type(name: str, value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if type(None) in options:
+            return None
+        raise ConfigError(f"{name} is {value!r}, accepted: {_type_name(hint)}")
+    wanted = next(o for o in options if o is not type(None))
+    if wanted is bool:
+        table = {"true": True, "1": True, "false": False, "0": False}
+        if str(value).lower() in table:
+            return table[str(value).lower()]
+    elif wanted in (int, float, str):
+        try:
+            as_number = float(value) if wanted is not str else 0.0
+            if wanted is int and as_number != int(as_number):
+                raise ValueError
+            return wanted(value) if wanted is not int else int(as_number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    else:
+        return value
+    raise ConfigError(f"{name} is {value!r}, accepted: {_type_name(hint)}")
+
+
+def _type_name(hint: Any) -> str:
+    return str(getattr(hint, "__name__", hint))
+
+
+def _classes() -> Iterator[type[Any]]:
+    for module in _modules():
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            is_policy = dataclasses.is_dataclass(cls) and isinstance(getattr(cls, "decides", None), str)
+            if is_policy and cls.__module__ == module.__name__ and not cls.__name__.startswith("_"):
+                yield cls
+
+
+@functools.cache
+def _modules() -> tuple[types.ModuleType, ...]:
+    own = sorted(m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + "."))
+    other = sorted(e.value for e in entry_points(group=ENTRY_POINT_GROUP))
+    return tuple(importlib.import_module(name) for name in (*own, *other))

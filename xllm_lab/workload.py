@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from xllm_lab.errors import TraceError
+from xllm_lab.errors import ConfigError, TraceError
 from xllm_lab.policies.api import RequestId
 
 __all__ = [
@@ -31,6 +31,12 @@ __all__ = [
 ]
 
 TokenIds = npt.NDArray[np.int32]
+
+
+# Above the classes: their defaults are built, and so checked, while this module is read.
+def _at_least(owner: str, name: str, value: float, least: int) -> None:
+    if not value >= least:  # and so NaN is refused too
+        raise TraceError(f"{owner}: {name} is {value}, at least {least} is accepted")
 
 
 class Priority(enum.IntEnum):
@@ -147,6 +153,11 @@ class Request:
         if self.cancel_us is not None:
             _at_least(owner, "cancel_us", self.cancel_us, self.arrival_us)
 
+    def at(self, arrival_us: int) -> Request:
+        """The same request at another time; the client's patience, `cancel_us - arrival_us`, moves with it."""
+        cancel_us = None if self.cancel_us is None else self.cancel_us - self.arrival_us + arrival_us
+        return replace(self, arrival_us=arrival_us, cancel_us=cancel_us)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedLoop:
@@ -184,6 +195,7 @@ class Workload:
             raise TraceError(f"{self.source}: no requests, at least one is accepted")
         if len({r.id for r in ordered}) != len(ordered):
             raise TraceError(f"{self.source}: request ids repeat; each must be unique")
+        _at_least(self.source, "seed", self.seed, 0)
         object.__setattr__(self, "requests", ordered)
 
 
@@ -206,13 +218,14 @@ def prompt_token_ids(request: Request, *, vocab_size: int, seed: int) -> TokenId
 
 
 def stream(seed: int, purpose: str) -> np.random.Generator:
-    """The named random stream of a run: drawing from one never shifts another."""
+    """The named random stream of a run: drawing from one never shifts another.
+
+    Raises:
+        ConfigError: a negative seed.
+    """
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, at least 0 is accepted")
     return np.random.default_rng([seed, *purpose.encode()])
-
-
-def _at_least(owner: str, name: str, value: float, least: int) -> None:
-    if not value >= least:  # and so NaN is refused too
-        raise TraceError(f"{owner}: {name} is {value}, at least {least} is accepted")
 
 
 def _tokens(key: tuple[int, int, int], count: int, low: int, high: int) -> TokenIds:

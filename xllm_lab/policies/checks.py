@@ -37,10 +37,6 @@ def _over_budget(view: BatchView, plan: BatchPlan, known: dict[RequestId, Reques
     amounts = (
         ("tokens", sum(plan.tokens.values()), view.max_tokens_per_batch),
         ("sequences", len(plan.tokens), view.max_seqs_per_batch),
-        (
-            "KV blocks",
-            sum(blocks_to_take(view, known[i], n) for i, n in plan.tokens.items()),
-            view.num_free_blocks + freed,
-        ),
+        ("KV blocks", blocks, free_blocks),
     )
     return [f"takes {taken} {what}, {left} are left" for what, taken, left in amounts if taken > left]

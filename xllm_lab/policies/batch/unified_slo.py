@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from math import inf
 from typing import Annotated, ClassVar, NamedTuple
@@ -46,7 +47,10 @@ class UnifiedSlo:
 
     Attributes:
         aggressive_coeff: a request is urgent if less than this many predicted loads remain.
-        starve_threshold: a prompt is starved when it is late by this many times its promise; inf turns it off.
+        starve_threshold: a prompt is starved when it is late by this many times its promise.
+        enable_starve_prevent: starved prompts go before other urgent prompts.
+        max_preemptions: a request that lost its KV so often loses it to no newcomer again. xLLM has no such bound,
+            and two requests that each need most of the pool can then take it from one another for ever.
     """
 
     decides: ClassVar[str] = "batch"
@@ -55,6 +59,7 @@ class UnifiedSlo:
     aggressive_coeff: Annotated[float, Knob(0.25, 4.0, log=True)] = 1.0
     starve_threshold: Annotated[float, Knob(0.25, 8.0, log=True)] = 1.0
     enable_starve_prevent: Annotated[bool, Choice(False, True)] = True
+    max_preemptions: int = 3
 
     def decide(self, view: BatchView) -> BatchPlan:
         model = view.step_time
@@ -68,7 +73,7 @@ class UnifiedSlo:
         total_us = sum(c.estimate_us for c in cases)
         load_us = total_us if budget_us == inf else total_us * budget_us / spare_us
         ranked = sorted(cases, key=lambda c: self._rank(c, load_us))
-        return _pack(view, ranked, spare_us, model)
+        return _pack(view, ranked, spare_us, model, self.max_preemptions)
 
     def _rank(self, case: _Case, load_us: float) -> tuple[float, ...]:
         is_urgent = case.remaining_us < self.aggressive_coeff * load_us
@@ -100,9 +105,11 @@ def _latency_budget_us(cases: list[_Case], constant_us: float) -> float:
     return max(min(reachable, default=inf if not promises else 0.0), floor_us)
 
 
-def _pack(view: BatchView, ranked: list[_Case], spare_us: float, model: StepTimeView) -> BatchPlan:
+def _pack(
+    view: BatchView, ranked: list[_Case], spare_us: float, model: StepTimeView, max_preemptions: int
+) -> BatchPlan:
     packing = Packing(view)
-    victims = [c.request for c in ranked if c.holds_kv]
+    victims = deque(c for c in ranked if c.holds_kv)
     gone: set[RequestId] = set()
     for case in ranked:
         if case.request.id in gone:
@@ -110,14 +117,22 @@ def _pack(view: BatchView, ranked: list[_Case], spare_us: float, model: StepTime
         num_tokens = _chunk(case, packing, spare_us, model)
         if num_tokens == 0:
             break
-        while not packing.grant(case.request, num_tokens):
-            victim = _last_ungranted(victims, packing, case.request)
-            if victim is None or not packing.tokens_left or not packing.seqs_left:
-                return packing.plan("multi-SLO; out of room")
+        while not (fits := packing.grant(case.request, num_tokens)) and _may_take(case, victims, max_preemptions):
+            victim = victims.pop().request
             packing.preempt(victim)
             gone.add(victim.id)
-        spare_us -= model.request_us(num_tokens, case.request.num_computed_tokens)
+        if fits:
+            spare_us -= model.request_us(num_tokens, case.request.num_computed_tokens)
+        if victims and victims[0] is case:
+            victims.popleft()  # served or not, nobody ranked below takes its KV
     return packing.plan("multi-SLO")
+
+
+def _may_take(case: _Case, victims: deque[_Case], max_preemptions: int) -> bool:
+    """The lowest-ranked holder of KV gives way to whoever ranks above it, to a newcomer only so often."""
+    if not victims or victims[-1] is case:
+        return False
+    return case.holds_kv or victims[-1].request.num_preemptions < max_preemptions
 
 
 def _chunk(case: _Case, packing: Packing, spare_us: float, model: StepTimeView) -> int:
@@ -136,12 +151,3 @@ def _chunk(case: _Case, packing: Packing, spare_us: float, model: StepTimeView) 
     if packing:
         return low if low > MIN_CHUNK_TOKENS or low == num_missing_tokens(request) else 0
     return max(low, min(most, MIN_CHUNK_TOKENS + 1))
-
-
-def _last_ungranted(victims: list[RequestView], packing: Packing, needy: RequestView) -> RequestView | None:
-    """The lowest-ranked holder of KV that ranks below `needy` and was not granted anything."""
-    while victims:
-        if victims[-1] is needy or packing.granted(victims[-1]):
-            return None
-        return victims.pop()
-    return None

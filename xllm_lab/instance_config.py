@@ -1,0 +1,56 @@
+"""What one serving instance has: budgets and KV. The same in engine and simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from xllm_lab.errors import ConfigError, RequestTooLargeError
+from xllm_lab.policies.api import Choice, Knob, ceil_div
+from xllm_lab.workload import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceConfig:
+    """Names, meanings and defaults are xLLM's flags at 3906f5a, where it has them.
+
+    Attributes:
+        max_tokens_per_batch: token budget of a step.
+        max_seqs_per_batch: sequence budget of a step.
+        block_size: tokens per KV block.
+        num_kv_blocks: blocks in the pool; xLLM derives it from `max_memory_utilization` or `max_cache_size`.
+        enable_prefix_cache: keep blocks of finished requests for others with the same prefix.
+        max_model_len: the model's context; no prompt and output together may exceed it.
+    """
+
+    max_tokens_per_batch: Annotated[int, Knob(64, 10240, log=True)] = 10240
+    max_seqs_per_batch: Annotated[int, Knob(4, 200, log=True)] = 200
+    block_size: Annotated[int, Choice(16, 32, 64, 128)] = 128
+    num_kv_blocks: Annotated[int, Knob(32, 4096, log=True)] = 256
+    enable_prefix_cache: Annotated[bool, Choice(False, True)] = True
+    max_model_len: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens_per_batch", "max_seqs_per_batch", "block_size", "num_kv_blocks", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, at least 1 is accepted")
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_kv_blocks * self.block_size
+
+    def refuse_if_too_large(self, request: Request) -> None:
+        """Raise RequestTooLargeError, with the numbers, if the request could never run to its end."""
+        length = request.prompt.num_tokens + request.output_tokens
+        told = (
+            f"request {request.id}: {request.prompt.num_tokens} prompt and {request.output_tokens} output tokens make "
+            f"{length}"
+        )
+        if length > self.max_model_len:
+            raise RequestTooLargeError(f"{told}, the context accepts {self.max_model_len}")
+        # The last token is drawn but never computed, so it needs no room.
+        blocks = ceil_div(length - 1, self.block_size)
+        if blocks > self.num_kv_blocks:
+            raise RequestTooLargeError(
+                f"{told} or {blocks} KV blocks, the whole pool has {self.num_kv_blocks} of {self.block_size} tokens"
+            )

@@ -1,0 +1,161 @@
+"""The KV block ledger: who holds which block, and what the prefix cache knows. Ids and counts, no tensors.
+
+A block is in exactly one of three states:
+
+    clean      content worthless                          handed out first
+    idle       content indexed by its key, nobody uses it   evicted least recently used first
+    held       in at least one block table                  never taken away
+
+    clean --take--> held --release, no key--> clean
+                    held --release, key--> idle --take by key--> held
+                                           idle --evict--> held
+
+A key names the tokens of a block and of all blocks before it, as xLLM does (xllm/core/framework/prefix_cache at
+3906f5a): key[i] = XXH3-128(seed 1024, key[i-1] || int32 tokens of block i).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+from xllm_lab.policies.api import RequestId, ceil_div
+from xllm_lab.workload import TokenIds
+
+BlockKey = bytes
+# `xxh3_128bits_seed`, which must equal the one of xllm-service.
+KEY_SEED = 1024
+
+
+def block_key(previous: BlockKey, token_ids: TokenIds) -> BlockKey:
+    """Key of a full block that follows the block of key `previous` (empty for the first)."""
+    return xxhash.xxh3_128_digest(previous + np.ascontiguousarray(token_ids, dtype="<i4").tobytes(), seed=KEY_SEED)
+
+
+class Ledger:
+    """KV blocks of one instance.
+
+    Attributes:
+        num_blocks: blocks in the pool, ids [0, num_blocks).
+        block_size: tokens per block.
+        enable_prefix_cache: without it no block is ever indexed.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_cache = enable_prefix_cache
+        self.version = 0  # changes whenever a lookup may answer differently
+        self._clean = list(range(num_blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._num_users = [0] * num_blocks
+        self._tables: dict[RequestId, list[int]] = {}
+        self._block_of: dict[BlockKey, int] = {}
+        self._key_of: list[BlockKey | None] = [None] * num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._clean) + len(self._idle)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks
+
+    @property
+    def num_idle_blocks(self) -> int:
+        return len(self._idle)
+
+    def block_table(self, request: RequestId) -> Sequence[int]:
+        """Block ids in token order; empty for a request that holds none."""
+        return self._tables.get(request, ())
+
+    def num_private_blocks(self, request: RequestId) -> int:
+        """Blocks that nobody else uses."""
+        return sum(self._num_users[b] == 1 for b in self.block_table(request))
+
+    def lookup(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
+        """(length of the longest cached run of `keys` from the start, how many of its blocks are idle). No effect."""
+        num_cached = num_idle = 0
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            num_cached += 1
+            num_idle += self._num_users[block] == 0
+        return num_cached, num_idle
+
+    def attach(self, request: RequestId, keys: Sequence[BlockKey]) -> int:
+        """Open a table with the longest cached run of `keys`; returns its number of blocks."""
+        assert request not in self._tables, f"request {request} holds blocks already"
+        num_cached, _ = self.lookup(keys)
+        table = [self._block_of[key] for key in keys[:num_cached]]
+        for block in table:
+            if self._num_users[block] == 0:
+                del self._idle[block]
+            self._num_users[block] += 1
+        self._tables[request] = table
+        self.version += 1
+        return num_cached
+
+    def grow(self, request: RequestId, num_tokens: int) -> None:
+        """Make the request's table hold `num_tokens` tokens. The caller has checked that the blocks are there."""
+        table = self._tables[request]
+        missing = ceil_div(num_tokens, self.block_size) - len(table)
+        assert missing <= self.num_free_blocks, f"request {request} needs {missing} of {self.num_free_blocks} blocks"
+        for _ in range(missing):
+            block = self._clean.pop() if self._clean else self._evict()
+            self._num_users[block] = 1
+            table.append(block)
+
+    def publish(self, request: RequestId, first_block: int, keys: Sequence[BlockKey]) -> None:
+        """Index computed blocks [first_block, first_block + len(keys)) of the request.
+
+        A key that is indexed already stays with its block: tables are append-only, equal blocks are not merged.
+        """
+        if not self.enable_prefix_cache:
+            return
+        table = self._tables[request]
+        for position, key in enumerate(keys, start=first_block):
+            block = table[position]
+            if key not in self._block_of and self._key_of[block] is None:
+                self._block_of[key] = block
+                self._key_of[block] = key
+                self.version += 1
+
+    def release(self, request: RequestId) -> None:
+        """Give all blocks of a request back, the last first, so that leaves are evicted before their roots."""
+        self.version += 1
+        for block in reversed(self._tables.pop(request, [])):
+            self._num_users[block] -= 1
+            if self._num_users[block] == 0:
+                if self._key_of[block] is None:
+                    self._clean.append(block)
+                else:
+                    self._idle[block] = None
+
+    def audit(self) -> None:
+        """Assert that every block is in exactly one state and every count is right."""
+        users = [0] * self.num_blocks
+        for table in self._tables.values():
+            for block in table:
+                users[block] += 1
+        assert users == self._num_users, "a block's number of users differs from the tables that list it"
+        clean, idle = set(self._clean), set(self._idle)
+        held = {b for b in range(self.num_blocks) if users[b]}
+        assert len(clean) == len(self._clean), "a clean block is listed twice"
+        assert clean | idle | held == set(range(self.num_blocks)), "a block is in no state"
+        assert len(clean) + len(idle) + len(held) == self.num_blocks, "a block is in two states"
+        assert {k: b for b, k in enumerate(self._key_of) if k is not None} == self._block_of, "the index is torn"
+        assert not any(self._key_of[b] for b in clean), "a clean block is indexed"
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        key = self._key_of[block]
+        assert key is not None
+        del self._block_of[key]
+        self._key_of[block] = None
+        self.version += 1
+        return block

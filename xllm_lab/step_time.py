@@ -1,0 +1,97 @@
+"""How long a step takes, as a sum of terms with a physical meaning; fitted with non-negative weights.
+
+    step_us = constant_us                                    launching and bookkeeping of any step
+            + small_batch_m_us * min(tokens, m)              reading weights: a small batch costs more per token
+            + token_us     * tokens                          matrix multiplications
+            + sequence_us  * sequences                       one attention call per sequence
+            + logits_us    * rows                            the head and the sampler
+            + attention_us * sum(new * (computed + new / 2)) scores and weighted values
+            + kv_read_us   * sum(computed + new)             gathering K and V
+
+xLLM fits prefill and decode apart, on [1, L-P, (L-P)^2, (L-P)*P] and [1, B, B*L] (time_predictor.cpp at 87e8d6e), and
+adds requests up. Here a mixed batch is one batch, so the saving of sharing a matrix multiplication is in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm_lab.errors import ConfigError
+
+SMALL_BATCHES = (4, 16, 64)
+TERMS = (
+    "constant_us",
+    *(f"small_batch_{m}_us" for m in SMALL_BATCHES),
+    "token_us",
+    "sequence_us",
+    "logits_us",
+    "attention_us",
+    "kv_read_us",
+)
+
+
+class Chunk(NamedTuple):
+    """One request's part of a step: tokens computed now, tokens in KV before."""
+
+    num_tokens: int
+    num_computed_tokens: int
+
+
+def features(chunks: Iterable[Chunk], num_logits: int) -> list[float]:
+    """The terms' factors, in the order of `TERMS`."""
+    tokens = sequences = kv_read = 0
+    attention = 0.0
+    for new, computed in chunks:
+        tokens += new
+        sequences += 1
+        kv_read += computed + new
+        attention += new * (computed + 0.5 * new)
+    small = (float(min(tokens, m)) for m in SMALL_BATCHES)
+    return [1.0, *small, tokens, sequences, num_logits, attention, kv_read]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Fitted weights. Satisfies `policies.api.StepTimeView`.
+
+    Attributes:
+        weights: microseconds per unit of each of `TERMS`.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(TERMS) or any(w < 0 or not np.isfinite(w) for w in self.weights):
+            raise ConfigError(f"step-time weights are {self.weights}, accepted: {len(TERMS)} numbers of at least 0")
+
+    @property
+    def constant_us(self) -> float:
+        return self.weights[0]
+
+    def request_us(self, num_tokens: int, num_computed_tokens: int) -> float:
+        """What one request adds to a batch that is large already."""
+        alone = features((Chunk(num_tokens, num_computed_tokens),), 1)
+        skip = 1 + len(SMALL_BATCHES)
+        return sum(w * f for w, f in zip(self.weights[skip:], alone[skip:], strict=True))
+
+    def step_us(self, chunks: Iterable[Chunk], num_logits: int) -> float:
+        """Predicted time of one step."""
+        return sum(w * f for w, f in zip(self.weights, features(chunks, num_logits), strict=True))
+
+
+def fit(rows: Sequence[Sequence[float]], step_us: Sequence[float]) -> StepTime:
+    """Non-negative least squares on relative errors: a 10 % error weighs the same on a short and a long step."""
+    from scipy.optimize import nnls
+
+    if len(rows) < 2 * len(TERMS):
+        raise ConfigError(f"{len(rows)} steps to fit step times to, at least {2 * len(TERMS)} are accepted")
+    times = np.maximum(np.asarray(step_us, dtype=np.float64), 1.0)
+    matrix: npt.NDArray[np.float64] = np.asarray(rows, dtype=np.float64) / times[:, None]
+    scale = np.maximum(matrix.max(axis=0), 1e-300)
+    weights, _ = nnls(matrix / scale, np.ones(len(times)))
+    return StepTime(tuple(float(w) for w in weights / scale))

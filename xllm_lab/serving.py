@@ -118,7 +118,7 @@ def serve(
             for _ in scheduler.complete(step, now_us, done.sampled):
                 feed.on_end(now_us)
         elif feed.next_us is not None:
-            woke = yield Idle(max(feed.next_us, now_us))
+            woke = yield Idle(feed.next_us)
             assert isinstance(woke, Woke), f"idling is answered by a Woke, not by {woke}"
             now_us = woke.now_us
         elif scheduler.num_live:

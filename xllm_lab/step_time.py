@@ -85,13 +85,18 @@ class StepTime:
 
 
 def fit(rows: Sequence[Sequence[float]], step_us: Sequence[float]) -> StepTime:
-    """Non-negative least squares on relative errors: a 10 % error weighs the same on a short and a long step."""
+    """Non-negative least squares, each step weighted by 1 / its time.
+
+    Unweighted, the longest steps alone would decide; weighted by 1 / time^2, the sum over all steps drifts, and with it
+    every queue. Raises ConfigError for too few steps.
+    """
     from scipy.optimize import nnls
 
     if len(rows) < 2 * len(TERMS):
         raise ConfigError(f"{len(rows)} steps to fit step times to, at least {2 * len(TERMS)} are accepted")
     times = np.maximum(np.asarray(step_us, dtype=np.float64), 1.0)
-    matrix: npt.NDArray[np.float64] = np.asarray(rows, dtype=np.float64) / times[:, None]
+    root = np.sqrt(times)
+    matrix: npt.NDArray[np.float64] = np.asarray(rows, dtype=np.float64) / root[:, None]
     scale = np.maximum(matrix.max(axis=0), 1e-300)
-    weights, _ = nnls(matrix / scale, np.ones(len(times)))
+    weights, _ = nnls(matrix / scale, root)
     return StepTime(tuple(float(w) for w in weights / scale))

@@ -1,0 +1,137 @@
+"""One policy, two hosts: feed an engine run's arrivals and step times to the simulator and compare every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from xllm_lab.errors import ConfigError, PolicyError
+from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
+from xllm_lab.runs import Run
+from xllm_lab.scheduler import Sampled, Step
+from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.workload import Request, RequestId, Workload
+
+
+class Decision(NamedTuple):
+    """What parity compares: everything the scheduler decided for a step, and when."""
+
+    start_us: int
+    tokens: tuple[tuple[int, int, int], ...]  # (id, num_tokens, num_computed_tokens)
+    admitted: tuple[int, ...]
+    preempted: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """The outcome. `step` is the first that differs, with what each host decided; `None` if all are identical."""
+
+    num_steps: int
+    step: int | None = None
+    engine: Decision | None = None
+    simulator: Decision | None = None
+
+    @property
+    def is_identical(self) -> bool:
+        return self.step is None
+
+
+class _DifferenceError(Exception):
+    def __init__(self, step: int, simulator: Decision) -> None:
+        super().__init__(step)
+        self.step = step
+        self.simulator = simulator
+
+
+class Recorded:
+    """An engine run's times and tokens as a simulated host's answers; stops at the first decision that differs."""
+
+    def __init__(self, records: Records) -> None:
+        self._steps = records.steps
+        self._requests = {r.id: r for r in records.requests}
+        self._num_drawn = dict.fromkeys(self._requests, 0)
+        self._next = 0
+
+    def wake_us(self, until_us: int) -> int:
+        # A real host oversleeps; it looked again when its next step started.
+        if self._next < len(self._steps):
+            return max(until_us, self._steps[self._next].start_us)
+        return until_us
+
+    def end_us(self, step: Step) -> int:
+        decided = _decision_of_step(step)
+        if self._next == len(self._steps) or _decision_of_record(self._steps[self._next]) != decided:
+            raise _DifferenceError(step.index, decided)
+        self._next += 1
+        return self._steps[step.index].end_us
+
+    def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
+        return {c.id: self._draw(self._requests[c.id]) for c in step.chunks if c.samples}
+
+    def _draw(self, request: RequestRecord) -> Sampled:
+        position = self._num_drawn[request.id]
+        self._num_drawn[request.id] += 1
+        # A request cancelled while its step ran drew a token that nobody kept.
+        if position >= request.output_tokens:
+            return Sampled(-1)
+        is_last = position == request.output_tokens - 1
+        return Sampled(request.output_token_ids[position], is_last and request.finish_reason is FinishReason.STOP)
+
+
+def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
+    """Compare an engine run's decisions with the simulator's on the same arrivals, step times and tokens.
+
+    Args:
+        policy: decides in the simulator instead of the run's own, to see where it would part ways.
+
+    Raises:
+        ConfigError: the run is not an engine's.
+    """
+    if run.manifest.host != "engine":
+        raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted: an engine run")
+    records = run.records
+    try:
+        simulated = run_simulation(
+            _as_it_arrived(run.workload, records),
+            run.manifest.instance_config(),
+            policy or run.manifest.batch_policy(),
+            Recorded(records),
+            vocab_size=run.manifest.model["vocab_size"],
+            step_time=run.manifest.step_time_model(),
+        )
+    except _DifferenceError as difference:
+        engine = None
+        if difference.step < len(records.steps):
+            engine = _decision_of_record(records.steps[difference.step])
+        return Parity(num_steps=len(records.steps), step=difference.step, engine=engine, simulator=difference.simulator)
+    except PolicyError:
+        simulated = Records()  # it gave up before the engine did; the count below says where
+    if len(simulated.steps) < len(records.steps):
+        step = len(simulated.steps)
+        return Parity(num_steps=len(records.steps), step=step, engine=_decision_of_record(records.steps[step]))
+    return Parity(num_steps=len(records.steps))
+
+
+def _as_it_arrived(workload: Workload, records: Records) -> Workload:
+    """The workload with the arrivals of a run, which in a closed loop are known only afterwards."""
+    arrival_us = {r.id: r.arrival_us for r in records.requests}
+
+    def moved(request: Request) -> Request:
+        shift_us = arrival_us[request.id] - request.arrival_us
+        cancel_us = None if request.cancel_us is None else request.cancel_us + shift_us
+        return replace(request, arrival_us=arrival_us[request.id], cancel_us=cancel_us)
+
+    return replace(workload, requests=tuple(map(moved, workload.requests)), closed_loop=None)
+
+
+def _decision_of_step(step: Step) -> Decision:
+    tokens = tuple((int(c.id), c.num_tokens, c.num_computed_tokens) for c in step.chunks)
+    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason)
+
+
+def _decision_of_record(step: StepRecord) -> Decision:
+    tokens = tuple(zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True))
+    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason)

@@ -1,0 +1,59 @@
+"""The tensors behind the KV ledger's block ids."""
+
+# ruff: noqa: N815  (shapes live in the names of fields, too)
+# Shapes: B blocks, P tokens per block, K KV heads, H head dim
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xllm_lab.engine.device import Device
+from xllm_lab.engine.model_config import ModelConfig
+from xllm_lab.errors import ConfigError
+
+
+class LayerKv(NamedTuple):
+    """One layer's keys and values, each [B, P, K, H]."""
+
+    k_BPKH: Tensor
+    v_BPKH: Tensor
+
+
+class KvPool:
+    """Every layer's KV blocks. Which block belongs to whom is the ledger's business.
+
+    Attributes:
+        layers: one `LayerKv` a layer.
+        num_blocks: B.
+        block_size: P, in tokens.
+        num_bytes: of all layers together.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: Device
+    ) -> None:
+        """Allocates the pool, zeroed so that a slot never written cannot hold a NaN.
+
+        Raises:
+            ConfigError: a count below 1, or more bytes than the device has free.
+        """
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, at least 1 is accepted")
+        self.num_blocks, self.block_size = num_blocks, block_size
+        block_bytes = block_size * config.kv_bytes_per_token(dtype)
+        self.num_bytes = num_blocks * block_bytes
+        free_bytes = device.memory().free_bytes
+        if self.num_bytes > free_bytes:
+            raise ConfigError(
+                f"num_blocks is {num_blocks}: {block_size} tokens each take {self.num_bytes} bytes of KV, "
+                f"{free_bytes} are free on {device.name}; at most {free_bytes // block_bytes} blocks are accepted"
+            )
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.layers = tuple(
+            LayerKv(*(torch.zeros(shape, dtype=dtype, device=device.torch_device) for _ in "kv"))
+            for _ in range(config.num_layers)
+        )

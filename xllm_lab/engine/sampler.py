@@ -1,0 +1,62 @@
+"""Drawing the next token from logits."""
+
+# Shapes: R rows, V vocabulary, C candidates of one row
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xllm_lab.workload import RequestId, Sampling
+
+
+def sample(
+    logits_RV: Tensor, params: Sequence[Sampling], ids: Sequence[RequestId], positions: Sequence[int]
+) -> list[int]:
+    """One token a row.
+
+    Greedy rows take the largest logit, the smallest id among equals. The draw of any other row is a function of its
+    logits and (seed, request id, output position): the rest of the batch cannot move it.
+
+    Args:
+        logits_RV: float32.
+        params, ids, positions: for each row, how to draw, whose it is, and which output token it becomes (0 first).
+    """
+    assert len(logits_RV) == len(params) == len(ids) == len(positions)
+    tokens: list[int] = logits_RV.argmax(-1).tolist()  # torch documents the first of equal maxima
+    for row, sampling in enumerate(params):
+        if sampling.temperature > 0:
+            tokens[row] = _draw(logits_RV[row], sampling, (sampling.seed, ids[row], positions[row]))
+    return tokens
+
+
+def _draw(logits_V: Tensor, sampling: Sampling, key: tuple[int, int, int]) -> int:
+    """Inverse transform: the first candidate whose cumulated probability exceeds a uniform number."""
+    # A negative seed is as good as any; numpy wants it unsigned.
+    uniform = np.random.default_rng([part % 2**64 for part in key]).random()
+    ids_C = _candidates(logits_V, sampling.top_k, wants_order=sampling.top_p < 1)
+    probabilities_C = torch.softmax(logits_V[ids_C].double() / sampling.temperature, -1)
+    cumulated_C = probabilities_C.cumsum(-1)
+    if sampling.top_p < 1:
+        # The smallest set that reaches top_p: everything up to the first candidate at which the sum gets there.
+        kept = int(torch.searchsorted(cumulated_C, sampling.top_p)) + 1
+        cumulated_C = cumulated_C[:kept]
+    index = int(torch.searchsorted(cumulated_C, uniform * cumulated_C[-1], right=True))
+    return int(ids_C[min(index, len(cumulated_C) - 1)])
+
+
+def _candidates(logits_V: Tensor, top_k: int, *, wants_order: bool) -> Tensor:
+    """Ids of the `top_k` largest logits (0: of all), the largest first if they are cut or `wants_order`.
+
+    Equal logits are ordered by id, so that the same ids are kept on every device.
+    """
+    if 0 < top_k < len(logits_V):
+        smallest_kept = logits_V.topk(top_k).values[-1]
+        ids_C = (logits_V >= smallest_kept).nonzero().squeeze(-1)
+        return ids_C[logits_V[ids_C].argsort(descending=True, stable=True)][:top_k]
+    if wants_order:
+        return logits_V.argsort(descending=True, stable=True)
+    return torch.arange(len(logits_V), device=logits_V.device)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from xllm_lab.errors import PolicyError
@@ -60,8 +60,7 @@ class Feed:
             for request in workload.requests:
                 self._push(request)
         else:
-            by_id = sorted(workload.requests, key=lambda r: r.id, reverse=True)
-            self._backlog = by_id
+            self._backlog = sorted(workload.requests, key=lambda r: r.id, reverse=True)
             for _ in range(self._loop.num_clients):
                 self._send_next(0)
 
@@ -84,15 +83,12 @@ class Feed:
 
     def _send_next(self, now_us: int) -> None:
         if self._backlog:
-            request = self._backlog.pop()
-            shift_us = now_us - request.arrival_us
-            cancel_us = None if request.cancel_us is None else request.cancel_us + shift_us
-            self._push(replace(request, arrival_us=now_us, cancel_us=cancel_us))
+            self._push(self._backlog.pop().at(now_us))
 
     def _push(self, request: Request) -> None:
         heapq.heappush(self._events, (request.arrival_us, _ARRIVES, request.id, request))
         if request.cancel_us is not None:
-            heapq.heappush(self._events, (max(request.cancel_us, request.arrival_us), _CANCELS, request.id, request))
+            heapq.heappush(self._events, (request.cancel_us, _CANCELS, request.id, request))
 
 
 def serve(

@@ -12,7 +12,7 @@ from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled, Step
 from xllm_lab.sim.simulator import run_simulation
-from xllm_lab.workload import Request, RequestId, Workload
+from xllm_lab.workload import RequestId, Workload
 
 
 class Decision(NamedTuple):
@@ -119,12 +119,8 @@ def _as_it_arrived(workload: Workload, records: Records) -> Workload:
     """The workload with the arrivals of a run, which in a closed loop are known only afterwards."""
     arrival_us = {r.id: r.arrival_us for r in records.requests}
 
-    def moved(request: Request) -> Request:
-        shift_us = arrival_us[request.id] - request.arrival_us
-        cancel_us = None if request.cancel_us is None else request.cancel_us + shift_us
-        return replace(request, arrival_us=arrival_us[request.id], cancel_us=cancel_us)
-
-    return replace(workload, requests=tuple(map(moved, workload.requests)), closed_loop=None)
+    moved = tuple(request.at(arrival_us[request.id]) for request in workload.requests)
+    return replace(workload, requests=moved, closed_loop=None)
 
 
 def _decision_of_step(step: Step) -> Decision:

@@ -1,0 +1,244 @@
+"""The engine as a host of the serving loop: it runs each step on a device and answers with measured time and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xllm_lab.engine.clock import Clock, make_clock
+from xllm_lab.engine.device import DTYPES, Device, open_device
+from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model
+from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.sampler import sample
+from xllm_lab.errors import ConfigError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.records import Recorder, Records
+from xllm_lab.runs import Manifest, Run, describe, write_run
+from xllm_lab.scheduler import Sampled, Scheduler, Step
+from xllm_lab.serving import Completion, Idle, Woke, serve
+from xllm_lab.step_time import Chunk, StepTime, features, fit
+from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What is served, where, and on whose time.
+
+    Attributes:
+        model: "smollm2-135m", a folder with config.json and safetensors, or a .gguf file.
+        device: "cpu", "cuda", "npu", or "auto".
+        dtype: "float32", "bfloat16", or "auto" for the device's default.
+        threads: compute threads on a CPU.
+        clock: "wall" replays in real time; "virtual" jumps over idle gaps.
+        timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
+    """
+
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 1
+    clock: str = "virtual"
+    timer: str = "wall"
+
+
+class Engine:
+    """A loaded model on an open device; serves any number of workloads, one after another.
+
+    Raises:
+        ConfigError: an unknown device, dtype, clock or timer.
+        ModelError: the model cannot be loaded.
+    """
+
+    def __init__(self, options: EngineOptions | None = None) -> None:
+        self.options = options or EngineOptions()
+        if self.options.dtype not in (*DTYPES, "auto"):
+            raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
+        make_clock(self.options.clock, self.options.timer)
+        if self.options.timer == "cpu" and self.options.threads != 1:
+            raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
+        self.device: Device = open_device(self.options.device, threads=self.options.threads)
+        self.model: LoadedModel = load_model(
+            self.options.model, device=self.device, dtype=DTYPES.get(self.options.dtype)
+        )
+
+    def serve(
+        self,
+        workload: Workload,
+        config: InstanceConfig,
+        policy: BatchPolicy,
+        recorder: Recorder,
+        *,
+        step_time: StepTime | None = None,
+    ) -> None:
+        """Serve a workload to its end; records go to `recorder` as they come.
+
+        Raises:
+            RequestTooLargeError: a request could never run on this configuration.
+            ConfigError: the KV pool does not fit, the context is longer than the model's, or step times are missing.
+            PolicyError: the policy planned something illegal, or starves a request.
+        """
+        self._refuse(workload, config)
+        scheduler = Scheduler(config, policy, recorder, step_time=step_time)
+        runner = self._runner(config)
+        prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
+        _warm_up(runner, config)
+        clock = make_clock(self.options.clock, self.options.timer)
+        conversation = serve(scheduler, workload, lambda r: prompts.pop(r.id))
+        try:
+            command = next(conversation)
+            while True:
+                if isinstance(command, Idle):
+                    command = conversation.send(Woke(clock.wait_until(command.until_us)))
+                else:
+                    sampled = self._run(runner, scheduler, command)
+                    command = conversation.send(Completion(_end_us(clock, command), sampled))
+        except StopIteration:
+            return
+
+    def replay(
+        self,
+        workload: Workload,
+        config: InstanceConfig,
+        policy: BatchPolicy,
+        *,
+        out: Path,
+        step_time: StepTime | None = None,
+        recorder: Records | None = None,
+    ) -> Run:
+        """Serve a workload and write the run folder.
+
+        A policy that needs step times gets this machine's, measured first, unless `step_time` has them.
+
+        Raises:
+            as `serve`, and RunError if the folder exists or cannot be written.
+        """
+        if step_time is None and getattr(policy, "needs_step_time", False):
+            step_time = self.measure_step_time(config)
+        records = Records() if recorder is None else recorder
+        self.serve(workload, config, policy, records, step_time=step_time)
+        timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
+        manifest = Manifest(
+            host="engine", timing=timing, model=self.describe(), **describe(config, policy, step_time, workload)
+        )
+        return write_run(out, manifest, workload, records)
+
+    def describe(self) -> dict[str, Any]:
+        """The model and device, for manifests."""
+        dtype = self.model.model.dtype
+        return {
+            "name": self.model.name,
+            "checksum": self.model.checksum,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": self.device.description,
+            "vocab_size": self.model.config.vocab_size,
+            "max_model_len": self.model.config.max_position,
+            "kv_bytes_per_token": self.model.config.kv_bytes_per_token(dtype),
+        }
+
+    def measure_step_time(self, config: InstanceConfig) -> StepTime:
+        """Fit step times to a grid of synthetic steps, as xLLM's `enable_profile_step_time` does at start-up."""
+        runner = self._runner(config)
+        longest = min(1024, config.num_kv_tokens // 2, config.max_model_len)
+        prefills = [((Chunk(n, 0),), n) for n in _halves(longest)]
+        chunked = [((Chunk(n, longest - n),), n) for n in _halves(longest)[1:]]
+        decodes = [
+            (tuple(Chunk(1, context) for _ in range(count)), count)
+            for context in _halves(longest)[1::2]
+            for count in (1, 4, 16)
+            if count * (context + 1 + config.block_size) <= config.num_kv_tokens
+        ]
+        rows, times = [], []
+        for chunks, _ in (prefills + chunked + decodes) * 3:
+            steps = _synthetic(chunks, config)
+            clock = make_clock("virtual", self.options.timer)
+            runner.run(steps).argmax(-1).tolist()
+            rows.append(features(chunks, len(chunks)))
+            times.append(clock.now_us())
+        return fit(rows, times)
+
+    def _refuse(self, workload: Workload, config: InstanceConfig) -> None:
+        if config.max_model_len > self.model.config.max_position:
+            raise ConfigError(
+                f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
+                f"{self.model.config.max_position}"
+            )
+        for request in workload.requests:
+            config.refuse_if_too_large(request)
+            for token in request.prompt.token_ids or ():
+                if not 0 <= token < self.model.config.vocab_size:
+                    raise ConfigError(
+                        f"request {request.id}: token id {token}; the vocabulary accepts 0 to "
+                        f"{self.model.config.vocab_size - 1}"
+                    )
+
+    def _runner(self, config: InstanceConfig) -> Runner:
+        pool = KvPool(
+            self.model.config,
+            num_blocks=config.num_kv_blocks,
+            block_size=config.block_size,
+            dtype=self.model.model.dtype,
+            device=self.device,
+        )
+        return Runner(self.model.model, pool, self.device)
+
+    def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
+        return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
+
+    def _run(self, runner: Runner, scheduler: Scheduler, step: Step) -> Mapping[RequestId, Sampled]:
+        states = [scheduler.state(c.id) for c in step.chunks]
+        logits_RV = runner.run(
+            [
+                SequenceChunk(
+                    state.token_ids(c.num_computed_tokens, c.num_computed_tokens + c.num_tokens).tolist(),
+                    c.num_computed_tokens,
+                    scheduler.ledger.block_table(c.id),
+                    c.samples,
+                )
+                for c, state in zip(step.chunks, states, strict=True)
+            ]
+        )
+        drawing = [state for c, state in zip(step.chunks, states, strict=True) if c.samples]
+        tokens = sample(
+            logits_RV,
+            [s.request.sampling for s in drawing],
+            [s.id for s in drawing],
+            [s.record.output_tokens for s in drawing],
+        )
+        return {s.id: Sampled(t, self._stops(s.request, t)) for s, t in zip(drawing, tokens, strict=True)}
+
+    def _stops(self, request: Request, token: int) -> bool:
+        sampling = request.sampling
+        return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
+
+
+def _end_us(clock: Clock, step: Step) -> int:
+    # A step shorter than the clock's tick would end when it started.
+    return max(clock.now_us(), step.start_us + 1)
+
+
+def _warm_up(runner: Runner, config: InstanceConfig) -> None:
+    """Steps of a few shapes before the clock starts: the first call of a kernel pays for choosing and packing it."""
+    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch)
+    for num_tokens in _halves(longest):
+        runner.run(_synthetic((Chunk(num_tokens, 0),), config))
+
+
+def _halves(longest: int) -> list[int]:
+    return [longest >> k for k in range(longest.bit_length())]
+
+
+def _synthetic(chunks: Sequence[Chunk], config: InstanceConfig) -> list[SequenceChunk]:
+    """Chunks over made-up tokens, each sequence on blocks of its own."""
+    made: list[SequenceChunk] = []
+    next_block = 0
+    for num_tokens, num_computed in chunks:
+        num_blocks = -(-(num_tokens + num_computed) // config.block_size)
+        table = range(next_block, next_block + num_blocks)
+        next_block += num_blocks
+        made.append(SequenceChunk(list(range(1, num_tokens + 1)), num_computed, table, True))
+    assert next_block <= config.num_kv_blocks, "the synthetic step is larger than the pool"
+    return made

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -269,11 +269,12 @@ class Scheduler:
             preempted += plan.preempt
             for request_id in plan.preempt:
                 self._preempt(self._live[request_id])
-            if plan.tokens:
+            if plan.tokens and (not plan.preempt or self._still_fits(plan, now_us)):
                 return self._act(plan, tuple(preempted), now_us)
             if not plan.preempt:
                 break
-            # Two victims that shared blocks free more together than the policy could count: it gets another look.
+            # What a preemption frees is an estimate: two victims that shared blocks free more together than the policy
+            # could count, and a victim's blocks that an admitted prompt takes over free none. It gets another look.
         return None
 
     def complete(self, step: Step, end_us: int, sampled: Mapping[RequestId, Sampled]) -> tuple[RequestId, ...]:
@@ -314,6 +315,9 @@ class Scheduler:
         if broken := batch_violations(view, plan):
             raise PolicyError(f"policy {policy_name(self.policy)} at step {self._num_steps}: {'; '.join(broken)}")
         return plan
+
+    def _still_fits(self, plan: BatchPlan, now_us: int) -> bool:
+        return not batch_violations(self._observe(now_us), replace(plan, preempt=()))
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
         admitted = tuple(i for i in plan.tokens if not self._live[i].is_running)

@@ -210,7 +210,8 @@ def ceil_div(amount: int, unit: int) -> int:
 def blocks_to_take(view: BatchView, request: RequestView, num_new_tokens: int) -> int:
     """Free blocks that `num_new_tokens` more tokens of a request take, its idle cached blocks included.
 
-    Two requests that share idle cached blocks count them twice: an upper bound, so a plan that fits is sure to.
+    Two requests that share idle cached blocks count them twice: an upper bound, so a plan that fits is sure to. Only a
+    prompt whose cached blocks the same plan's preemptions make idle takes more; the host then asks the policy again.
     """
     target = ceil_div(request.num_computed_tokens + num_new_tokens, view.block_size)
     return target - request.num_blocks + request.num_idle_blocks

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from xllm_lab.errors import ConfigError, RequestTooLargeError
-from xllm_lab.policies.api import Choice, Knob, ceil_div
+from xllm_lab.policies.api import Choice, Flag, Knob, ceil_div
 from xllm_lab.workload import Request
 
 
@@ -23,11 +23,11 @@ class InstanceConfig:
         max_model_len: the model's context; no prompt and output together may exceed it.
     """
 
-    max_tokens_per_batch: Annotated[int, Knob(64, 10240, log=True)] = 10240
-    max_seqs_per_batch: Annotated[int, Knob(4, 200, log=True)] = 200
-    block_size: Annotated[int, Choice(16, 32, 64, 128)] = 128
+    max_tokens_per_batch: Annotated[int, Knob(64, 10240, log=True), Flag("max_tokens_per_batch")] = 10240
+    max_seqs_per_batch: Annotated[int, Knob(4, 200, log=True), Flag("max_seqs_per_batch")] = 200
+    block_size: Annotated[int, Choice(16, 32, 64, 128), Flag("block_size")] = 128
     num_kv_blocks: Annotated[int, Knob(32, 4096, log=True)] = 256
-    enable_prefix_cache: Annotated[bool, Choice(False, True)] = True
+    enable_prefix_cache: Annotated[bool, Choice(False, True), Flag("enable_prefix_cache")] = True
     max_model_len: int = 8192
 
     def __post_init__(self) -> None:

@@ -44,6 +44,14 @@ class Choice:
         object.__setattr__(self, "values", values)
 
 
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """xLLM's name for a field; its value there is ours divided by `divide_by`."""
+
+    name: str
+    divide_by: int = 1
+
+
 class StepTimeView(Protocol):
     """What the host knows of this machine's step times (fitted; see `xllm_lab.step_time`)."""
 
@@ -168,6 +176,8 @@ class BatchPolicy(Protocol):
     """Which requests compute how many tokens in the next step."""
 
     decides: ClassVar[str]
+    # Flags that make xLLM schedule like this, whatever the knobs say. A policy without them cannot be exported.
+    # xllm_flags: ClassVar[Mapping[str, bool | str]]
 
     def decide(self, view: BatchView) -> BatchPlan:
         """A legal plan (see `checks.batch_violations`); empty only if nothing can run. Pure."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import xllm_lab.policies as package
 from xllm_lab.errors import ConfigError
-from xllm_lab.policies.api import BatchPolicy, Choice, Knob
+from xllm_lab.policies.api import BatchPolicy, Choice, Flag, Knob
 
 ENTRY_POINT_GROUP = "xllm_lab.policies"
 
@@ -70,13 +70,12 @@ def configured(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def knobs(cls: type[Any]) -> dict[str, Knob | Choice]:
     """The searchable fields of a dataclass, in order of definition."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    found: dict[str, Knob | Choice] = {}
-    for f in dataclasses.fields(cls):
-        for note in getattr(hints[f.name], "__metadata__", ()):
-            if isinstance(note, Knob | Choice):
-                found[f.name] = note
-    return found
+    return {name: note for name, note in _notes(cls) if isinstance(note, Knob | Choice)}
+
+
+def flags(cls: type[Any]) -> dict[str, Flag]:
+    """The fields of a dataclass that xLLM has a flag for, in order of definition."""
+    return {name: note for name, note in _notes(cls) if isinstance(note, Flag)}
 
 
 def values_of(instance: object) -> dict[str, Any]:
@@ -84,6 +83,13 @@ def values_of(instance: object) -> dict[str, Any]:
     assert dataclasses.is_dataclass(instance)
     assert not isinstance(instance, type)
     return dataclasses.asdict(instance)
+
+
+def _notes(cls: type[Any]) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for f in dataclasses.fields(cls):
+        for note in getattr(hints[f.name], "__metadata__", ()):
+            yield f.name, note
 
 
 def _as_type(name: str, value: Any, hint: Any) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, Packing
+from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Flag, Knob, Packing
 from xllm_lab.policies.batch.admission import (
     ORDERS,
     Admission,
@@ -27,12 +28,13 @@ class PrefillFirst:
     """
 
     decides: ClassVar[str] = "batch"
+    xllm_flags: ClassVar[Mapping[str, bool | str]] = {"enable_chunked_prefill": True, "enable_mix_batch": False}
 
-    max_tokens_per_chunk: Annotated[int, Knob(32, 10240, log=True)] = 10240
-    watermark_frac: Annotated[float, Knob(0.5, 1.0)] = 0.95
-    order: Annotated[str, Choice(*ORDERS)] = "fcfs"
-    max_ttft_us: int | None = None
-    max_tpot_us: int | None = None
+    max_tokens_per_chunk: Annotated[int, Knob(32, 10240, log=True), Flag("max_tokens_per_chunk_for_prefill")] = 10240
+    watermark_frac: Annotated[float, Knob(0.5, 1.0), Flag("prefill_scheduling_memory_usage_threshold")] = 0.95
+    order: Annotated[str, Choice(*ORDERS), Flag("priority_strategy")] = "fcfs"
+    max_ttft_us: Annotated[int | None, Flag("max_global_ttft_ms", divide_by=1000)] = None
+    max_tpot_us: Annotated[int | None, Flag("max_global_tpot_ms", divide_by=1000)] = None
 
     def __post_init__(self) -> None:
         queue_order(self.order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Annotated, ClassVar, NamedTuple
@@ -11,6 +12,7 @@ from xllm_lab.policies.api import (
     BatchPlan,
     BatchView,
     Choice,
+    Flag,
     Knob,
     Packing,
     RequestId,
@@ -55,10 +57,17 @@ class UnifiedSlo:
 
     decides: ClassVar[str] = "batch"
     needs_step_time: ClassVar[bool] = True
+    xllm_flags: ClassVar[Mapping[str, bool | str]] = {
+        "enable_chunked_prefill": True,
+        "enable_mix_batch": True,
+        "enable_profile_step_time": True,
+        "enable_latency_aware_schedule": True,
+        "priority_strategy": "multi_slo_and_prio",
+    }
 
-    aggressive_coeff: Annotated[float, Knob(0.25, 4.0, log=True)] = 1.0
-    starve_threshold: Annotated[float, Knob(0.25, 8.0, log=True)] = 1.0
-    enable_starve_prevent: Annotated[bool, Choice(False, True)] = True
+    aggressive_coeff: Annotated[float, Knob(0.25, 4.0, log=True), Flag("aggressive_coeff")] = 1.0
+    starve_threshold: Annotated[float, Knob(0.25, 8.0, log=True), Flag("starve_threshold")] = 1.0
+    enable_starve_prevent: Annotated[bool, Choice(False, True), Flag("enable_starve_prevent")] = True
     max_preemptions: int = 3
 
     def decide(self, view: BatchView) -> BatchPlan:

@@ -1,0 +1,40 @@
+"""The JSON that xLLM reads with `--config_json_file`: flag names and values, one flat object.
+
+Names and meanings are those of xLLM at 3906f5a (xllm/core/framework/config/*.cpp). In that version a flag on the
+command line wins over the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from xllm_lab.errors import ConfigError
+from xllm_lab.policies.catalog import flags, policies, policy_name, values_of
+from xllm_lab.tuning.space import Candidate
+
+
+class XllmConfig(NamedTuple):
+    """See `Export`."""
+
+    config: dict[str, Any]
+    left_out: dict[str, Any]
+
+
+def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
+    """Flags for a configuration. ConfigError if xLLM has no scheduler like the policy."""
+    fixed = getattr(candidate.policy, "xllm_flags", None)
+    if fixed is None:
+        able = ", ".join(name for name, cls in policies("batch").items() if hasattr(cls, "xllm_flags"))
+        raise ConfigError(f"policy {policy_name(candidate.policy)} has no equivalent in xLLM; accepted: {able}")
+    config: dict[str, Any] = {"max_cache_size": candidate.instance.num_kv_tokens * kv_bytes_per_token}
+    left_out: dict[str, Any] = {}
+    # The pool's size is in max_cache_size; the context is the model's own.
+    told_otherwise = {"num_kv_blocks", "max_model_len"}
+    for part in (candidate.instance, candidate.policy):
+        named = flags(type(part))
+        for field, value in values_of(part).items():
+            if field in named and value is not None:
+                config[named[field].name] = value if named[field].divide_by == 1 else value // named[field].divide_by
+            elif value is not None and field not in told_otherwise:
+                left_out[field] = value
+    return XllmConfig({**config, **fixed}, left_out)

@@ -1,0 +1,82 @@
+"""What a configuration is worth: a pure function from a trial's specification to its report, both plain data."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
+from xllm_lab.formats import read_trace
+from xllm_lab.metrics import summarize
+from xllm_lab.sim.calibrate import Calibration, read_calibration
+from xllm_lab.sim.cost.fitted import FittedCost
+from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.tuning.space import candidate
+from xllm_lab.workload import Workload
+
+# A configuration that cannot run violates by this much, so that a sampler learns to stay away from it.
+CANNOT_RUN = 1.0
+
+
+def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
+    """Simulate a candidate on every workload of the specification.
+
+    Args:
+        spec: {"workloads": [paths], "calibration": path, "min_slo_attainment_frac": float, "candidate": ...}.
+
+    Returns:
+        {"goodput_per_s": mean over workloads, "constraints": {name: at most 0 is kept}, "extrapolated_frac": largest,
+        "summaries": one per workload, "failure": None or why it cannot run}.
+    """
+    chosen = candidate(spec["candidate"])
+    calibration = _calibration(spec["calibration"])
+    summaries: list[dict[str, Any]] = []
+    extrapolated = 0.0
+    try:
+        for path in spec["workloads"]:
+            workload = _workload(path)
+            for request in workload.requests:
+                chosen.instance.refuse_if_too_large(request)
+            cost = FittedCost(calibration)
+            records = run_simulation(
+                workload,
+                chosen.instance,
+                chosen.policy,
+                Predicted(cost),
+                vocab_size=calibration.model["vocab_size"],
+                step_time=calibration.step_time,
+            )
+            summaries.append(summarize(records).as_dict())
+            extrapolated = max(extrapolated, cost.extrapolated_frac)
+    except (RequestTooLargeError, ConfigError, PolicyError) as error:
+        return _failed(type(error).__name__, str(error))
+    attained = min(s["slo_attainment_frac"] for s in summaries)
+    return {
+        "goodput_per_s": sum(s["goodput_per_s"] for s in summaries) / len(summaries),
+        "constraints": {"runs": 0.0, "slo_attainment": spec["min_slo_attainment_frac"] - attained},
+        "extrapolated_frac": extrapolated,
+        "summaries": summaries,
+        "failure": None,
+    }
+
+
+def _failed(category: str, reason: str) -> dict[str, Any]:
+    return {
+        "goodput_per_s": 0.0,
+        "constraints": {"runs": CANNOT_RUN, "slo_attainment": CANNOT_RUN},
+        "extrapolated_frac": 0.0,
+        "summaries": [],
+        "failure": f"{category}: {reason}",
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def _workload(path: str) -> Workload:
+    return read_trace(Path(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _calibration(path: str) -> Calibration:
+    return read_calibration(Path(path))

@@ -1,0 +1,133 @@
+"""The search space, read from the annotations of `InstanceConfig` and of the chosen policies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+
+from xllm_lab.errors import ConfigError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import BatchPolicy, Choice, Knob
+from xllm_lab.policies.catalog import configured, knobs, make_batch_policy, policies, policy_name, values_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One full configuration of an instance."""
+
+    instance: InstanceConfig
+    policy: BatchPolicy
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `candidate` turns it back."""
+        return {
+            "instance": values_of(self.instance),
+            "policy": {"name": policy_name(self.policy), **values_of(self.policy)},
+        }
+
+
+def candidate(value: dict[str, Any]) -> Candidate:
+    """Inverse of `Candidate.as_dict`; ConfigError for unknown fields or values."""
+    policy = dict(value["policy"])
+    return Candidate(
+        instance=configured(InstanceConfig, value["instance"]),
+        policy=make_batch_policy(policy.pop("name"), policy),
+    )
+
+
+def num_changes(one: Candidate, other: Candidate) -> int:
+    """Fields in which two configurations differ; another policy counts as one."""
+    a, b = one.as_dict(), other.as_dict()
+    parts = [(a["instance"], b["instance"])]
+    if a["policy"]["name"] == b["policy"]["name"]:
+        parts.append((a["policy"], b["policy"]))
+    differing = sum(int(x[k] != y[k]) for x, y in parts for k in x)
+    return differing + int(len(parts) == 1)
+
+
+class Space:
+    """All candidates around a default one.
+
+    KV memory is what the default has: more blocks than fit are cut, so a larger block means fewer of them.
+
+    Args:
+        default: the incumbent; fields without a knob keep its values.
+        policy_names: policies to choose from; empty means the default's own.
+
+    Raises:
+        ConfigError: an unknown policy, or a default outside its own knobs' ranges.
+    """
+
+    def __init__(self, default: Candidate, policy_names: Sequence[str] = ()) -> None:
+        self.default = default
+        known = policies("batch")
+        for name in policy_names:
+            if name not in known:
+                raise ConfigError(f"unknown batch policy {name!r}; accepted: {', '.join(known)}")
+        own = policy_name(default.policy)
+        self.policy_names = tuple(dict.fromkeys((own, *policy_names)))
+        self._policies = {name: known[name] for name in self.policy_names}
+
+    def default_params(self) -> dict[str, Any]:
+        """The default as a trial's parameters."""
+        own = policy_name(self.default.policy)
+        params: dict[str, Any] = {"policy": own} if len(self.policy_names) > 1 else {}
+        for prefix, part in (("", self.default.instance), (f"{own}.", self.default.policy)):
+            for name, note in knobs(type(part)).items():
+                value = getattr(part, name)
+                _refuse_outside(prefix + name, value, note)
+                params[prefix + name] = value
+        return params
+
+    def suggest(self, trial: optuna.Trial) -> Candidate:
+        """Draw a candidate. Several policies make a conditional space: only the drawn one's knobs are drawn."""
+        name = self.policy_names[0]
+        if len(self.policy_names) > 1:
+            name = trial.suggest_categorical("policy", self.policy_names)
+        drawn = dict(_draw(trial, "", InstanceConfig))
+        cls = self._policies[name]
+        held = values_of(self.default.policy) if name == policy_name(self.default.policy) else {}
+        policy = make_batch_policy(name, {**held, **dict(_draw(trial, f"{name}.", cls))})
+        return Candidate(instance=self._within_memory(replace(self.default.instance, **drawn)), policy=policy)
+
+    def describe(self) -> dict[str, Any]:
+        """The space as plain data, for the study's manifest."""
+        parts = [("", InstanceConfig), *((f"{name}.", cls) for name, cls in self._policies.items())]
+        ranges = {
+            prefix + name: list(note.values) if isinstance(note, Choice) else [note.low, note.high, note.log]
+            for prefix, cls in parts
+            for name, note in knobs(cls).items()
+        }
+        return {"policies": list(self.policy_names), "knobs": ranges, "default": self.default.as_dict()}
+
+    def _within_memory(self, instance: InstanceConfig) -> InstanceConfig:
+        most = self.default.instance.num_kv_tokens // instance.block_size
+        return replace(instance, num_kv_blocks=min(instance.num_kv_blocks, most))
+
+
+def fingerprint(value: Any) -> str:
+    """Plain data as one line in which equal data are equal."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _draw(trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
+    hints = cls.__annotations__
+    for name, note in knobs(cls).items():
+        if isinstance(note, Choice):
+            yield name, trial.suggest_categorical(prefix + name, note.values)
+        elif "int" in str(hints[name]):
+            yield name, trial.suggest_int(prefix + name, int(note.low), int(note.high), log=note.log)
+        else:
+            yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
+
+
+def _refuse_outside(name: str, value: Any, note: Knob | Choice) -> None:
+    if isinstance(note, Choice):
+        if value not in note.values:
+            raise ConfigError(f"default {name} is {value!r}, the space accepts {', '.join(map(str, note.values))}")
+    elif not note.low <= value <= note.high:
+        raise ConfigError(f"default {name} is {value}, the space accepts {note.low:g} to {note.high:g}")

@@ -54,6 +54,7 @@ class Feed:
 
     def __init__(self, workload: Workload) -> None:
         self._events: list[tuple[int, int, RequestId, Request]] = []
+        self._ended: set[RequestId] = set()
         self._loop = workload.closed_loop
         if self._loop is None:
             self._backlog: list[Request] = []
@@ -74,12 +75,20 @@ class Feed:
         if not self._events or self._events[0][0] > now_us:
             return None
         _, kind, _, request = heapq.heappop(self._events)
+        self._forget_the_ended()
         return kind == _ARRIVES, request
 
-    def on_end(self, now_us: int) -> None:
+    def on_end(self, request: RequestId, now_us: int) -> None:
         """A request ended; in a closed loop its client thinks and sends the next one."""
+        self._ended.add(request)
+        self._forget_the_ended()
         if self._loop is not None:
             self._send_next(now_us + self._loop.think_us)
+
+    def _forget_the_ended(self) -> None:
+        # Or an engine would wait, with nothing left to do, for a client that it has served to go away.
+        while self._events and self._events[0][1] == _CANCELS and self._events[0][2] in self._ended:
+            heapq.heappop(self._events)
 
     def _send_next(self, now_us: int) -> None:
         if self._backlog:
@@ -111,8 +120,8 @@ def serve(
             done = yield step
             assert isinstance(done, Completion), f"a step is answered by a Completion, not by {done}"
             now_us = done.end_us
-            for _ in scheduler.complete(step, now_us, done.sampled):
-                feed.on_end(now_us)
+            for request_id in scheduler.complete(step, now_us, done.sampled):
+                feed.on_end(request_id, now_us)
         elif feed.next_us is not None:
             woke = yield Idle(feed.next_us)
             assert isinstance(woke, Woke), f"idling is answered by a Woke, not by {woke}"
@@ -133,4 +142,4 @@ def _deliver(feed: Feed, scheduler: Scheduler, prompt_ids: Callable[[Request], T
         else:
             ended = scheduler.cancel(request.id, now_us)
         if ended:
-            feed.on_end(now_us)
+            feed.on_end(request.id, now_us)

@@ -1,0 +1,282 @@
+"""What every run must obey, whoever served it and under which policy: plain functions of its records.
+
+    conservation    every request has one record; every token is accounted for
+    causality       nothing of a request happens before its arrival, after its end, or without its tokens' blocks
+    time            steps are numbered without gaps and never overlap
+    capacity        tokens, sequences and KV blocks of every step stay within the configuration
+    catching up     step by step, computed tokens catch up with known ones; after a preemption from a cached prefix
+
+`obey_the_laws` runs them all. Each raises AssertionError with a sentence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from xllm_lab.errors import RequestTooLargeError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import ceil_div
+from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
+from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
+
+VOCAB_SIZE = 1000
+
+
+def obey_the_laws(
+    workload: Workload, config: InstanceConfig, records: Records, *, vocab_size: int = VOCAB_SIZE
+) -> None:
+    """All laws. `vocab_size` is the one the run's prompts were synthesised with."""
+    every_request_has_one_record(workload, records)
+    every_request_ends_as_it_should(workload, config, records)
+    every_token_is_accounted_for(records)
+    time_never_turns_back(records)
+    nothing_comes_before_its_cause(workload, records)
+    every_step_fits(config, records)
+    computed_catches_up_with_known(config, records)
+    prefix_hits_were_computed_before(workload, config, records, vocab_size=vocab_size)
+
+
+def every_request_has_one_record(workload: Workload, records: Records) -> None:
+    """Conservation: no request is lost, invented or changed on the way into its record."""
+    counts = Counter(r.id for r in records.requests)
+    for request in workload.requests:
+        assert counts[request.id] == 1, f"request {request.id} has {counts[request.id]} records"
+    sent: dict[int, Request] = {r.id: r for r in workload.requests}
+    for record in records.requests:
+        assert record.id in sent, f"request {record.id} has a record and was never sent"
+        request = sent[record.id]
+        told = (record.prompt_tokens, record.priority, record.ttft_slo_us, record.tpot_slo_us, record.e2e_slo_us)
+        slo = request.slo
+        asked = (request.prompt.num_tokens, request.priority, slo.ttft_us, slo.tpot_us, slo.e2e_us)
+        assert told == asked, f"request {record.id} asked for {asked}, its record says {told}"
+
+
+def every_request_ends_as_it_should(workload: Workload, config: InstanceConfig, records: Records) -> None:
+    """Conservation: served requests have their tokens, and the others a reason to have fewer."""
+    for request, record in _pairs(workload, records):
+        got, asked = record.output_tokens, request.output_tokens
+        name = f"request {record.id}, {record.finish_reason},"
+        assert record.finish_us is not None, f"{name} never ended"
+        assert len(record.output_token_ids) == got, f"{name} has {len(record.output_token_ids)} tokens and {got} times"
+        match record.finish_reason:
+            case FinishReason.LENGTH:
+                assert got == asked, f"{name} produced {got} of {asked} tokens"
+            case FinishReason.STOP:
+                assert 1 <= got <= asked, f"{name} produced {got} tokens, asked for at most {asked}"
+            case FinishReason.CANCELLED:
+                assert request.cancel_us is not None, f"{name} has a patient client"
+                assert got < asked, f"{name} had all its {asked} tokens already"
+                patience_us = request.cancel_us - request.arrival_us
+                left_us = record.arrival_us + patience_us
+                assert record.finish_us >= left_us, f"{name} ended at {record.finish_us}, its client left at {left_us}"
+            case _:
+                assert got == 0, f"{name} produced {got} tokens"
+                assert record.first_scheduled_us is None, f"{name} was scheduled"
+        too_large = _is_too_large(config, request)
+        is_rejected = record.finish_reason is FinishReason.REJECTED
+        assert too_large == is_rejected, f"{name} {'can never' if too_large else 'can'} run here"
+
+
+def every_token_is_accounted_for(records: Records) -> None:
+    """Conservation: steps and requests tell of the same tokens, preemptions, and first steps."""
+    computed: Counter[int] = Counter()
+    preempted: Counter[int] = Counter()
+    first_us: dict[int, int] = {}
+    for step in records.steps:
+        preempted.update(step.preempted)
+        for request_id, num_tokens in zip(step.ids, step.num_tokens, strict=True):
+            computed[request_id] += num_tokens
+            first_us.setdefault(request_id, step.start_us)
+    for record in records.requests:
+        name = f"request {record.id}"
+        counts = (record.num_preemptions, preempted[record.id])
+        assert counts[0] == counts[1], f"{name} lost its KV {counts[0]} times, in {counts[1]} steps"
+        begun = (record.first_scheduled_us, first_us.get(record.id))
+        assert begun[0] == begun[1], f"{name} was first scheduled at {begun[0]}, its first step starts at {begun[1]}"
+        if record.finish_reason in (FinishReason.LENGTH, FinishReason.STOP) and not record.num_preemptions:
+            missing = record.prompt_tokens - record.cached_tokens + record.output_tokens - 1
+            assert computed[record.id] == missing, f"{name} needed {missing} tokens, got {computed[record.id]}"
+    drawn = sum(r.output_tokens for r in records.requests)
+    rows = sum(s.num_logits for s in records.steps)
+    discarded = sum(1 for r in records.requests if r.finish_reason is FinishReason.CANCELLED)
+    assert drawn <= rows <= drawn + discarded, f"{rows} rows of logits for {drawn} tokens, {discarded} cancelled"
+
+
+def time_never_turns_back(records: Records) -> None:
+    """Time: steps count 0, 1, 2, ..., each lasts, and none starts before the one before it ended."""
+    for index, step in enumerate(records.steps):
+        assert step.step == index, f"step {index} is numbered {step.step}"
+        assert step.start_us < step.end_us, f"step {index} starts at {step.start_us} and ends at {step.end_us}"
+    for before, after in pairwise(records.steps):
+        assert before.end_us <= after.start_us, f"steps {before.step} and {after.step} overlap"
+
+
+def nothing_comes_before_its_cause(workload: Workload, records: Records) -> None:
+    """Causality: arrival <= first scheduled < first token < ... < last token <= finish, and no work outside."""
+    for request, record in _pairs(workload, records):
+        name, times, finish_us = f"request {record.id}", record.token_times_us, record.finish_us
+        assert finish_us is not None
+        if workload.closed_loop is None:
+            assert record.arrival_us == request.arrival_us, f"{name} arrived at {record.arrival_us}, was sent otherwise"
+        assert record.arrival_us <= finish_us, f"{name} ended before it arrived"
+        if record.first_scheduled_us is not None:
+            assert record.arrival_us <= record.first_scheduled_us, f"{name} was scheduled before it arrived"
+        for before, after in pairwise(times):
+            assert before < after, f"{name} has tokens at {before} and then at {after}"
+        if times:
+            assert record.first_scheduled_us is not None, f"{name} has tokens and was never scheduled"
+            assert record.first_scheduled_us < times[0], f"{name} has a token before its first step ended"
+            assert times[-1] <= finish_us, f"{name} has a token after its end"
+    lives: dict[int, RequestRecord] = {r.id: r for r in records.requests}
+    for step in records.steps:
+        for request_id in step.ids:
+            record = lives[request_id]
+            assert record.arrival_us <= step.start_us, f"step {step.step} computes request {request_id} before it came"
+            assert (record.finish_us or 0) > step.start_us, f"step {step.step} computes request {request_id} ended"
+
+
+def every_step_fits(config: InstanceConfig, records: Records) -> None:
+    """Capacity: no step takes more tokens, sequences or KV blocks than the instance has."""
+    for step in records.steps:
+        name = f"step {step.step}"
+        tokens, sequences = sum(step.num_tokens), len(step.ids)
+        assert step.ids, f"{name} is empty"
+        assert len(set(step.ids)) == sequences, f"{name} schedules a request twice: {step.ids}"
+        assert tokens <= config.max_tokens_per_batch, f"{name} has {tokens} of {config.max_tokens_per_batch} tokens"
+        assert sequences <= config.max_seqs_per_batch, f"{name} has {sequences} of {config.max_seqs_per_batch} seqs"
+        blocks = step.num_used_blocks + step.num_idle_blocks
+        assert blocks <= config.num_kv_blocks, f"{name} has {blocks} of {config.num_kv_blocks} KV blocks"
+        assert config.enable_prefix_cache or step.num_idle_blocks == 0, f"{name} has cached blocks without a cache"
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request as the steps alone tell it."""
+
+    known: int
+    computed: int = 0
+    is_running: bool = False
+    drawn: int = 0
+
+
+def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> None:
+    """Catching up: replaying the steps yields every count in them, every token time, and the blocks in use."""
+    ends: dict[int, RequestRecord] = {r.id: r for r in records.requests}
+    live: dict[int, _Live] = {r.id: _Live(known=r.prompt_tokens) for r in records.requests}
+    for step in records.steps:
+        _lose(live, step)
+        for request_id in step.admitted:
+            assert request_id in step.ids, f"step {step.step} admits request {request_id} and computes none of it"
+            assert not live[request_id].is_running, f"step {step.step} admits request {request_id}, which runs already"
+        for request_id, num_tokens, num_computed in _chunks(step):
+            one, name = live[request_id], f"step {step.step}, request {request_id}:"
+            if request_id in step.admitted:
+                _check_start(config, one, ends[request_id], num_computed, name)
+                one.is_running, one.computed = True, num_computed
+            assert one.is_running, f"{name} computes a request that holds no KV"
+            assert num_computed == one.computed, f"{name} starts from {num_computed}, {one.computed} are computed"
+            one.computed += num_tokens
+            assert one.computed <= one.known, f"{name} computes {one.computed} tokens, {one.known} are known"
+        holders = [o for i, o in live.items() if o.is_running and (ends[i].finish_us or 0) > step.start_us]
+        _check_blocks(config, step, [o.computed for o in holders])
+        assert step.num_logits == _draw(live, ends, step), f"step {step.step} has {step.num_logits} rows of logits"
+    for request_id, one in live.items():
+        times = ends[request_id].token_times_us
+        assert one.drawn == len(times), f"request {request_id} has {len(times)} tokens, its steps drew {one.drawn}"
+
+
+def prefix_hits_were_computed_before(
+    workload: Workload, config: InstanceConfig, records: Records, *, vocab_size: int
+) -> None:
+    """Causality: what an admitted request found in KV was computed in an earlier step, for the same tokens."""
+    size = config.block_size
+    prompts = {
+        r.id: prompt_token_ids(r, vocab_size=vocab_size, seed=workload.seed)
+        for r in workload.requests
+        if config.enable_prefix_cache
+    }
+    ids: dict[int, TokenIds] = {
+        r.id: np.concatenate([prompts[r.id], np.asarray(r.output_token_ids, dtype=np.int32)])
+        for r in records.requests
+        if r.id in prompts
+    }
+    computed: set[bytes] = set()
+    for step in records.steps if config.enable_prefix_cache else []:
+        for request_id, _, num_computed in _chunks(step):
+            found = range(size, num_computed + 1, size) if request_id in step.admitted else ()
+            for end in found:
+                assert ids[request_id][:end].tobytes() in computed, (
+                    f"step {step.step}: request {request_id} found {num_computed} tokens in KV, "
+                    f"but [0, {end}) were never computed"
+                )
+        for request_id, num_tokens, num_computed in _chunks(step):
+            for block in range(num_computed // size, (num_computed + num_tokens) // size):
+                computed.add(ids[request_id][: (block + 1) * size].tobytes())
+
+
+def is_repeatable(run: Callable[[], Records]) -> None:
+    """Determinism: two runs leave the same records."""
+    first, second = run(), run()
+    for before, after in zip(first.steps, second.steps, strict=False):
+        assert before == after, f"run twice, step {before.step} was {before} and then {after}"
+    assert first == second, "run twice, the records differ"
+
+
+def _pairs(workload: Workload, records: Records) -> Iterator[tuple[Request, RequestRecord]]:
+    by_id: dict[int, RequestRecord] = {r.id: r for r in records.requests}
+    return ((r, by_id[r.id]) for r in workload.requests)
+
+
+def _chunks(step: StepRecord) -> Iterator[tuple[int, int, int]]:
+    return zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True)
+
+
+def _is_too_large(config: InstanceConfig, request: Request) -> bool:
+    try:
+        config.refuse_if_too_large(request)
+    except RequestTooLargeError:
+        return True
+    return False
+
+
+def _lose(live: dict[int, _Live], step: StepRecord) -> None:
+    for request_id in step.preempted:
+        assert live[request_id].is_running, f"step {step.step} preempts request {request_id}, which holds no KV"
+        live[request_id].is_running, live[request_id].computed = False, 0
+
+
+def _check_start(config: InstanceConfig, one: _Live, record: RequestRecord, num_computed: int, name: str) -> None:
+    assert num_computed % config.block_size == 0, f"{name} found {num_computed} tokens in KV, not full blocks"
+    assert num_computed < one.known, f"{name} found all its {one.known} tokens in KV, none is left to compute"
+    assert num_computed == 0 or config.enable_prefix_cache, f"{name} found tokens in KV without a prefix cache"
+    if not one.drawn and record.num_preemptions == 0:
+        assert num_computed == record.cached_tokens, f"{name} found {num_computed}, says {record.cached_tokens}"
+
+
+def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int]) -> None:
+    each = [ceil_div(c, config.block_size) for c in computed]
+    least = max(each) if config.enable_prefix_cache else sum(each)
+    told = f"step {step.step} uses {step.num_used_blocks} KV blocks, its requests need"
+    assert least <= step.num_used_blocks <= sum(each), f"{told} {least} to {sum(each)}"
+
+
+def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord) -> int:
+    """Give every request that reached its known tokens one more; returns how many did."""
+    rows = 0
+    for request_id in step.ids:
+        one, record = live[request_id], ends[request_id]
+        if one.computed < one.known:
+            continue
+        rows += 1
+        if (record.finish_us or 0) < step.end_us:
+            continue  # cancelled while the step ran
+        assert one.drawn < record.output_tokens, f"step {step.step} draws a token that request {request_id} never got"
+        told = record.token_times_us[one.drawn]
+        assert told == step.end_us, f"request {request_id} has a token at {told}, drawn in a step to {step.end_us}"
+        one.known, one.drawn = one.known + 1, one.drawn + 1
+    return rows

@@ -1,0 +1,216 @@
+"""Runs small enough to follow by hand, and Hypothesis strategies for ones that are not: every request kind, tight KV.
+
+A step lasts `STEP_US` unless a test says otherwise, so that a story can name its times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.laws import VOCAB_SIZE
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import BatchPolicy, Choice, Knob
+from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
+from xllm_lab.records import Records, RequestRecord
+from xllm_lab.scheduler import Sampled, Scheduler, Step
+from xllm_lab.serving import Completion, Idle, Woke, serve
+from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.step_time import TERMS, StepTime
+from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, Slo, Workload, prompt_token_ids
+
+STEP_US = 10
+# 5 us a step, 1 us a token, 1/100 us per token in KV.
+STEP_TIME = StepTime(tuple({"constant_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
+
+
+@dataclass(frozen=True)
+class EqualSteps:
+    """Every step takes as long; every token is the request's own placeholder."""
+
+    step_us: int = STEP_US
+
+    def wake_us(self, until_us: int) -> int:
+        return until_us
+
+    def end_us(self, step: Step) -> int:
+        return step.start_us + self.step_us
+
+    def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
+        return {c.id: Sampled(-1 - c.id) for c in step.chunks if c.samples}
+
+
+class StoppingSteps(EqualSteps):
+    """As `EqualSteps`, with lengths that vary, and each third token of an odd request is a stop token."""
+
+    def end_us(self, step: Step) -> int:
+        return step.start_us + 1 + sum(c.num_tokens for c in step.chunks)
+
+    def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
+        return {
+            c.id: Sampled(7 + c.id, is_stop=c.id % 2 == 1 and (c.num_computed_tokens + c.num_tokens) % 3 == 0)
+            for c in step.chunks
+            if c.samples
+        }
+
+
+def request(
+    request_id: int,
+    arrival_us: int = 0,
+    *,
+    prompt: int = 4,
+    output: int = 2,
+    cancel_us: int | None = None,
+    hashes: tuple[int, ...] = (),
+    priority: Priority = Priority.NORMAL,
+    slo: Slo | None = None,
+) -> Request:
+    """A request in one line; `hashes` name its blocks of four tokens."""
+    return Request(
+        id=RequestId(request_id),
+        arrival_us=arrival_us,
+        prompt=Prompt(num_tokens=prompt, block_hashes=hashes, hash_block_tokens=4),
+        output_tokens=output,
+        cancel_us=cancel_us,
+        priority=priority,
+        slo=slo or Slo(),
+    )
+
+
+def instance_config(**changes: Any) -> InstanceConfig:
+    """Blocks of four tokens and room for sixteen of them, unless a test says otherwise."""
+    few: dict[str, Any] = {"max_tokens_per_batch": 16, "max_seqs_per_batch": 4, "block_size": 4, "num_kv_blocks": 16}
+    return InstanceConfig(**{**few, **changes})
+
+
+def run(
+    workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps | None = None
+) -> Records:
+    """Records of the workload served in simulated time."""
+    return run_simulation(
+        workload, config, policy, timing or EqualSteps(), vocab_size=VOCAB_SIZE, step_time=STEP_TIME
+    )
+
+
+def run_audited(
+    workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps | None = None
+) -> Records:
+    """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
+    timing, records = timing or EqualSteps(), Records()
+    scheduler = Scheduler(config, policy, records, step_time=STEP_TIME)
+    conversation = serve(
+        scheduler, workload, lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed)
+    )
+    answer: Completion | Woke | None = None
+    while True:
+        try:
+            # A generator is started by sending it None.
+            command = conversation.send(answer)  # type: ignore[arg-type]
+        except StopIteration:
+            break
+        scheduler.ledger.audit()
+        if isinstance(command, Idle):
+            answer = Woke(timing.wake_us(command.until_us))
+        else:
+            answer = Completion(timing.end_us(command), timing.sampled(command))
+    scheduler.ledger.audit()
+    assert scheduler.num_live == 0, f"{scheduler.num_live} requests are live after the end"
+    assert scheduler.ledger.num_used_blocks == 0, f"{scheduler.ledger.num_used_blocks} blocks are in use after the end"
+    return records.sort()
+
+
+class HandDriven:
+    """A host of a few lines: one call, one step of `STEP_US`; outputs are the request's own placeholder."""
+
+    def __init__(self, config: InstanceConfig, policy: BatchPolicy, *, step_time: StepTime = STEP_TIME) -> None:
+        self.records = Records()
+        self.scheduler = Scheduler(config, policy, self.records, step_time=step_time)
+        self.now_us = 0
+
+    def add(self, *requests: Request) -> None:
+        """They arrive now, whatever they say."""
+        for one in requests:
+            prompt_ids = prompt_token_ids(one, vocab_size=VOCAB_SIZE, seed=0)
+            self.scheduler.add(one.at(self.now_us), prompt_ids, self.now_us)
+
+    def plan(self) -> Step | None:
+        """The next step, not yet run."""
+        return self.scheduler.plan(self.now_us)
+
+    def finish(self, step: Step) -> None:
+        """The step has run."""
+        self.now_us = step.start_us + STEP_US
+        self.scheduler.complete(step, self.now_us, EqualSteps().sampled(step))
+
+    def step(self) -> dict[int, int]:
+        """Run one step; tokens per request, empty if nothing can run."""
+        step = self.plan()
+        if step is None:
+            return {}
+        self.finish(step)
+        return {int(c.id): c.num_tokens for c in step.chunks}
+
+    def record(self, request_id: int) -> RequestRecord:
+        """Of a request that ended."""
+        return next(r for r in self.records.requests if r.id == request_id)
+
+
+@st.composite
+def busy_workloads(draw: st.DrawFn, *, max_size: int = 8) -> Workload:
+    """Crowded arrivals, shared prefixes, impatient clients, promises, requests too large to run; open or closed."""
+    ids = draw(st.lists(st.integers(0, 40), min_size=1, max_size=max_size, unique=True))
+    loops = st.builds(ClosedLoop, num_clients=st.integers(1, 4), think_us=st.sampled_from((0, 7, 100)))
+    return Workload(
+        requests=tuple(draw(_busy_requests(i)) for i in ids),
+        closed_loop=draw(st.none() | loops),
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+@st.composite
+def tight_configs(draw: st.DrawFn) -> InstanceConfig:
+    """Budgets so small that chunking, preemption and eviction are the rule."""
+    return InstanceConfig(
+        max_tokens_per_batch=draw(st.integers(1, 40)),
+        max_seqs_per_batch=draw(st.integers(1, 5)),
+        block_size=draw(st.sampled_from((1, 2, 4, 8))),
+        num_kv_blocks=draw(st.integers(2, 24)),
+        enable_prefix_cache=draw(st.booleans()),
+        max_model_len=draw(st.sampled_from((60, 8192))),
+    )
+
+
+@st.composite
+def batch_policies(draw: st.DrawFn) -> BatchPolicy:
+    """Any catalogued policy with any values of its knobs."""
+    name = draw(st.sampled_from(sorted(policies("batch"))))
+    cls = policies("batch")[name]
+    return make_batch_policy(name, {field: draw(_values(knob)) for field, knob in knobs(cls).items()})
+
+
+@st.composite
+def _busy_requests(draw: st.DrawFn, request_id: int) -> Request:
+    arrival_us = draw(st.sampled_from((0, 0, 0, 10, 35, 60, 500)))
+    patience_us = draw(st.none() | st.none() | st.sampled_from((0, 1, 10, 30, 95)))
+    promise = st.none() | st.sampled_from((1, 30, 200))
+    return request(
+        request_id,
+        arrival_us,
+        prompt=draw(st.integers(1, 40)),
+        output=draw(st.integers(1, 12)),
+        cancel_us=None if patience_us is None else arrival_us + patience_us,
+        hashes=draw(st.sampled_from(((), (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (5,)))),
+        priority=draw(st.sampled_from(Priority)),
+        slo=Slo(ttft_us=draw(promise), tpot_us=draw(promise)),
+    )
+
+
+def _values(knob: Knob | Choice) -> st.SearchStrategy[Any]:
+    if isinstance(knob, Choice):
+        return st.sampled_from(knob.values)
+    if isinstance(knob.low, int) and isinstance(knob.high, int):
+        return st.integers(1 if knob.low > 1 else knob.low, knob.high)
+    return st.floats(knob.low, knob.high)

@@ -8,6 +8,7 @@ for 49,000 tokens against a tenth here. Its tensor types and dequantisation are 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Callable
@@ -63,12 +64,12 @@ class GgufFile:
             kind = gguf.GGMLQuantizationType(place.ggml_type)
             values_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
             row_bytes = place.shape[-1] // values_per_block * bytes_per_block
-            num_rows = int(np.prod(place.shape[:-1], dtype=np.int64))
+            num_rows = math.prod(place.shape[:-1])
             if place.start + num_rows * row_bytes > len(self.data):
                 raise ModelError(f"{self.path}: ends inside tensor {name}; the file is truncated")
             raw = np.frombuffer(self.data, np.uint8, num_rows * row_bytes, place.start).reshape(num_rows, row_bytes)
             values = gguf.dequantize(_as_stored(raw, kind.name), kind)
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (ValueError, KeyError, IndexError, OverflowError, NotImplementedError) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(

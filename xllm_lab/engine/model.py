@@ -2,7 +2,7 @@
 
 # ruff: noqa: N815  (shapes live in the names of fields, too)
 # Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, N query heads, K KV heads, H head dim,
-#         V vocabulary, B blocks, P tokens per block, I inner size of the MLP
+#         V vocabulary, B blocks, P tokens per block, H2 = H / 2 rotary pairs
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class DecoderModel:
                 )
             )
         assert not weights, f"weights nobody took: {sorted(weights)}"
-        self._cos_LH, self._sin_LH = rope_tables(config, self.dtype, device)
+        self._frequencies_H2 = rope_frequencies(config).to(device)
 
     @property
     def linear_kind(self) -> str:
@@ -94,7 +94,7 @@ class DecoderModel:
             Shape [R, V], float32.
         """
         x_TD = self._embedding_VD[token_T]
-        cos_T1H, sin_T1H = self._cos_LH[position_T].unsqueeze(1), self._sin_LH[position_T].unsqueeze(1)
+        cos_T1H, sin_T1H = rope_rows(position_T, self._frequencies_H2, self.dtype)
         eps = self.config.rms_norm_eps
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             normed_TD = rms_norm(x_TD, layer.attention_norm_D, eps)
@@ -118,22 +118,27 @@ class DecoderModel:
         return layer.out(out_TNH.view(-1, N * H))
 
 
-class RopeTables(NamedTuple):
-    """For each position; `sin`'s first half is negated, as `ops.elementwise.rope` wants it. L positions."""
+class RopeRows(NamedTuple):
+    """Cosine and sine of every token's angles; the first half of `sin` is negated, as `rope` wants it."""
 
-    cos_LH: Tensor
-    sin_LH: Tensor
+    cos_T1H: Tensor
+    sin_T1H: Tensor
 
 
-def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> RopeTables:
-    """Angles are computed in float32 and rounded once, as transformers does."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_divisors:
-        frequencies = frequencies / torch.tensor(config.rope_divisors, dtype=torch.float32)
-    angles = torch.outer(torch.arange(config.max_position, dtype=torch.float32), frequencies)
+def rope_rows(position_T: Tensor, frequencies_H2: Tensor, dtype: torch.dtype) -> RopeRows:
+    """Angles are computed in float32 and rounded once, as transformers does.
+
+    Anew each step: for T tokens that is nothing next to one layer, while a table is as long as the longest context.
+    """
+    angles = torch.outer(position_T.float(), frequencies_H2).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
-    return RopeTables(
-        torch.cat([cos, cos], -1).to(device, dtype),
-        torch.cat([-sin, sin], -1).to(device, dtype),
-    )
+    return RopeRows(torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype))
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position for each of the H / 2 pairs, float32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies_H2 = 1.0 / config.rope_theta**exponents
+    if config.rope_divisors:
+        frequencies_H2 = frequencies_H2 / torch.tensor(config.rope_divisors, dtype=torch.float32)
+    return frequencies_H2

@@ -14,6 +14,9 @@ from xllm_lab.errors import ModelError
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
 
+# What arithmetic on values of a wrong type or a zero raises. ModelError is a ValueError, which is why that is not here.
+_MALFORMED = (TypeError, AttributeError, ZeroDivisionError, OverflowError)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -91,8 +94,8 @@ def from_transformers(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
         )
     except KeyError as error:
         raise ModelError(f"{source}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise error if isinstance(error, ModelError) else ModelError(f"{source}: {error}") from error
+    except _MALFORMED as error:
+        raise ModelError(f"{source}: {error}") from error
 
 
 def from_gguf(metadata: Mapping[str, Any], tensor_names: frozenset[str], *, source: str) -> ModelConfig:
@@ -141,6 +144,8 @@ def from_gguf(metadata: Mapping[str, Any], tensor_names: frozenset[str], *, sour
         )
     except KeyError as error:
         raise ModelError(f"{source}: {error.args[0]} is missing") from error
+    except _MALFORMED as error:
+        raise ModelError(f"{source}: {error}") from error
 
 
 def _refuse_other_options(raw: Mapping[str, Any], source: str) -> None:
@@ -154,7 +159,8 @@ def _refuse_other_options(raw: Mapping[str, Any], source: str) -> None:
 
 
 def _checked(source: str, config: ModelConfig) -> ModelConfig:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    for name in (*sizes, "max_position"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"{source}: {name} is {value!r}, at least 1 is accepted")

@@ -35,8 +35,7 @@ def sample(
 
 def _draw(logits_V: Tensor, sampling: Sampling, key: tuple[int, int, int]) -> int:
     """Inverse transform: the first candidate whose cumulated probability exceeds a uniform number."""
-    # A negative seed is as good as any; numpy wants it unsigned.
-    uniform = np.random.default_rng([part % 2**64 for part in key]).random()
+    uniform = np.random.default_rng(key).random()
     ids_C = _candidates(logits_V, sampling.top_k, wants_order=sampling.top_p < 1)
     probabilities_C = torch.softmax(logits_V[ids_C].double() / sampling.temperature, -1)
     cumulated_C = probabilities_C.cumsum(-1)

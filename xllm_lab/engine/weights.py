@@ -93,6 +93,8 @@ def checked(weights: Mapping[str, Tensor], config: ModelConfig, *, source: str) 
     Raises:
         ModelError: naming `source` and the first tensors that are missing, unexpected or of the wrong shape.
     """
+    if len(weights) < config.num_layers:  # before a list of names as long as a corrupt header says
+        raise ModelError(f"{source}: {len(weights)} tensors are too few for {config.num_layers} layers")
     shapes = expected_shapes(config)
     superfluous = {_HEAD} if config.tie_embeddings else set()
     _refuse(source, "is missing", [name for name in shapes if name not in weights])

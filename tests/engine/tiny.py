@@ -1,0 +1,79 @@
+"""Tiny models of every supported shape, made and saved by transformers with random weights."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+VOCAB = 96
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name -> (model type, changes to the common shape)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama_biased": ("llama", {"attention_bias": True}),
+    "llama_one_group": ("llama", {"num_key_value_heads": 6, "num_attention_heads": 6}),
+    "llama_linear_rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+    ),
+    "llama3_rope": ("llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+class TinyModel(NamedTuple):
+    folder: Path
+    reference: Any
+
+
+@functools.cache
+def tiny_model(variant: str) -> TinyModel:
+    """A saved checkpoint and transformers' own model of it. Biases and norms are random too, so that each one shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, changes = VARIANTS[variant]
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    if model_type == "qwen2":
+        config.head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    reference = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    folder = Path(tempfile.mkdtemp(prefix=f"xllm_lab_{variant}_"))
+    reference.save_pretrained(folder)
+    return TinyModel(folder, reference)
+
+
+def reference_logits(reference: Any, token_ids: list[int]) -> torch.Tensor:
+    """transformers' logits after each token, shape [tokens, vocabulary]."""
+    with torch.inference_mode():
+        logits: torch.Tensor = reference(input_ids=torch.tensor([token_ids])).logits[0]
+    return logits

@@ -108,7 +108,7 @@ def test_a_victims_block_is_not_counted_as_freed_and_as_shared() -> None:
     host.step()
     host.add(request(1, prompt=16, hashes=(1, 2), output=1), request(2, prompt=8))
     assert host.step() == {1: 8}
-    assert policy.seen[-1]["waiting"] == [(1, 16, 8, 2), (2, 8, 0, 0), (0, 9, 8, 2)]
+    assert policy.seen[-1]["waiting"] == [(0, 9, 8, 2), (1, 16, 8, 2), (2, 8, 0, 0)]
     assert host.records.steps[-1].preempted == [0]
 
 

@@ -1,1 +1,58 @@
-"""A simulation-backed research and tuning platform for the xLLM inference engine."""
+"""A simulation-backed research and tuning platform for the xLLM inference engine.
+
+Read three files first: `policies/api.py` (what decides), `scheduler.py` (the loop that both hosts drive), and
+`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the two hosts, and
+`tuning/study.py`.
+
+The verbs of the `xllm-lab` command are functions of this package:
+
+    import xllm_lab as lab
+
+    trace = lab.read_trace("traces/chat.jsonl")
+    run = lab.replay(trace, out="runs/first")
+    fitted = lab.calibrate([run])
+    guess = lab.simulate(trace, fitted, out="runs/guess", policy="prefill-first")
+    print(lab.summarize(guess.records).ttft_us)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xllm_lab.formats import read_trace
+    from xllm_lab.metrics import summarize
+    from xllm_lab.runs import read_run
+    from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, tune, verify
+
+# Loaded when asked for: the simulator must not pull in torch, nor the engine SimPy or Optuna.
+_HOME = {
+    **dict.fromkeys(
+        ("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "tune", "verify"), "verbs"
+    ),
+    "read_run": "runs",
+    "read_trace": "formats",
+    "summarize": "metrics",
+}
+
+__all__ = [
+    "calibrate",
+    "compare",
+    "export",
+    "parity",
+    "read_run",
+    "read_trace",
+    "replay",
+    "report",
+    "simulate",
+    "summarize",
+    "tune",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"xllm_lab.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'xllm_lab' has no attribute {name!r}")

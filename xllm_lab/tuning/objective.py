@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from xllm_lab.candidate import candidate
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.formats import read_trace
 from xllm_lab.metrics import summarize
@@ -13,7 +14,6 @@ from xllm_lab.sim.calibrate import Calibration, read_calibration
 from xllm_lab.sim.cost.fitted import FittedCost
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.simulator import run_simulation
-from xllm_lab.tuning.space import candidate
 from xllm_lab.workload import Workload
 
 # A configuration that cannot run violates by this much, so that a sampler learns to stay away from it.

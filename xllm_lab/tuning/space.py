@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import optuna
 
+from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy, Choice, Knob
-from xllm_lab.policies.catalog import configured, knobs, make_batch_policy, policies, policy_name, values_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One full configuration of an instance."""
-
-    instance: InstanceConfig
-    policy: BatchPolicy
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data; `candidate` turns it back."""
-        return {
-            "instance": values_of(self.instance),
-            "policy": {"name": policy_name(self.policy), **values_of(self.policy)},
-        }
-
-
-def candidate(value: dict[str, Any]) -> Candidate:
-    """Inverse of `Candidate.as_dict`; ConfigError for unknown fields or values."""
-    policy = dict(value["policy"])
-    return Candidate(
-        instance=configured(InstanceConfig, value["instance"]),
-        policy=make_batch_policy(policy.pop("name"), policy),
-    )
-
-
-def num_changes(one: Candidate, other: Candidate) -> int:
-    """Fields in which two configurations differ; another policy counts as one."""
-    a, b = one.as_dict(), other.as_dict()
-    parts = [(a["instance"], b["instance"])]
-    if a["policy"]["name"] == b["policy"]["name"]:
-        parts.append((a["policy"], b["policy"]))
-    differing = sum(int(x[k] != y[k]) for x, y in parts for k in x)
-    return differing + int(len(parts) == 1)
+from xllm_lab.policies.api import Choice, Knob
+from xllm_lab.policies.catalog import knobs, make_batch_policy, policies, policy_name, values_of
 
 
 class Space:
@@ -107,11 +73,6 @@ class Space:
     def _within_memory(self, instance: InstanceConfig) -> InstanceConfig:
         most = self.default.instance.num_kv_tokens // instance.block_size
         return replace(instance, num_kv_blocks=min(instance.num_kv_blocks, most))
-
-
-def fingerprint(value: Any) -> str:
-    """Plain data as one line in which equal data are equal."""
-    return json.dumps(value, sort_keys=True)
 
 
 def _draw(trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ is written last: without it the study is unfinished.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,12 +20,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from xllm_lab.candidate import Candidate, candidate, num_changes
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.runs import new_file, read_json, write_json
 from xllm_lab.sim.calibrate import Calibration, write_calibration
 from xllm_lab.tuning.objective import evaluate
-from xllm_lab.tuning.space import Candidate, Space, candidate, fingerprint, num_changes
+from xllm_lab.tuning.space import Space
 from xllm_lab.workload import Workload
 
 STUDY_NAME = "xllm-lab"
@@ -184,8 +186,8 @@ def _open(
         raise RunError(f"{out}: is a finished study; accepted: a new folder, or an unfinished study to resume")
     if (out / "spec.json").exists():
         there = read_json(out / "spec.json", "the specification of a study")
-        if fingerprint(there) != fingerprint(spec):
-            differing = sorted(k for k in spec if fingerprint(there.get(k)) != fingerprint(spec[k]))
+        same = json.loads(json.dumps(spec))  # tuples are lists on disk
+        if differing := sorted(k for k in same if there.get(k) != same[k]):
             raise ConfigError(f"{out}: is a study of something else ({', '.join(differing)} differ)")
         return spec
     if out.exists():

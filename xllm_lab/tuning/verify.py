@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
+from xllm_lab.candidate import Candidate, candidate
 from xllm_lab.engine.engine import Engine
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.metrics import summarize
 from xllm_lab.records import Records
 from xllm_lab.runs import new_folder, read_json, write_json
 from xllm_lab.step_time import StepTime
-from xllm_lab.tuning.space import Candidate, candidate
 from xllm_lab.workload import Workload
 
 MIN_REPEATS = 3
@@ -100,7 +100,7 @@ def verify(
     out: Path,
     repeats: int = MIN_REPEATS,
     step_time: StepTime | None = None,
-    recorder: type[Records] = Records,
+    make_records: Callable[[], Records] = Records,
 ) -> Verification:
     """Replay default, tuned, default, tuned, ... and write the runs and verification.json into a new folder.
 
@@ -120,7 +120,7 @@ def verify(
                     one.policy,
                     out=folder / f"{name}-{repeat}",
                     step_time=step_time,
-                    recorder=recorder(),
+                    recorder=make_records(),
                 )
                 goodput[name].append(summarize(run.records).goodput_per_s)
         done = Verification(

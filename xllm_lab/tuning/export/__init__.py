@@ -6,8 +6,8 @@ import importlib
 import pkgutil
 from typing import Any, Protocol
 
+from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
-from xllm_lab.tuning.space import Candidate
 
 
 class Export(Protocol):

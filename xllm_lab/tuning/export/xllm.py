@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.catalog import flags, policies, policy_name, values_of
-from xllm_lab.tuning.space import Candidate
 
 
 class XllmConfig(NamedTuple):

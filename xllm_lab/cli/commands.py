@@ -1,0 +1,276 @@
+"""The verbs: for each, its options and what it does. Parse, call, print; nothing is decided here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xllm_lab import verbs
+from xllm_lab.cli.options import (
+    configuration_options,
+    engine,
+    engine_options,
+    settings,
+    trace_options,
+    transform_options,
+    workload,
+)
+from xllm_lab.errors import ConfigError
+from xllm_lab.metrics import summarize
+from xllm_lab.progress import tell
+from xllm_lab.runs import Run, new_file, read_run, write_json
+from xllm_lab.text import comparison_table, gain_line, summary_table
+
+
+class Command(NamedTuple):
+    """A verb: what it does in one phrase, what it accepts, and the function that returns its exit status."""
+
+    what: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _replay_options(parser: argparse.ArgumentParser) -> None:
+    trace_options(parser)
+    configuration_options(parser)
+    engine_options(parser)
+    parser.add_argument("--calibration", type=Path, help="step times for policies that need them; else measured")
+    parser.add_argument("--out", type=Path, required=True, help="new run folder")
+
+
+def _replay(o: argparse.Namespace) -> int:
+    run = verbs.replay(
+        workload(o.trace, o),
+        out=o.out,
+        policy=o.policy,
+        settings=settings(o),
+        engine=engine(o),
+        calibration=o.calibration,
+        progress=not o.quiet,
+    )
+    return _print_run(run, o)
+
+
+def _calibrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="calibration file")
+
+
+def _calibrate(o: argparse.Namespace) -> int:
+    fitted = verbs.calibrate(o.runs, out=o.out)
+    r = fitted.residual
+    line = (
+        f"{o.out}: {r.num_steps} steps; held-out error of a step {r.mape_frac:.1%} (90 % under {r.p90_frac:.1%}), "
+        f"of their sum {r.bias_frac:+.1%}"
+    )
+    return _print(o, asdict(fitted), line)
+
+
+def _simulate_options(parser: argparse.ArgumentParser) -> None:
+    trace_options(parser, nargs="?")
+    parser.add_argument("--like", type=Path, help="take workload and configuration from this run")
+    configuration_options(parser, default_policy=None)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="new run folder")
+
+
+def _simulate(o: argparse.Namespace) -> int:
+    if (o.trace is None) == (o.like is None):
+        raise ConfigError("give a trace or --like RUN, one of them")
+    source = read_run(o.like) if o.like else workload(o.trace, o)
+    run = verbs.simulate(source, o.calibration, out=o.out, policy=o.policy, settings=settings(o))
+    _warn_if_extrapolated(run)
+    return _print_run(run, o)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("simulated", type=Path)
+    parser.add_argument("engine", nargs="+", type=Path)
+
+
+def _compare(o: argparse.Namespace) -> int:
+    rows = verbs.compare(o.simulated, o.engine)
+    value = [{**asdict(row), "is_within": row.is_within} for row in rows]
+    return _print(o, value, comparison_table(rows))
+
+
+def _parity_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path)
+    configuration_options(parser, default_policy=None)
+
+
+def _parity(o: argparse.Namespace) -> int:
+    found = verbs.parity(o.run, policy=o.policy, settings=settings(o))
+    if found.is_identical:
+        line = f"identical: {found.num_steps} decisions"
+    else:
+        line = f"step {found.step} differs\n  engine     {found.engine}\n  simulator  {found.simulator}"
+    _print(o, {**asdict(found), "is_identical": found.is_identical}, line)
+    return 0 if found.is_identical else 1
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("traces", nargs="+", type=Path)
+    transform_options(parser)
+    configuration_options(parser)
+    parser.add_argument("--also", nargs="*", default=[], metavar="POLICY", help="further policies to choose from")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--min-slo-attainment", type=float, default=0.0, metavar="FRAC")
+    parser.add_argument("--out", type=Path, required=True, help="study folder; an unfinished one is resumed")
+
+
+def _tune(o: argparse.Namespace) -> int:
+    study = verbs.tune(
+        [workload(path, o) for path in o.traces],
+        o.calibration,
+        out=o.out,
+        policy=o.policy,
+        settings=settings(o),
+        also=o.also,
+        trials=o.trials,
+        seed=o.seed,
+        min_slo_attainment_frac=o.min_slo_attainment,
+        workers=o.workers,
+        progress=not o.quiet,
+    )
+    value = {
+        "study": str(study.path),
+        "default": {"candidate": study.default.candidate.as_dict(), "goodput_per_s": study.default.goodput_per_s},
+        "best": {
+            "trial": study.best.number,
+            "candidate": study.best.candidate.as_dict(),
+            "goodput_per_s": study.best.goodput_per_s,
+        },
+    }
+    line = (
+        f"default {study.default.goodput_per_s:.2f}, best {study.best.goodput_per_s:.2f} tokens/s within SLO, "
+        f"simulated (trial {study.best.number} of {len(study.trials)}); `xllm-lab verify` measures it"
+    )
+    return _print(o, value, line)
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path)
+    trace_options(parser)
+    engine_options(parser)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+
+
+def _verify(o: argparse.Namespace) -> int:
+    done = verbs.verify(
+        o.study, workload(o.trace, o), out=o.out, repeats=o.repeats, engine=engine(o), progress=not o.quiet
+    )
+    value = {"gain": {**asdict(done.gain), "is_better": done.gain.is_better}, "winner": done.winner.as_dict()}
+    return _print(o, value, gain_line(done.gain))
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("verification", type=Path)
+    parser.add_argument("--to", required=True, help="target: xllm")
+    parser.add_argument("--out", type=Path, help="file; else stdout")
+
+
+def _export(o: argparse.Namespace) -> int:
+    made = verbs.export(o.verification, to=o.to)
+    if made.left_out:
+        tell(f"xllm-lab: {o.to} has no flag for {', '.join(f'{k}={v}' for k, v in made.left_out.items())}")
+    if o.out is None:
+        return _print(o, made.config, json.dumps(made.config, indent=2, sort_keys=True))
+    with new_file(o.out) as file:
+        write_json(file, made.config)
+    return _print(o, {"out": str(o.out), "config": made.config}, str(o.out))
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--engine", nargs="+", type=Path, required=True, metavar="RUN")
+    parser.add_argument("--simulated", type=Path, metavar="RUN")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--study", type=Path)
+    parser.add_argument("--verification", type=Path)
+
+
+def _report(o: argparse.Namespace) -> int:
+    path = verbs.report(
+        o.out,
+        engine=o.engine,
+        simulated=o.simulated,
+        calibration=o.calibration,
+        study=o.study,
+        verification=o.verification,
+    )
+    return _print(o, {"report": str(path)}, str(path))
+
+
+def _policies(o: argparse.Namespace) -> int:
+    found = verbs.catalogue()
+    lines = []
+    for name, entry in found.items():
+        lines.append(f"{name}: {entry['what']}")
+        lines += [f"    {knob:<24}{note}" for knob, note in entry["knobs"].items()]
+    return _print(o, found, "\n".join(lines))
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trace", type=Path, help="instead of the demo's own")
+    parser.add_argument("--requests", type=int, help="per window; fewer is faster and less certain")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="new folder")
+
+
+def _demo(o: argparse.Namespace) -> int:
+    from xllm_lab.demo import demo
+
+    done = demo(
+        trace=o.trace,
+        num_requests=o.requests,
+        trials=o.trials,
+        repeats=o.repeats,
+        seed=o.seed,
+        out=o.out,
+        progress=not o.quiet,
+    )
+    return _print(o, done.as_dict(), done.as_text())
+
+
+def _print_run(run: Run, o: argparse.Namespace) -> int:
+    summary = summarize(run.records)
+    return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
+
+
+def _warn_if_extrapolated(run: Run) -> None:
+    from xllm_lab.sim.simulator import EXTRAPOLATED_FRAC_WARNING
+
+    frac = run.manifest.timing["extrapolated_frac"]
+    if frac > EXTRAPOLATED_FRAC_WARNING:
+        tell(f"xllm-lab: {frac:.0%} of the steps are outside the calibrated range; calibrate on a run like this one")
+
+
+def _print(o: argparse.Namespace, value: Any, text: str) -> int:
+    print(json.dumps(value, sort_keys=True, default=str) if o.json else text)  # noqa: T201
+    return 0
+
+
+COMMANDS = {
+    "replay": Command("serve a trace on the engine", _replay_options, _replay),
+    "calibrate": Command("learn step times from engine runs", _calibrate_options, _calibrate),
+    "simulate": Command("serve a trace in simulated time", _simulate_options, _simulate),
+    "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
+    "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
+    "tune": Command("search the knobs of a policy in the simulator", _tune_options, _tune),
+    "verify": Command("measure a study's best against its default on the engine", _verify_options, _verify),
+    "export": Command("write a verified configuration as production reads it", _export_options, _export),
+    "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),
+    "policies": Command("every policy and its knobs", lambda parser: None, _policies),
+    "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
+}

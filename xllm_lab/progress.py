@@ -1,0 +1,43 @@
+"""Progress of long work, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from xllm_lab.records import Records, RequestRecord
+
+
+@dataclass(slots=True)
+class ProgressRecords(Records):
+    """Records that move a bar by one for every request that ended."""
+
+    bar: Any = field(default=None, repr=False)
+
+    def request(self, record: RequestRecord) -> None:
+        # Not super(): a slots dataclass is made anew, and the zero-argument form would look for the old class.
+        Records.request(self, record)
+        self.bar.update()
+
+
+def watched(total: int, what: str, *, show: bool = True) -> ProgressRecords:
+    """Records with a bar over `total` requests; nothing is drawn unless stderr is a terminal or `show` is False."""
+    return ProgressRecords(bar=bar(total, what, show=show))
+
+
+def bar(total: int, what: str, *, show: bool = True) -> Any:
+    """A bar that stays when it is full. Redrawn twice a second, and every five in a log."""
+    interval_s = 0.5 if sys.stderr.isatty() else 5.0
+    return tqdm(total=total, desc=what, disable=not show, mininterval=interval_s, file=sys.stderr, ncols=88)
+
+
+Told = Callable[[str], None]
+
+
+def tell(line: str) -> None:
+    """One line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

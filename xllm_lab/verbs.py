@@ -1,0 +1,277 @@
+"""The verbs of the command as plain functions, for notebooks: names and paths in, values out.
+
+Everything heavy is imported where it is used, so that simulating needs no torch and replaying no SimPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xllm_lab.candidate import Candidate
+from xllm_lab.errors import ConfigError
+from xllm_lab.formats import read_trace
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import Choice, Knob
+from xllm_lab.policies.catalog import configured, make_batch_policy, policies, policy_name, values_of
+from xllm_lab.progress import bar, watched
+from xllm_lab.runs import Run, read_run
+from xllm_lab.workload import Workload
+
+if TYPE_CHECKING:
+    from xllm_lab.engine.engine import Engine, EngineOptions
+    from xllm_lab.sim.calibrate import Calibration
+    from xllm_lab.sim.compare import Row
+    from xllm_lab.sim.parity import Parity
+    from xllm_lab.tuning.export import Export
+    from xllm_lab.tuning.study import Study
+    from xllm_lab.tuning.verify import Verification
+
+PathLike = Path | str
+DEFAULT_POLICY = "decode-first"
+
+
+def configure(policy: str = DEFAULT_POLICY, settings: Mapping[str, Any] | None = None) -> Candidate:
+    """A configuration from a policy's name and any knobs, the instance's and the policy's together.
+
+    Raises:
+        ConfigError: an unknown policy, an unknown knob, or a value that is not accepted.
+    """
+    instance, own = split_settings(policy, settings or {})
+    return Candidate(instance=configured(InstanceConfig, instance), policy=make_batch_policy(policy, own))
+
+
+def split_settings(policy: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of `InstanceConfig`, fields of the policy); ConfigError for a name that neither has."""
+    instance_names = [f.name for f in fields(InstanceConfig)]
+    own_names = list(values_of(make_batch_policy(policy)))
+    for name in settings:
+        if name not in instance_names and name not in own_names:
+            accepted = ", ".join((*instance_names, *own_names))
+            raise ConfigError(f"unknown setting {name!r} for policy {policy}; accepted: {accepted}")
+    instance = {k: v for k, v in settings.items() if k in instance_names}
+    return instance, {k: v for k, v in settings.items() if k not in instance_names}
+
+
+def replay(
+    trace: Workload | PathLike,
+    *,
+    out: PathLike,
+    policy: str = DEFAULT_POLICY,
+    settings: Mapping[str, Any] | None = None,
+    engine: Engine | EngineOptions | None = None,
+    calibration: Calibration | PathLike | None = None,
+    progress: bool = True,
+) -> Run:
+    """Serve a trace on the engine; see `Engine.replay`.
+
+    Args:
+        engine: an open engine, or the options to open one with.
+        calibration: step times for policies that need them; without it they are measured first.
+    """
+    from xllm_lab.engine.engine import Engine
+
+    workload = _workload(trace)
+    chosen = configure(policy, settings)
+    host = engine if isinstance(engine, Engine) else Engine(engine)
+    fitted = None if calibration is None else _calibration(calibration).step_time
+    records = watched(len(workload.requests), "replay", show=progress)
+    with records.bar:
+        return host.replay(workload, chosen.instance, chosen.policy, out=Path(out), step_time=fitted, recorder=records)
+
+
+def calibrate(runs: Iterable[Run | PathLike], *, out: PathLike | None = None) -> Calibration:
+    """Fit step times to engine runs, and write them to `out` if given."""
+    from xllm_lab.sim.calibrate import calibrate as fit
+    from xllm_lab.sim.calibrate import write_calibration
+
+    fitted = fit([_run(run) for run in runs])
+    if out is not None:
+        write_calibration(fitted, Path(out))
+    return fitted
+
+
+def simulate(
+    trace: Workload | Run | PathLike,
+    calibration: Calibration | PathLike,
+    *,
+    out: PathLike,
+    policy: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Serve a trace in simulated time. Given a run, whatever is not overridden is taken from it."""
+    from xllm_lab.sim.simulator import simulate as run_simulator
+
+    if isinstance(trace, Run):
+        chosen = _like(trace, policy, settings or {})
+        workload = trace.workload
+    else:
+        chosen = configure(policy or DEFAULT_POLICY, settings)
+        workload = _workload(trace)
+    return run_simulator(workload, chosen.instance, chosen.policy, _calibration(calibration), out=Path(out))
+
+
+def compare(simulated: Run | PathLike, engine: Iterable[Run | PathLike]) -> list[Row]:
+    """Each metric's error, beside the engine's own run-to-run spread."""
+    from xllm_lab.sim.compare import compare as compare_runs
+
+    return compare_runs(_run(simulated), [_run(run) for run in engine])
+
+
+def parity(run: Run | PathLike, *, policy: str | None = None, settings: Mapping[str, Any] | None = None) -> Parity:
+    """Whether the simulator decides as the engine did; with another policy, where it would part ways."""
+    from xllm_lab.sim.parity import parity as check
+
+    opened = _run(run)
+    if policy is None and not settings:
+        return check(opened)
+    return check(opened, policy=_like(opened, policy, settings or {}).policy)
+
+
+def tune(
+    traces: Sequence[Workload | PathLike],
+    calibration: Calibration | PathLike,
+    *,
+    out: PathLike,
+    policy: str = DEFAULT_POLICY,
+    settings: Mapping[str, Any] | None = None,
+    also: Sequence[str] = (),
+    trials: int = 100,
+    seed: int = 0,
+    min_slo_attainment_frac: float = 0.0,
+    workers: int = 2,
+    progress: bool = True,
+) -> Study:
+    """Search policy and instance knobs in the simulator for the most goodput, starting from `policy` and `settings`.
+
+    Args:
+        also: further policies to choose from.
+    """
+    from xllm_lab.tuning.space import Space
+    from xllm_lab.tuning.study import tune as search
+
+    space = Space(configure(policy, settings), also)
+    with bar(trials, "tune", show=progress) as drawn:
+        return search(
+            [_workload(trace) for trace in traces],
+            _calibration(calibration),
+            space,
+            num_trials=trials,
+            seed=seed,
+            out=Path(out),
+            min_slo_attainment_frac=min_slo_attainment_frac,
+            num_workers=workers,
+            on_trial=lambda trial: drawn.update(),
+        )
+
+
+def verify(
+    study: Study | PathLike,
+    trace: Workload | PathLike,
+    *,
+    out: PathLike,
+    repeats: int = 3,
+    engine: Engine | EngineOptions | None = None,
+    progress: bool = True,
+) -> Verification:
+    """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace."""
+    from xllm_lab.engine.engine import Engine
+    from xllm_lab.sim.calibrate import read_calibration
+    from xllm_lab.tuning.study import Study, read_study
+    from xllm_lab.tuning.verify import verify as measure
+
+    opened = study if isinstance(study, Study) else read_study(Path(study))
+    workload = _workload(trace)
+    total = 2 * repeats * len(workload.requests)
+    records = watched(total, "verify", show=progress)
+    host = engine if isinstance(engine, Engine) else Engine(engine)
+    with records.bar:
+        return measure(
+            host,
+            workload,
+            default=opened.default.candidate,
+            tuned=opened.best.candidate,
+            out=Path(out),
+            repeats=repeats,
+            step_time=read_calibration(opened.path / "calibration.json").step_time,
+            make_records=lambda: type(records)(bar=records.bar),
+        )
+
+
+def export(verification: Verification | PathLike, *, to: str) -> Export:
+    """What production reads, for the winner of a verification: the default unless the tuned one measured better."""
+    from xllm_lab.tuning.export import export as translate
+    from xllm_lab.tuning.verify import Verification, read_verification
+
+    done = verification if isinstance(verification, Verification) else read_verification(Path(verification))
+    return translate(done.winner, to, kv_bytes_per_token=done.model["kv_bytes_per_token"])
+
+
+def report(
+    out: PathLike,
+    *,
+    engine: Iterable[Run | PathLike],
+    simulated: Run | PathLike | None = None,
+    calibration: Calibration | PathLike | None = None,
+    study: Study | PathLike | None = None,
+    verification: PathLike | None = None,
+) -> Path:
+    """One self-contained HTML page about any of these."""
+    from xllm_lab.report import write_report
+    from xllm_lab.tuning.study import Study, read_study
+
+    return write_report(
+        Path(out),
+        engine=[_run(run) for run in engine],
+        simulated=None if simulated is None else _run(simulated),
+        calibration=None if calibration is None else _calibration(calibration),
+        study=study if study is None or isinstance(study, Study) else read_study(Path(study)),
+        verification=None if verification is None else Path(verification),
+    )
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """Every batch policy with its first docstring line, and its knobs with default and range, as found."""
+    from xllm_lab.policies.catalog import knobs
+
+    def told(cls: type[Any], name: str, note: Knob | Choice) -> str:
+        default = getattr(cls(), name)
+        if isinstance(note, Choice):
+            return f"{default}; one of {', '.join(map(str, note.values))}"
+        return f"{default}; {note.low:g} to {note.high:g}{', log scale' if note.log else ''}"
+
+    return {
+        name: {
+            "what": (cls.__doc__ or "").strip().splitlines()[0],
+            "knobs": {knob: told(cls, knob, note) for knob, note in knobs(cls).items()},
+        }
+        for name, cls in policies("batch").items()
+    }
+
+
+def _like(run: Run, policy: str | None, settings: Mapping[str, Any]) -> Candidate:
+    """A run's configuration, but for what is overridden; another policy starts from its own defaults."""
+    own = run.manifest.batch_policy()
+    name = policy or policy_name(own)
+    instance, values = split_settings(name, settings)
+    held = values_of(own) if name == policy_name(own) else {}
+    return Candidate(
+        instance=configured(InstanceConfig, {**run.manifest.instance, **instance}),
+        policy=make_batch_policy(name, {**held, **values}),
+    )
+
+
+def _workload(trace: Workload | PathLike) -> Workload:
+    return trace if isinstance(trace, Workload) else read_trace(Path(trace))
+
+
+def _run(run: Run | PathLike) -> Run:
+    return run if isinstance(run, Run) else read_run(Path(run))
+
+
+def _calibration(calibration: Calibration | PathLike) -> Calibration:
+    from xllm_lab.sim.calibrate import read_calibration
+
+    return read_calibration(Path(calibration)) if isinstance(calibration, Path | str) else calibration

@@ -1,0 +1,299 @@
+"""The contract of batch policies: laws that any policy must obey, ours or yours.
+
+    from xllm_lab.contract import check_policy
+    check_policy(MyPolicy())  # sentences, each beginning with the law that is broken; none if all is well
+
+    legal           its plans keep `policies.checks`, on every view, and are empty only if nothing can run
+    repeatable      the same view, or an equal copy of it, gives the same plan
+    order-free      the order in which a view lists its requests means nothing
+    identity-free   ids break ties and mean nothing else
+    pure            the view is left as it was
+    clockless       no clock, no chance, no imports that could bring them
+    hash-free       hash randomisation changes nothing
+    live            driving the real scheduler, every request is served within a bounded number of steps
+
+A view that breaks a law is drawn again by its number: `drawn_view(number)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import importlib
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from xllm_lab.drawn_views import STEP_TIME, DrawnView, drawn_view
+from xllm_lab.errors import PolicyError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import (
+    BatchPlan,
+    BatchPolicy,
+    ByAdmission,
+    ByArrival,
+    RequestId,
+    admission_key,
+    arrival_key,
+    blocks_to_take,
+)
+from xllm_lab.policies.catalog import configured, values_of
+from xllm_lab.policies.checks import batch_violations
+from xllm_lab.records import Records
+from xllm_lab.scheduler import Sampled, Scheduler
+from xllm_lab.serving import Completion, Idle, Woke, serve
+from xllm_lab.workload import Prompt, Request, Workload, prompt_token_ids
+
+NUM_VIEWS = 200
+NUM_WORKLOADS = 20
+# What a policy may import. None of these reads a clock or draws a number.
+PURE_MODULES = frozenset(
+    {
+        "__future__", "abc", "bisect", "collections", "dataclasses", "enum", "fractions", "functools",
+        "heapq", "itertools", "math", "numbers", "numpy", "operator", "types", "typing"
+    }
+)
+PURE_PACKAGES = ("xllm_lab.policies", "xllm_lab.errors")
+_CLOCKS = tuple(c + unit for c in ("time", "monotonic", "perf_counter", "process_time") for unit in ("", "_ns"))
+_DICE = ("random", "randint", "randrange", "uniform", "choice", "choices", "shuffle", "sample", "getrandbits")
+
+# What a plan says, packing order included: two plans are equal only if these are.
+_Answer = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
+
+
+def check_policy(policy: BatchPolicy, *, num_views: int = NUM_VIEWS) -> list[str]:
+    """Every law that the policy breaks, one sentence for each; none if it obeys them all."""
+    if broken := legal(policy, num_views):
+        return broken  # the others would only say so again
+    laws = (repeatable, order_free, identity_free, pure, clockless)
+    return [sentence for law in laws for sentence in law(policy, num_views)] + hash_free(policy) + live(policy)
+
+
+def legal(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Plans that the host would refuse, and idling while a request could run."""
+
+    def broken(view: DrawnView) -> str | None:
+        try:
+            plan = policy.decide(view)
+        except Exception as error:  # whatever an author's code may raise
+            return f"raises {error!r}"
+        if sentences := batch_violations(view, plan):
+            return "; ".join(sentences)
+        could_run = [r.id for r in (*view.running, *view.waiting) if blocks_to_take(view, r, 1) <= view.num_free_blocks]
+        if could_run and not plan.tokens and not plan.preempt:
+            return f"plans nothing while requests {could_run} could run"
+        return None
+
+    return _first_broken("legal", broken, num_views)
+
+
+def repeatable(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Memory between decisions, and decisions that depend on where objects lie."""
+
+    def broken(view: DrawnView) -> str | None:
+        plans = {_answer(policy.decide(v)) for v in (view, view, copy.deepcopy(view), drawn_view(view.number))}
+        return f"answers the same view with {len(plans)} plans" if len(plans) > 1 else None
+
+    return _first_broken("repeatable", broken, num_views)
+
+
+def order_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Orderings that leave equal requests in the order of the view, for want of an id at the end of the key."""
+
+    def broken(view: DrawnView) -> str | None:
+        shuffled = replace(view, running=view.running[::-1], waiting=view.waiting[::-1])
+        random.Random(view.number).shuffle(shuffled.waiting)
+        by_host = replace(
+            view,
+            running=ByAdmission(sorted(view.running, key=admission_key)),
+            waiting=ByArrival(sorted(view.waiting, key=arrival_key)),
+        )
+        plans = {_answer(policy.decide(v)) for v in (view, shuffled, by_host)}
+        return "plans otherwise when the view lists its requests otherwise" if len(plans) > 1 else None
+
+    return _first_broken("order-free", broken, num_views)
+
+
+def identity_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Ids that are read for more than their order."""
+
+    def renamed(request_id: int) -> RequestId:
+        return RequestId(1_000_003 * request_id + 17)
+
+    def broken(view: DrawnView) -> str | None:
+        other = copy.deepcopy(view)
+        for request in (*other.running, *other.waiting):
+            request.id = renamed(request.id)
+        tokens, preempt = _answer(policy.decide(view))
+        expected = (tuple((renamed(i), n) for i, n in tokens), tuple(map(renamed, preempt)))
+        same = _answer(policy.decide(other)) == expected
+        return None if same else "plans otherwise when the ids are others in the same order"
+
+    return _first_broken("identity-free", broken, num_views)
+
+
+def pure(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Writing to what was shown."""
+
+    def broken(view: DrawnView) -> str | None:
+        before = asdict(view)
+        policy.decide(view)
+        changed = [name for name, value in asdict(view).items() if value != before[name]]
+        return f"writes to the view: {', '.join(changed)}" if changed else None
+
+    return _first_broken("pure", broken, num_views)
+
+
+def clockless(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Imports outside `PURE_MODULES` in the policy's module, and clocks read or numbers drawn while it decides."""
+    found = [f"imports {name}, which a decision has no use for" for name in _impure_imports(type(policy))]
+    with _watching() as calls:
+        for number in range(num_views):
+            policy.decide(drawn_view(number))
+    found += [f"calls {name}" for name in sorted(set(calls))]
+    return [f"clockless: {type(policy).__qualname__} {sentence}" for sentence in found]
+
+
+def hash_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Sets and dicts whose order reaches the plan: decided in two processes that hash strings differently."""
+    cls = type(policy)
+    name = f"{cls.__module__}:{cls.__qualname__}"
+    if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
+        return [f"hash-free: {name} cannot be checked, no other process can import it; put it into a module"]
+    command = [sys.executable, "-m", __name__, name, json.dumps(values_of(policy)), str(num_views)]
+    path = os.pathsep.join(p or os.curdir for p in sys.path)
+    plans = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return [f"hash-free: {name} fails in a process of its own: {done.stderr.strip().splitlines()[-1]}"]
+        plans.add(done.stdout)
+    return [f"hash-free: {name} plans otherwise under another PYTHONHASHSEED"] if len(plans) > 1 else []
+
+
+def live(policy: BatchPolicy, num_workloads: int = NUM_WORKLOADS) -> list[str]:
+    """Starvation and thrashing: small random workloads on the real scheduler, where every step lasts 1 us."""
+    for number in range(num_workloads):
+        config, workload = _drawn_scene(number)
+        # Twenty times what a machine that does one token a step and never recomputes would need.
+        most = 20 * sum(r.prompt.num_tokens + r.output_tokens for r in workload.requests)
+        try:
+            steps = _num_steps(policy, config, workload, most)
+        except PolicyError as error:
+            return [f"live: workload {number}: {error}"]
+        if steps > most:
+            return [f"live: workload {number} of {len(workload.requests)} requests is not served in {most} steps"]
+    return []
+
+
+def _first_broken(law: str, broken: Callable[[DrawnView], str | None], num_views: int) -> list[str]:
+    """One sentence is enough to mend a policy; the same flaw usually shows in half of all views."""
+    for number in range(num_views):
+        if (sentence := broken(drawn_view(number))) is not None:
+            return [f"{law}: view {number}: {sentence}"]
+    return []
+
+
+def _answer(plan: BatchPlan) -> _Answer:
+    return tuple(plan.tokens.items()), plan.preempt
+
+
+def _impure_imports(cls: type[Any]) -> list[str]:
+    # What a notebook or a script imports for itself is not the policy's.
+    owner = cls if cls.__module__ == "__main__" else importlib.import_module(cls.__module__)
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner)))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+        elif isinstance(node, ast.Attribute) and node.attr == "random":
+            names.add(ast.unparse(node))  # np.random needs no import of its own
+    return sorted(n for n in names if n.split(".")[0] not in PURE_MODULES and not n.startswith(PURE_PACKAGES))
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[list[str]]:
+    """Names of the clocks and dice that this thread uses meanwhile."""
+    me, calls = threading.get_ident(), list[str]()
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == me:
+                calls.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    watches = [(time, name) for name in _CLOCKS] + [(random, name) for name in _DICE]
+    real = [getattr(module, name) for module, name in watches]
+    try:
+        for (module, name), function in zip(watches, real, strict=True):
+            setattr(module, name, watched(f"{module.__name__}.{name}", function))
+        yield calls
+    finally:
+        for (module, name), function in zip(watches, real, strict=True):
+            setattr(module, name, function)
+
+
+def _drawn_scene(number: int) -> tuple[InstanceConfig, Workload]:
+    rng = random.Random(f"scene {number}")
+    config = InstanceConfig(
+        max_tokens_per_batch=rng.choice((1, 7, 16, 60)),
+        max_seqs_per_batch=rng.randint(1, 4),
+        block_size=4,
+        num_kv_blocks=rng.choice((12, 13, 16, 30)),
+        enable_prefix_cache=rng.random() < 0.5,
+    )
+    return config, Workload(requests=tuple(_drawn_request(rng, i) for i in range(rng.randint(1, 8))))
+
+
+def _drawn_request(rng: random.Random, number: int) -> Request:
+    hashes = tuple(range(rng.randint(0, 8)))
+    return Request(
+        id=RequestId(number),
+        arrival_us=rng.choice((0, 0, 10, 60)),
+        prompt=Prompt(num_tokens=rng.randint(1, 35), block_hashes=hashes, hash_block_tokens=4),
+        output_tokens=rng.randint(1, 12),
+    )
+
+
+def _num_steps(policy: BatchPolicy, config: InstanceConfig, workload: Workload, most: int) -> int:
+    """Steps until all is served; gives up after `most`."""
+    scheduler = Scheduler(config, policy, Records(), step_time=STEP_TIME)
+    conversation = serve(scheduler, workload, lambda r: prompt_token_ids(r, vocab_size=1000, seed=0))
+    steps = 0
+    with contextlib.suppress(StopIteration):
+        command = next(conversation)
+        while steps <= most:
+            if isinstance(command, Idle):
+                command = conversation.send(Woke(command.until_us))
+                continue
+            steps += 1
+            sampled = {c.id: Sampled(c.id) for c in command.chunks if c.samples}
+            command = conversation.send(Completion(command.start_us + 1, sampled))
+    return steps
+
+
+def _plans_of(name: str, values: str, num_views: str) -> list[_Answer]:
+    module, _, qualname = name.partition(":")
+    cls: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        cls = getattr(cls, part)
+    policy = configured(cls, json.loads(values))
+    return [_answer(policy.decide(drawn_view(number))) for number in range(int(num_views))]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{_plans_of(*sys.argv[1:])}\n")

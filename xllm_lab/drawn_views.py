@@ -1,0 +1,133 @@
+"""Views drawn by number, small and adversarial, for `contract`: what a policy may meet, without a scheduler.
+
+They are consistent: blocks add up, every request fits the pool alone. And they are unkind: equal arrivals and
+priorities, pools that are nearly full, prompts half computed, preempted requests, shared and idle cached prefixes.
+They are mutable and hash by identity, as the hosts' live objects do, so that a policy which writes or hashes is seen.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from xllm_lab.policies.api import RequestId, ceil_div
+from xllm_lab.step_time import TERMS, StepTime
+
+# 5 us a step, 1 us a token, 1/100 us per token in KV.
+STEP_TIME = StepTime(tuple({"constant_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
+NOW_US = 1000
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DrawnRequest:
+    """A `RequestView`."""
+
+    id: RequestId
+    arrival_us: int
+    priority: int
+    ttft_slo_us: int | None
+    tpot_slo_us: int | None
+    num_prompt_tokens: int
+    num_tokens: int
+    num_computed_tokens: int
+    num_blocks: int
+    num_idle_blocks: int = 0
+    num_private_blocks: int = 0
+    admitted_us: int = 0
+    first_token_us: int | None
+    num_preemptions: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DrawnView:
+    """A `BatchView`, and its number."""
+
+    number: int
+    now_us: int
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+    max_tokens_per_batch: int
+    max_seqs_per_batch: int
+    running: list[DrawnRequest] = field(default_factory=list)
+    waiting: list[DrawnRequest] = field(default_factory=list)
+    step_time: StepTime = STEP_TIME
+
+
+def drawn_view(number: int) -> DrawnView:
+    """The view of that number, at least 0: always the same one, in new objects."""
+    rng = random.Random(f"view {number}")
+    num_blocks = rng.randint(2, 40)
+    view = DrawnView(
+        number=number,
+        now_us=NOW_US,
+        block_size=rng.choice((1, 2, 4, 16)),
+        num_blocks=num_blocks,
+        num_free_blocks=num_blocks,
+        max_tokens_per_batch=rng.choice((1, 3, 8, 20, 64, 200)),
+        max_seqs_per_batch=rng.randint(1, 8),
+    )
+    ids = [RequestId(i) for i in rng.sample(range(50), 16)]
+    num_running = rng.randint(0, 8)
+    for request_id in ids[:num_running]:
+        _run_one_more(rng, view, request_id)
+    for request_id in ids[num_running : num_running + rng.randint(0, 6)]:
+        _queue_one_more(rng, view, request_id)
+    return view
+
+
+def _run_one_more(rng: random.Random, view: DrawnView, request_id: RequestId) -> None:
+    """A running request that shares its first blocks with the one before it, or none; not if the pool is too full."""
+    request = _request(rng, view, request_id)
+    most = request.num_tokens - 1
+    decodes = request.num_tokens > request.num_prompt_tokens and rng.random() < 0.8
+    request.num_computed_tokens = most if decodes else rng.randint(1, most)
+    request.num_blocks = ceil_div(request.num_computed_tokens, view.block_size)
+    full = request.num_computed_tokens // view.block_size
+    neighbour = view.running[-1] if view.running else None
+    shared = 0
+    # Only a neighbour that shares nothing yet: then every shared block has two users, and sums stay easy.
+    if neighbour is not None and neighbour.num_private_blocks == neighbour.num_blocks and rng.random() < 0.3:
+        shared = rng.randint(0, min(full, neighbour.num_computed_tokens // view.block_size))
+    if request.num_blocks - shared > view.num_free_blocks:
+        return
+    if neighbour is not None:
+        neighbour.num_private_blocks -= shared
+    request.num_private_blocks = request.num_blocks - shared
+    request.admitted_us = rng.choice((request.arrival_us, 600, 900))
+    view.num_free_blocks -= request.num_private_blocks
+    view.running.append(request)
+
+
+def _queue_one_more(rng: random.Random, view: DrawnView, request_id: RequestId) -> None:
+    """A waiting request: fresh or preempted, with a cached prefix of which some blocks are idle, or without."""
+    request = _request(rng, view, request_id)
+    used = view.num_blocks - view.num_free_blocks
+    most = min((request.num_tokens - 1) // view.block_size, view.num_blocks)
+    request.num_blocks = rng.choice((0, rng.randint(0, most)))
+    # A cached prefix is held at its root and idle towards its leaf; what is held is among the used blocks.
+    least_idle = max(0, request.num_blocks - used)
+    most_idle = min(request.num_blocks, view.num_free_blocks)
+    request.num_idle_blocks = rng.randint(least_idle, max(least_idle, most_idle))
+    request.num_computed_tokens = request.num_blocks * view.block_size
+    if request.num_tokens > request.num_prompt_tokens:
+        request.num_preemptions = rng.randint(1, 4)
+    view.waiting.append(request)
+
+
+def _request(rng: random.Random, view: DrawnView, request_id: RequestId) -> DrawnRequest:
+    num_tokens = rng.randint(2, min(60, view.num_blocks * view.block_size))
+    num_prompt_tokens = rng.choice((num_tokens, rng.randint(1, num_tokens)))
+    return DrawnRequest(
+        id=request_id,
+        arrival_us=rng.choice((0, 0, 100, 500)),
+        priority=rng.choice((1, 2, 2, 3)),
+        ttft_slo_us=rng.choice((None, 300, 1010, 2000)),
+        tpot_slo_us=rng.choice((None, 20, 100)),
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=num_tokens,
+        num_computed_tokens=0,
+        num_blocks=0,
+        first_token_us=rng.choice((510, 700)) if num_tokens > num_prompt_tokens else None,
+        num_preemptions=rng.choice((0, 0, 1, 3)),
+    )

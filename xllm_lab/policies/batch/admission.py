@@ -59,24 +59,34 @@ class Stopwatch:
         self.budget_us = inf if budget_us is None or self._model is None else budget_us
         self.spent_us = 0.0 if self._model is None else self._model.constant_us
 
-    @property
-    def is_late(self) -> bool:
-        return self.spent_us >= self.budget_us
+    def has_time_for(self, request: RequestView, num_tokens: int, *, granted: int = 0) -> bool:
+        """Whether `num_tokens` more for a request that has `granted` keep the step within its budget."""
+        return self.spent_us + self._request_us(request, num_tokens, granted) <= self.budget_us
 
-    def add(self, request: RequestView, num_tokens: int) -> None:
-        if self._model is not None:
-            self.spent_us += self._model.request_us(num_tokens, request.num_computed_tokens)
+    def add(self, request: RequestView, num_tokens: int, *, granted: int = 0) -> None:
+        self.spent_us += self._request_us(request, num_tokens, granted)
+
+    def _request_us(self, request: RequestView, num_tokens: int, granted: int) -> float:
+        if self._model is None:
+            return 0.0
+        computed = request.num_computed_tokens
+        before_us = self._model.request_us(granted, computed) if granted else 0.0
+        return self._model.request_us(granted + num_tokens, computed) - before_us
 
 
 def decode_with_preemption(
     packing: Packing, chunking: list[RequestView], decoding: list[RequestView], watch: Stopwatch
 ) -> None:
-    """One token for each decoding request, oldest first. When blocks run out, the youngest chunking request is
-    preempted, then the youngest decoding one; a request never preempts itself. Victims leave the lists.
+    """One token for each decoding request, oldest first, while the budget lasts; the first one whatever it takes.
+
+    When blocks run out, the youngest chunking request is preempted, then the youngest decoding one; a request never
+    preempts itself. Victims leave the lists.
     """
     position = 0
-    while position < len(decoding) and packing.tokens_left and packing.seqs_left and not watch.is_late:
+    while position < len(decoding) and packing.tokens_left and packing.seqs_left:
         request = decoding[position]
+        if packing and not watch.has_time_for(request, 1):
+            break
         if packing.grant(request, 1):
             watch.add(request, 1)
             position += 1
@@ -92,8 +102,9 @@ class Admission:
     """Grants prompts from the front of a queue until one does not fit; nothing overtakes it.
 
     No prompt takes blocks while `watermark_frac` of the pool is in use, and a fresh one must leave room for the full
-    footprint of everything admitted this step on top of `reserved_blocks`. Both rules wait while anything else runs;
-    a prompt that has the machine to itself is never held back, so every request that fits the pool gets its turn.
+    footprint of everything admitted this step on top of `reserved_blocks`. These rules and the time budget wait while
+    anything else runs; a prompt that has the machine to itself is never held back, so every request that fits the pool
+    gets its turn.
     """
 
     def __init__(
@@ -119,6 +130,8 @@ class Admission:
             if self._is_full() or (fresh and self._lacks_room_for(footprint)):
                 return
             num_tokens = min(self._chunk, self._packing.tokens_left, num_missing_tokens(request))
+            if self._packing and not self._watch.has_time_for(request, num_tokens):
+                return
             if not self._packing.grant(request, num_tokens):
                 return
             self._watch.add(request, num_tokens)
@@ -126,15 +139,23 @@ class Admission:
             self.granted.append(request)
 
     def give_back_the_rest(self) -> None:
-        """Spend what is left of the budget on the prompts granted, in order, beyond their chunk limit."""
+        """Spend what is left of the budget on the prompts granted, in order, beyond their chunk limit.
+
+        A prompt gets all that it lacks, or all tokens that are left, or none: when time runs out nobody gets more.
+        """
         for request in self.granted:
-            more = min(self._packing.tokens_left, num_missing_tokens(request) - self._packing.granted(request))
-            if more > 0:
-                self._packing.extend(request, more)
+            granted = self._packing.granted(request)
+            more = min(self._packing.tokens_left, num_missing_tokens(request) - granted)
+            if more <= 0:
+                continue
+            if not self._watch.has_time_for(request, more, granted=granted):
+                return
+            if self._packing.extend(request, more):
+                self._watch.add(request, more, granted=granted)
 
     def _is_full(self) -> bool:
         packing = self._packing
-        if not packing.tokens_left or not packing.seqs_left or self._watch.is_late:
+        if not packing.tokens_left or not packing.seqs_left:
             return True
         return bool(packing) and self._view.num_blocks - packing.blocks_left >= self._high_water_blocks
 

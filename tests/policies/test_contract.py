@@ -40,6 +40,15 @@ def test_every_catalogued_policy_keeps_it_with_any_values(name: str, seed: int) 
     assert contract.live(policy, 10) == []
 
 
+@pytest.mark.parametrize("name", ["decode-first", "prefill-first"])
+@pytest.mark.parametrize("budget_us", [1, 12, 40])
+def test_time_budgets_keep_the_contract(name: str, budget_us: int) -> None:
+    """However little time a step is given, somebody is served."""
+    policy = make_batch_policy(name, {"max_ttft_us": budget_us, "max_tpot_us": budget_us})
+    assert [s for law in IN_PROCESS for s in law(policy, 60)] == []
+    assert contract.live(policy, 10) == []
+
+
 SINS: dict[str, tuple[BatchPolicy, ...]] = {
     "legal": (sins.OverBudget(), sins.Idler(), sins.RunsIntoErrors()),
     "repeatable": (sins.Remembers(), sins.SetOfObjects()),

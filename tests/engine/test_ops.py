@@ -82,7 +82,7 @@ def test_cache_then_attend_equals_the_definition() -> None:
     queries, computed, tables = [1, 3, 5], [6, 4, 0], [[9, 1], [3, 4], [7, 0]]
     k_BPKH, v_BPKH = torch.randn(10, P, K, H), torch.randn(10, P, K, H)
     q_TNH, k_TKH, v_TKH = torch.randn(9, N, H), torch.randn(9, K, H), torch.randn(9, K, H)
-    batch = paged_batch(queries, computed, tables, block_size=P, dtype=torch.float32, device=CPU)
+    batch = paged_batch(queries, computed, tables, k_BPKH)
     reshape_and_cache(k_TKH, v_TKH, k_BPKH, v_BPKH, batch.slot_T)
     out_TNH = paged_attention(q_TNH, k_BPKH, v_BPKH, batch)
 

@@ -6,8 +6,12 @@ memory is left, what to write into the run's manifest.
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import os
 import platform
+import resource
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -106,10 +110,7 @@ def _accelerator(*, wants_npu: bool) -> str | None:
 
 def _open_cpu() -> Device:
     facts = _cpu_facts()
-    note = ""
-    if "amx_tile" in facts.flags and "ONEDNN_MAX_CPU_ISA" not in os.environ and not _bfloat16_matmul_survives():
-        os.environ["ONEDNN_MAX_CPU_ISA"] = _ISA_WITHOUT_AMX
-        note = ", AMX advertised but faulty: not used"
+    note = ", AMX advertised but faulty: not used" if "amx_tile" in facts.flags and _amx_is_off() else ""
     return Device(
         name="cpu",
         torch_device=torch.device("cpu"),
@@ -118,20 +119,29 @@ def _open_cpu() -> Device:
     )
 
 
+@functools.cache
+def _amx_is_off() -> bool:
+    """Tries AMX once a process, and tells oneDNN to do without it if it is faulty. A user's own setting stands."""
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or _bfloat16_matmul_survives():
+        return False
+    os.environ["ONEDNN_MAX_CPU_ISA"] = _ISA_WITHOUT_AMX
+    return True
+
+
 def _bfloat16_matmul_survives() -> bool:
     """Tries one AMX-sized product in a child process.
 
     Some virtual machines advertise AMX and kill the process that uses it (illegal instruction at `tilezero`, seen
-    with torch 2.13 on Sapphire Rapids). The child inherits this process's torch, so the trial costs milliseconds;
-    it uses one thread, because the OpenMP pool does not survive a fork.
+    with torch 2.13 on Sapphire Rapids). The child inherits this process's torch, so the trial costs milliseconds; it
+    uses one thread, because the OpenMP pool does not survive a fork, and leaves neither a core file nor a zombie.
     """
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            import faulthandler
-
             faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.alarm(10)  # seconds; a lock that another thread held during the fork would never open
             torch.set_num_threads(1)
             x = torch.ones(16, 64, dtype=torch.bfloat16)
             status = 0 if torch.nn.functional.linear(x, x).sum().item() == 16 * 16 * 64 else 1

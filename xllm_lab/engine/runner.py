@@ -66,9 +66,7 @@ class Runner:
                 [len(chunk.token_ids) for chunk in chunks],
                 [chunk.num_computed_tokens for chunk in chunks],
                 [chunk.block_table for chunk in chunks],
-                block_size=self._kv_pool.block_size,
-                dtype=self._model.dtype,
-                device=device,
+                self._kv_pool.layers[0].k_BPKH,
             )
             return self._model.forward(
                 torch.tensor(tokens, device=device),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,61 +22,76 @@ class PagedBatch(NamedTuple):
         slot_T: for each token, block * P + offset, where its key and value go.
         query_starts: S + 1 offsets into T: sequence s owns tokens [query_starts[s], query_starts[s + 1]).
         kv_lens: for each sequence, its tokens in the pool, counting those of this step.
-        reads: for each sequence, how the reference finds its keys; a native kernel takes `block_table_SM`.
         block_table_SM: block ids, padded with 0; the first ceil(kv_len / P) of a row are its own.
+        gathers: for each sequence, how the reference reads the pool; a native kernel has no use for it.
     """
 
     slot_T: Tensor
     query_starts: Sequence[int]
     kv_lens: Sequence[int]
-    reads: Sequence[SequenceRead]
     block_table_SM: Tensor
+    gathers: Sequence[Gather]
 
 
-class SequenceRead(NamedTuple):
-    """One sequence's keys in the pool.
+class Gather(NamedTuple):
+    """One sequence's way out of the pool, into memory that all sequences and layers of a step use in turn.
+
+    Reusing it keeps the gathered keys in the core's cache and saves the allocator from mapping pages anew each time:
+    attention measured a seventh (bfloat16) to a quarter (float32) faster at 16 sequences of 350 tokens.
 
     Attributes:
-        first_slot: where they start if its blocks follow one another, so that a view will do; else `None`.
-        block_ids: its blocks, to gather, if they do not.
+        block_ids: what to gather.
+        k_blocks, v_blocks: where to, [own blocks, P, K, H].
+        k_1KLH, v_1KLH: the same memory, seen by the attention.
         mask_TL: added to the scores when a chunk follows cached tokens; `None` where none or a plain causal one does.
     """
 
-    first_slot: int | None
     block_ids: Tensor
+    k_blocks: Tensor
+    v_blocks: Tensor
+    k_1KLH: Tensor
+    v_1KLH: Tensor
     mask_TL: Tensor | None
 
 
 def paged_batch(
-    queries: Sequence[int],
-    computed: Sequence[int],
-    block_tables: Sequence[Sequence[int]],
-    *,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    queries: Sequence[int], computed: Sequence[int], block_tables: Sequence[Sequence[int]], pool_BPKH: Tensor
 ) -> PagedBatch:
-    """Indices of one step.
+    """Indices and masks of one step.
 
     Args:
         queries: tokens each sequence computes now, at least 1.
         computed: tokens each sequence has in the pool already.
         block_tables: covering computed + queries tokens; may be longer.
+        pool_BPKH: keys of any layer, for shape, dtype and device.
     """
-    query_starts, kv_lens, reads, slots, rows = [0], [], [], [], []
+    _, P, K, H = pool_BPKH.shape
+    tables, slots = [], []
     for count, start, table in zip(queries, computed, block_tables, strict=True):
-        kv_len = start + count
-        blocks = list(table[: -(-kv_len // block_size)])
-        assert len(blocks) * block_size >= kv_len, f"block table of {len(blocks)} blocks is short of {kv_len} tokens"
-        slots += [blocks[i // block_size] * block_size + i % block_size for i in range(start, kv_len)]
-        query_starts.append(query_starts[-1] + count)
-        kv_lens.append(kv_len)
-        rows.append(torch.tensor(blocks, device=device))
-        consecutive = blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1))
-        mask_TL = chunk_mask(count, kv_len, dtype, device) if start and count > 1 else None
-        reads.append(SequenceRead(blocks[0] * block_size if consecutive else None, rows[-1], mask_TL))
-    block_table_SM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return PagedBatch(torch.tensor(slots, device=device), query_starts, kv_lens, reads, block_table_SM)
+        blocks = list(table[: -(-(start + count) // P)])
+        assert len(blocks) * P >= start + count, f"a table of {len(blocks)} blocks is short of {start + count} tokens"
+        slots += [blocks[i // P] * P + i % P for i in range(start, start + count)]
+        tables.append(torch.tensor(blocks, device=pool_BPKH.device))
+    kv_lens = [start + count for start, count in zip(computed, queries, strict=True)]
+    k_scratch, v_scratch = pool_BPKH.new_empty((2, max(map(len, tables)), P, K, H))
+    gathers = [
+        Gather(
+            table,
+            k_scratch[: len(table)],
+            v_scratch[: len(table)],
+            k_scratch.view(1, -1, K, H)[:, :kv_len].transpose(1, 2),
+            v_scratch.view(1, -1, K, H)[:, :kv_len].transpose(1, 2),
+            chunk_mask(count, kv_len, pool_BPKH.dtype, pool_BPKH.device) if 1 < count < kv_len else None,
+        )
+        for table, kv_len, count in zip(tables, kv_lens, queries, strict=True)
+    ]
+    return PagedBatch(
+        slot_T=torch.tensor(slots, device=pool_BPKH.device),
+        query_starts=[0, *itertools.accumulate(queries)],
+        kv_lens=kv_lens,
+        block_table_SM=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True),
+        gathers=gathers,
+    )
 
 
 def chunk_mask(queries: int, kv_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -100,32 +116,28 @@ def paged_attention(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedB
         Shape [T, N, H].
     """
     out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
-    for s, (read, kv_len) in enumerate(zip(batch.reads, batch.kv_lens, strict=True)):
-        start, end = batch.query_starts[s], batch.query_starts[s + 1]
-        k_1KLH, v_1KLH = _keys(k_BPKH, read, kv_len), _keys(v_BPKH, read, kv_len)
+    for gather, (start, end) in zip(batch.gathers, itertools.pairwise(batch.query_starts), strict=True):
+        torch.index_select(k_BPKH, 0, gather.block_ids, out=gather.k_blocks)
+        torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
         attend = _decode if end - start == 1 else _chunk
-        out_TNH[start:end] = attend(q_TNH[start:end], k_1KLH, v_1KLH, read.mask_TL)
+        out_TNH[start:end] = attend(q_TNH[start:end], gather)
     return out_TNH
 
 
-def _keys(pool_BPKH: Tensor, read: SequenceRead, kv_len: int) -> Tensor:
-    _, _, K, H = pool_BPKH.shape
-    if read.first_slot is None:
-        rows_LKH = pool_BPKH.index_select(0, read.block_ids).view(-1, K, H)[:kv_len]
-    else:
-        rows_LKH = pool_BPKH.view(-1, K, H)[read.first_slot : read.first_slot + kv_len]
-    return rows_LKH.transpose(0, 1).unsqueeze(0)
-
-
-def _decode(q_1NH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, _: Tensor | None) -> Tensor:
+def _decode(q_1NH: Tensor, gather: Gather) -> Tensor:
     # The query heads of a KV head become rows of one query: repeating K and V for them costs 1.3 to 2.5 times.
-    q_1KGH = q_1NH.reshape(1, k_1KLH.shape[1], -1, q_1NH.shape[-1])
-    return F.scaled_dot_product_attention(q_1KGH, k_1KLH, v_1KLH).view(q_1NH.shape)
+    q_1KGH = q_1NH.reshape(1, gather.k_1KLH.shape[1], -1, q_1NH.shape[-1])
+    return F.scaled_dot_product_attention(q_1KGH, gather.k_1KLH, gather.v_1KLH).view(q_1NH.shape)
 
 
-def _chunk(q_TNH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, mask_TL: Tensor | None) -> Tensor:
-    q_1NTH = q_TNH.transpose(0, 1).unsqueeze(0)
+def _chunk(q_TNH: Tensor, gather: Gather) -> Tensor:
+    mask_TL = gather.mask_TL
     out_1NTH = F.scaled_dot_product_attention(
-        q_1NTH, k_1KLH, v_1KLH, attn_mask=mask_TL, is_causal=mask_TL is None, enable_gqa=True
+        q_TNH.transpose(0, 1).unsqueeze(0),
+        gather.k_1KLH,
+        gather.v_1KLH,
+        attn_mask=mask_TL,
+        is_causal=mask_TL is None,
+        enable_gqa=True,
     )
     return out_1NTH[0].transpose(0, 1)

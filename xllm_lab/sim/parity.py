@@ -40,10 +40,7 @@ class Parity:
 
 
 class _DifferenceError(Exception):
-    def __init__(self, step: int, simulator: Decision) -> None:
-        super().__init__(step)
-        self.step = step
-        self.simulator = simulator
+    """`args` are the step's index and its `Decision`: SimPy raises what a process raised anew, from its args alone."""
 
 
 class Recorded:
@@ -54,6 +51,11 @@ class Recorded:
         self._requests = {r.id: r for r in records.requests}
         self._num_drawn = dict.fromkeys(self._requests, 0)
         self._next = 0
+
+    @property
+    def num_replayed(self) -> int:
+        """Steps that were decided alike so far."""
+        return self._next
 
     def wake_us(self, until_us: int) -> int:
         # A real host oversleeps; it looked again when its next step started.
@@ -93,24 +95,24 @@ def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
     if run.manifest.host != "engine":
         raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted: an engine run")
     records = run.records
+    recorded = Recorded(records)
     try:
-        simulated = run_simulation(
+        run_simulation(
             _as_it_arrived(run.workload, records),
             run.manifest.instance_config(),
             policy or run.manifest.batch_policy(),
-            Recorded(records),
+            recorded,
             vocab_size=run.manifest.model["vocab_size"],
             step_time=run.manifest.step_time_model(),
         )
     except _DifferenceError as difference:
-        engine = None
-        if difference.step < len(records.steps):
-            engine = _decision_of_record(records.steps[difference.step])
-        return Parity(num_steps=len(records.steps), step=difference.step, engine=engine, simulator=difference.simulator)
+        step, simulator = difference.args
+        engine = _decision_of_record(records.steps[step]) if step < len(records.steps) else None
+        return Parity(num_steps=len(records.steps), step=step, engine=engine, simulator=simulator)
     except PolicyError:
-        simulated = Records()  # it gave up before the engine did; the count below says where
-    if len(simulated.steps) < len(records.steps):
-        step = len(simulated.steps)
+        pass  # it gave up before the engine did; the count below says where
+    step = recorded.num_replayed
+    if step < len(records.steps):
         return Parity(num_steps=len(records.steps), step=step, engine=_decision_of_record(records.steps[step]))
     return Parity(num_steps=len(records.steps))
 

@@ -38,7 +38,7 @@ def busy_workload() -> Workload:
                 i,
                 37 * i % 150,
                 prompt=5 + 7 * i % 40,
-                output=1 + 5 * i % 13,
+                output=1 + 11 * i % 29,
                 hashes=tuple(range(i % 6)),
                 priority=Priority(1 + i % 3),
                 slo=Slo(ttft_us=200 if i % 2 else None, tpot_us=20 if i % 5 == 0 else None),

@@ -1,0 +1,194 @@
+"""The whole loop in one command: replay, calibrate, tune, verify, compare, check parity, export, report.
+
+trace  = window A | window B          A is learnt from and tuned on, B is held out
+A, all at once   -> engine            capacity, and the steps of a full batch
+A, at capacity   -> engine            the steps of a queue that comes and goes
+both             -> calibration
+A, at capacity   -> tuner             in the simulator
+B, at capacity   -> engine            default, tuned, default, tuned, ...
+B, default       -> simulator         against the engine's own runs of B: the error, beside their spread
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xllm_lab import transforms, verbs
+from xllm_lab.arrivals import with_arrivals
+from xllm_lab.engine.engine import Engine, EngineOptions
+from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.formats import read_trace
+from xllm_lab.metrics import makespan_us
+from xllm_lab.progress import tell
+from xllm_lab.runs import Run, new_file, read_run, write_json
+from xllm_lab.sim.calibrate import Calibration
+from xllm_lab.sim.compare import Row
+from xllm_lab.step_time import Chunk
+from xllm_lab.text import gain_line, table
+from xllm_lab.tuning.verify import Gain, runs_of
+from xllm_lab.workload import Slo, Workload
+
+DEFAULT_TRACE = Path(__file__).resolve().parents[1] / "traces" / "chat.jsonl"
+DEFAULT_NUM_REQUESTS = 30
+SETTINGS = {"block_size": 32, "num_kv_blocks": 512}
+# The promises are what a batch of eight would keep with a quarter to spare, so that load decides whether they hold.
+SLO_BATCH = 8
+SLO_SLACK = 1.25
+# A first token may take as long as this many tokens after it.
+TTFT_IN_TPOT = 24
+ERROR_METRICS = ("ttft_us", "tpot_us", "e2e_us", "output_throughput_per_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demo:
+    """What the demo found."""
+
+    num_steps_identical: int
+    rows: tuple[Row, ...]
+    gain: Gain
+    config: dict[str, Any]
+    report: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "parity_steps": self.num_steps_identical,
+            "compare": [asdict(row) for row in self.rows],
+            "gain": {**asdict(self.gain), "is_better": self.gain.is_better},
+            "config": self.config,
+            "report": str(self.report),
+        }
+
+    def as_text(self) -> str:
+        """The last table, and where the report is."""
+        lines = [
+            [
+                row.metric,
+                f"{row.engine:,.4g}",
+                _percent(row.spread_frac),
+                f"{row.simulated:,.4g}",
+                _percent(row.error_frac),
+            ]
+            for row in self.rows
+        ]
+        default, tuned = (sum(v) / len(v) for v in (self.gain.default_per_s, self.gain.tuned_per_s))
+        goodput = [
+            ["goodput, default", f"{default:.2f}", "", "", ""],
+            ["goodput, tuned", f"{tuned:.2f}", "", "", ""],
+        ]
+        return "\n".join(
+            (
+                f"parity: identical on {self.num_steps_identical} steps",
+                table(["held-out window", "engine", "spread", "simulator", "error"], [*lines, *goodput]),
+                gain_line(self.gain),
+                f"xLLM configuration: {json.dumps(self.config, sort_keys=True)}",
+                f"report: {self.report}",
+            )
+        )
+
+
+def demo(
+    *,
+    trace: Path | None = None,
+    num_requests: int | None = None,
+    trials: int = 60,
+    repeats: int = 3,
+    seed: int = 0,
+    out: Path = Path("runs/demo"),
+    progress: bool = True,
+) -> Demo:
+    """Run the loop on the embedded model, one thread, processor time.
+
+    Raises:
+        RunError: `out` exists, or the simulator decided differently from the engine.
+        ConfigError: the trace is shorter than two windows.
+    """
+    if out.exists():
+        raise RunError(f"{out}: exists already; accepted: a new folder")
+    learn, held_out = _windows(trace or DEFAULT_TRACE, num_requests or DEFAULT_NUM_REQUESTS)
+    engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
+
+    def replay(workload: Workload, name: str, what: str) -> Run:
+        tell(what)
+        return verbs.replay(workload, out=out / name, settings=SETTINGS, engine=engine, progress=progress)
+
+    full = replay(with_arrivals(learn, [0] * len(learn.requests)), "full", "1/6  capacity: window A, all at once")
+    rate_per_s = len(learn.requests) * 1e6 / makespan_us(full.records)
+    tell(f"     {rate_per_s:.2f} requests/s")
+    paced = replay(
+        transforms.scale_rate_to(learn, rate_per_s), "paced", f"2/6  window A at {rate_per_s:.2f} requests/s"
+    )
+    fitted = verbs.calibrate([full, paced], out=out / "calibration.json")
+    slo = _promises(fitted, paced)
+    tell(f"3/6  tune on window A in the simulator: TTFT under {slo.ttft_us} us, TPOT under {slo.tpot_us} us")
+    study = verbs.tune(
+        [_at(learn, rate_per_s, slo)],
+        fitted,
+        out=out / "study",
+        settings=SETTINGS,
+        trials=trials,
+        seed=seed,
+        progress=progress,
+    )
+    tell("4/6  verify on window B on the engine: default and tuned in turn")
+    verified = verbs.verify(
+        study, _at(held_out, rate_per_s, slo), out=out / "verified", repeats=repeats, engine=engine, progress=progress
+    )
+    tell("5/6  simulate window B, compare, check parity")
+    measured = [read_run(path) for path in runs_of(out / "verified", "default")]
+    tuned = [read_run(path) for path in runs_of(out / "verified", "tuned")]
+    simulated = verbs.simulate(measured[0], fitted, out=out / "simulated")
+    rows = [r for r in verbs.compare(simulated, measured) if r.metric.startswith(ERROR_METRICS)]
+    num_steps = sum(_identical_steps(run) for run in (full, paced, *measured, *tuned))
+    tell("6/6  export and report")
+    config = verbs.export(verified, to="xllm").config
+    with new_file(out / "xllm.json") as file:
+        write_json(file, config)
+    page = verbs.report(
+        out / "report.html",
+        engine=measured,
+        simulated=simulated,
+        calibration=fitted,
+        study=study,
+        verification=out / "verified",
+    )
+    return Demo(num_steps_identical=num_steps, rows=tuple(rows), gain=verified.gain, config=config, report=page)
+
+
+def _windows(trace: Path, num_requests: int) -> tuple[Workload, Workload]:
+    whole = read_trace(trace)
+    if len(whole.requests) < 2 * num_requests:
+        raise ConfigError(f"{trace}: {len(whole.requests)} requests; two windows of {num_requests} are needed")
+    return _slice(whole, 0, num_requests), _slice(whole, num_requests, 2 * num_requests)
+
+
+def _slice(whole: Workload, start: int, end: int) -> Workload:
+    part = whole.requests[start:end]
+    first_us = part[0].arrival_us
+    return replace(whole, requests=tuple(r.at(r.arrival_us - first_us) for r in part))
+
+
+def _at(workload: Workload, rate_per_s: float, slo: Slo) -> Workload:
+    return transforms.with_slo(transforms.scale_rate_to(workload, rate_per_s), slo)
+
+
+def _promises(fitted: Calibration, run: Run) -> Slo:
+    requests = run.workload.requests
+    context = sum(r.prompt.num_tokens + r.output_tokens // 2 for r in requests) // len(requests)
+    step_us = fitted.step_time.step_us([Chunk(1, context)] * SLO_BATCH, SLO_BATCH)
+    tpot_us = round(SLO_SLACK * step_us, -3)
+    return Slo(tpot_us=int(tpot_us), ttft_us=int(TTFT_IN_TPOT * tpot_us))
+
+
+def _identical_steps(run: Run) -> int:
+    found = verbs.parity(run)
+    if not found.is_identical:
+        raise RunError(f"{run.path}: the simulator decides differently at step {found.step}; accepted: identical")
+    return found.num_steps
+
+
+def _percent(frac: float | None) -> str:
+    return "-" if frac is None else f"{frac:+.1%}"

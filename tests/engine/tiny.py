@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 VOCAB = 96
+_SAVED = tempfile.TemporaryDirectory(prefix="xllm_lab_tiny_")  # removed when the interpreter ends
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -67,7 +68,7 @@ def tiny_model(variant: str) -> TinyModel:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    folder = Path(tempfile.mkdtemp(prefix=f"xllm_lab_{variant}_"))
+    folder = Path(_SAVED.name, variant)
     reference.save_pretrained(folder)
     return TinyModel(folder, reference)
 

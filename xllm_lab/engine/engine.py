@@ -116,6 +116,7 @@ class Engine:
         Raises:
             as `serve`, and RunError if the folder exists or cannot be written.
         """
+        self._refuse(workload, config)  # before step times are measured on a context that the model may not have
         if step_time is None and getattr(policy, "needs_step_time", False):
             step_time = self.measure_step_time(config)
         records = Records() if recorder is None else recorder
@@ -222,7 +223,7 @@ def _end_us(clock: Clock, step: Step) -> int:
 
 def _warm_up(runner: Runner, config: InstanceConfig) -> None:
     """Steps of a few shapes before the clock starts: the first call of a kernel pays for choosing and packing it."""
-    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch)
+    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
     for num_tokens in _halves(longest):
         runner.run(_synthetic((Chunk(num_tokens, 0),), config))
 
@@ -239,6 +240,7 @@ def _synthetic(chunks: Sequence[Chunk], config: InstanceConfig) -> list[Sequence
         num_blocks = -(-(num_tokens + num_computed) // config.block_size)
         table = range(next_block, next_block + num_blocks)
         next_block += num_blocks
-        made.append(SequenceChunk(list(range(1, num_tokens + 1)), num_computed, table, True))
+        # Token 0 is in every vocabulary.
+        made.append(SequenceChunk([0] * num_tokens, num_computed, table, True))
     assert next_block <= config.num_kv_blocks, "the synthetic step is larger than the pool"
     return made

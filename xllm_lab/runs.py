@@ -21,11 +21,12 @@ from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, make_batch_policy, policy_name, values_of
-from xllm_lab.records import Records, records_from, request_table, step_table
+from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, Records, records_from, request_table, step_table
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
 FORMAT = 1
+_FINISHED = "a Parquet file of a finished run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class Manifest:
         policy: {"name": ..., and its fields}.
         step_time: weights the policy saw, or None.
         timing: how time was had: the engine's clock, or the simulator's cost model and its error.
-        model: what was served: name, dtype, kv_bytes_per_token, vocab_size; empty in a simulated run.
+        model: what was served: name, dtype, kv_bytes_per_token, vocab_size; a simulated run has its calibration's.
         workload: source, checksum, seed, number of requests.
     """
 
@@ -92,38 +93,79 @@ class Run:
     @cached_property
     def workload(self) -> Workload:
         """The requests as they were sent."""
-        return own.read(self.path / "workload.jsonl")
+        workload = own.read(self.path / "workload.jsonl")
+        self._expect_all("workload.jsonl", len(workload.requests))
+        return workload
 
     @cached_property
     def records(self) -> Records:
-        return records_from(_read_table(self.path / "requests.parquet"), _read_table(self.path / "steps.parquet"))
+        requests = _read_table(self.path / "requests.parquet", REQUEST_SCHEMA)
+        self._expect_all("requests.parquet", requests.num_rows)
+        try:
+            return records_from(requests, _read_table(self.path / "steps.parquet", STEP_SCHEMA))
+        except ValueError as error:
+            raise RunError(f"{self.path / 'requests.parquet'}: {error}; accepted: {_FINISHED}") from None
+
+    def _expect_all(self, name: str, count: int) -> None:
+        expected = self.manifest.workload["num_requests"]
+        if count != expected:
+            raise RunError(f"{self.path / name}: holds {count} requests, manifest.json says {expected}")
 
 
 def write_run(path: Path, manifest: Manifest, workload: Workload, records: Records) -> Run:
     """Write a new run folder in one go. RunError if it exists or cannot be written."""
     with new_folder(path) as folder:
-        write_json(folder / "manifest.json", asdict(manifest))
-        own.write(workload, folder / "workload.jsonl")
-        pq.write_table(request_table(records.sort()), folder / "requests.parquet", compression="zstd")
-        pq.write_table(step_table(records), folder / "steps.parquet", compression="zstd")
+        fill_run(folder, manifest, workload, records)
     return Run(path, manifest)
+
+
+def fill_run(folder: Path, manifest: Manifest, workload: Workload, records: Records) -> None:
+    """As `write_run`, into a folder that `new_folder` opened before the run."""
+    write_json(folder / "manifest.json", asdict(manifest))
+    own.write(workload, folder / "workload.jsonl")
+    for name, table in (("requests", request_table(records.sort())), ("steps", step_table(records))):
+        # With checksums a flipped bit is an error, not another result.
+        pq.write_table(table, folder / f"{name}.parquet", compression="zstd", write_page_checksum=True)
 
 
 def read_run(path: Path) -> Run:
     """Open a run. RunError names what is missing or is not ours."""
-    manifest = read_json(path / "manifest.json", "a run folder, as `replay` and `simulate` write it")
+    value = read_json(path / "manifest.json", "a run folder, as `replay` and `simulate` write it")
     try:
-        run = Run(path, Manifest(**manifest))
-        run.manifest.instance_config()
+        manifest = Manifest(**value)
+        _refuse_other_manifests(manifest)
+        manifest.instance_config()
+        manifest.step_time_model()
     except (TypeError, ConfigError) as error:
         raise RunError(f"{path / 'manifest.json'}: {error}; accepted: a manifest of format {FORMAT}") from None
-    return run
+    return Run(path, manifest)
+
+
+def _refuse_other_manifests(manifest: Manifest) -> None:
+    """TypeError unless what the readers of a run look up is there."""
+    if manifest.format != FORMAT:
+        raise TypeError(f"format is {manifest.format}")
+    needed = (
+        ("policy", "name", str),
+        ("model", "vocab_size", int),
+        ("workload", "num_requests", int),
+    )
+    for part in ("instance", "timing", "hardware"):
+        if not isinstance(getattr(manifest, part), dict):
+            raise TypeError(f"{part} is no object")
+    for part, name, kind in needed:
+        value = getattr(manifest, part)
+        if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+            raise TypeError(f"{part} has no {name}")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block ends well; nothing is left when it does not."""
-    if path.exists():
+    """A folder that appears under its name only when the block ends well; nothing is left when it does not.
+
+    Long work goes into the block, so that a folder that cannot be made is refused before it, not after.
+    """
+    if os.path.lexists(path):
         raise RunError(f"{path}: exists already; accepted: a new folder")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -139,6 +181,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """As `new_folder`, for one file; one that exists is replaced."""
+    if path.is_dir():
+        raise RunError(f"{path}: is a folder; accepted: a file")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +191,8 @@ def new_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be why we are here
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -160,15 +205,22 @@ def read_json(path: Path, accepted: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: is not there; accepted: {accepted}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}; accepted: {accepted}") from None
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}; accepted: {accepted}") from None
     if not isinstance(value, dict):
         raise RunError(f"{path}: holds no object; accepted: {accepted}")
     return value
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise RunError(f"{path}: is not there; accepted: {_FINISHED}") from None
     except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path}: cannot be read: {error}; accepted: a Parquet file of a finished run") from None
+        raise RunError(f"{path}: cannot be read: {error}; accepted: {_FINISHED}") from None
+    if not table.schema.equals(schema):
+        raise RunError(f"{path}: has other columns; accepted: {', '.join(schema.names)}")
+    return table

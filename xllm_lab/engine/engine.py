@@ -17,7 +17,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Recorder, Records
-from xllm_lab.runs import Manifest, Run, describe, write_run
+from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler, Step
 from xllm_lab.serving import Completion, Idle, Woke, serve
 from xllm_lab.step_time import Chunk, StepTime, features, fit
@@ -120,12 +120,14 @@ class Engine:
         if step_time is None and getattr(policy, "needs_step_time", False):
             step_time = self.measure_step_time(config)
         records = Records() if recorder is None else recorder
-        self.serve(workload, config, policy, records, step_time=step_time)
-        timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
-        manifest = Manifest(
-            host="engine", timing=timing, model=self.describe(), **describe(config, policy, step_time, workload)
-        )
-        return write_run(out, manifest, workload, records)
+        with new_folder(out) as folder:
+            self.serve(workload, config, policy, records, step_time=step_time)
+            timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
+            manifest = Manifest(
+                host="engine", timing=timing, model=self.describe(), **describe(config, policy, step_time, workload)
+            )
+            fill_run(folder, manifest, workload, records)
+        return Run(out, manifest)
 
     def describe(self) -> dict[str, Any]:
         """The model and device, for manifests."""

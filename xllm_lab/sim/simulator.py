@@ -11,7 +11,7 @@ import simpy
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Records
-from xllm_lab.runs import Manifest, Run, describe, write_run
+from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import serve
 from xllm_lab.sim.calibrate import Calibration
@@ -71,25 +71,27 @@ def simulate(
     """
     for request in workload.requests:
         config.refuse_if_too_large(request)
-    cost = FittedCost(calibration)
-    records = run_simulation(
-        workload,
-        config,
-        policy,
-        Predicted(cost),
-        vocab_size=calibration.model["vocab_size"],
-        step_time=calibration.step_time,
-    )
-    timing = {
-        "cost_model": "fitted",
-        "calibrated_on": list(calibration.runs),
-        "residual": asdict(calibration.residual),
-        "extrapolated_frac": cost.extrapolated_frac,
-    }
-    manifest = Manifest(
-        host="simulator",
-        timing=timing,
-        model=calibration.model,
-        **describe(config, policy, calibration.step_time, workload),
-    )
-    return write_run(out, manifest, workload, records)
+    with new_folder(out) as folder:
+        cost = FittedCost(calibration)
+        records = run_simulation(
+            workload,
+            config,
+            policy,
+            Predicted(cost),
+            vocab_size=calibration.model["vocab_size"],
+            step_time=calibration.step_time,
+        )
+        timing = {
+            "cost_model": "fitted",
+            "calibrated_on": list(calibration.runs),
+            "residual": asdict(calibration.residual),
+            "extrapolated_frac": cost.extrapolated_frac,
+        }
+        manifest = Manifest(
+            host="simulator",
+            timing=timing,
+            model=calibration.model,
+            **describe(config, policy, calibration.step_time, workload),
+        )
+        fill_run(folder, manifest, workload, records)
+    return Run(out, manifest)

@@ -25,14 +25,16 @@ class ProgressRecords(Records):
 
 
 def watched(total: int, what: str, *, show: bool = True) -> ProgressRecords:
-    """Records with a bar over `total` requests; nothing is drawn unless stderr is a terminal or `show` is False."""
+    """Records with a bar over `total` requests."""
     return ProgressRecords(bar=bar(total, what, show=show))
 
 
 def bar(total: int, what: str, *, show: bool = True) -> Any:
-    """A bar that stays when it is full. Redrawn twice a second, and every five in a log."""
+    """A bar that stays when it is full. Redrawn twice a second, and every five in a log; short work draws none."""
     interval_s = 0.5 if sys.stderr.isatty() else 5.0
-    return tqdm(total=total, desc=what, disable=not show, mininterval=interval_s, file=sys.stderr, ncols=88)
+    return tqdm(
+        total=total, desc=what, disable=not show, mininterval=interval_s, delay=interval_s, file=sys.stderr, ncols=88
+    )
 
 
 Told = Callable[[str], None]

@@ -77,7 +77,7 @@ def replay(
     chosen = configure(policy, settings)
     host = engine if isinstance(engine, Engine) else Engine(engine)
     fitted = None if calibration is None else _calibration(calibration).step_time
-    records = watched(len(workload.requests), "replay", show=progress)
+    records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
     with records.bar:
         return host.replay(workload, chosen.instance, chosen.policy, out=Path(out), step_time=fitted, recorder=records)
 
@@ -184,9 +184,9 @@ def verify(
 
     opened = study if isinstance(study, Study) else read_study(Path(study))
     workload = _workload(trace)
-    total = 2 * repeats * len(workload.requests)
-    records = watched(total, "verify", show=progress)
+    step_time = read_calibration(opened.path / "calibration.json").step_time
     host = engine if isinstance(engine, Engine) else Engine(engine)
+    records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
     with records.bar:
         return measure(
             host,
@@ -195,7 +195,7 @@ def verify(
             tuned=opened.best.candidate,
             out=Path(out),
             repeats=repeats,
-            step_time=read_calibration(opened.path / "calibration.json").step_time,
+            step_time=step_time,
             make_records=lambda: type(records)(bar=records.bar),
         )
 

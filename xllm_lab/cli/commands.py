@@ -257,7 +257,8 @@ def _warn_if_extrapolated(run: Run) -> None:
 
 
 def _print(o: argparse.Namespace, value: Any, text: str) -> int:
-    print(json.dumps(value, sort_keys=True, default=str) if o.json else text)  # noqa: T201
+    # Flushed, or a full disk would be found out only after the exit status was chosen.
+    print(json.dumps(value, sort_keys=True, default=str) if o.json else text, flush=True)  # noqa: T201
     return 0
 
 

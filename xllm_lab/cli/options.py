@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xllm_lab import transforms, verbs
+from xllm_lab import arrivals, transforms, verbs
 from xllm_lab.errors import ConfigError
 from xllm_lab.formats import read_trace
-from xllm_lab.workload import Slo, Workload
+from xllm_lab.workload import ClosedLoop, Slo, Workload
 
 if TYPE_CHECKING:
     from xllm_lab.engine.engine import EngineOptions
+
+ARRIVALS = ("uniform", "poisson", "gamma")
 
 
 def trace_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -28,7 +32,13 @@ def transform_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--length-scale", type=float, metavar="X", help="prompts and outputs X times as long")
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="cut longer prompts")
     group.add_argument("--max-output-tokens", type=int, metavar="N", help="cut longer outputs")
+    group.add_argument("--sample-frac", type=float, metavar="X", help="keep this fraction, drawn with --trace-seed")
     group.add_argument("--rate-per-s", type=float, metavar="R", help="stretch arrivals to this mean rate")
+    group.add_argument("--arrivals", choices=ARRIVALS, help="new arrival times at --rate-per-s")
+    group.add_argument("--cv", type=float, default=3.0, help="of the gaps of gamma arrivals; 1 is Poisson")
+    group.add_argument("--trace-seed", type=int, default=0, metavar="N", help="of --arrivals and --sample-frac")
+    group.add_argument("--clients", type=int, metavar="N", help="closed loop: N clients, one request each at a time")
+    group.add_argument("--think-ms", type=float, default=0.0, metavar="MS", help="of a client, between requests")
     group.add_argument("--ttft-slo-ms", type=float, metavar="MS")
     group.add_argument("--tpot-slo-ms", type=float, metavar="MS")
     group.add_argument("--e2e-slo-ms", type=float, metavar="MS")
@@ -55,19 +65,48 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
 def workload(path: Path, o: argparse.Namespace) -> Workload:
     w = read_trace(path, format=o.format)
     if o.window_s:
-        w = transforms.window(w, round(o.window_s[0] * 1e6), round(o.window_s[1] * 1e6))
+        start_us, end_us = (_microseconds("--window-s", s, 1e6) for s in o.window_s)
+        w = transforms.window(w, start_us, end_us)
     if o.requests is not None:
         w = transforms.head(w, o.requests)
     if o.length_scale is not None:
         w = transforms.scale_length(w, o.length_scale)
     if o.max_prompt_tokens is not None or o.max_output_tokens is not None:
         w = transforms.clip_length(w, max_prompt_tokens=o.max_prompt_tokens, max_output_tokens=o.max_output_tokens)
-    if o.rate_per_s is not None:
+    w = _arriving(w, o)
+    promises = {
+        f"{k}_us": _microseconds(f"--{k}-slo-ms", ms, 1e3)
+        for k in ("ttft", "tpot", "e2e")
+        if (ms := getattr(o, f"{k}_slo_ms")) is not None
+    }
+    return transforms.with_slo(w, Slo(**promises)) if promises else w
+
+
+def _arriving(w: Workload, o: argparse.Namespace) -> Workload:
+    if o.sample_frac is not None:
+        w = transforms.sample(w, frac=o.sample_frac, seed=o.trace_seed)
+    if o.arrivals is not None:
+        if o.rate_per_s is None:
+            raise ConfigError(f"--arrivals {o.arrivals} needs --rate-per-s")
+        num = len(w.requests)
+        times = {
+            "uniform": lambda: arrivals.uniform(num, o.rate_per_s),
+            "poisson": lambda: arrivals.poisson(num, o.rate_per_s, o.trace_seed),
+            "gamma": lambda: arrivals.gamma_bursts(num, o.rate_per_s, o.cv, o.trace_seed),
+        }
+        w = arrivals.with_arrivals(w, times[o.arrivals]())
+    elif o.rate_per_s is not None:
         w = transforms.scale_rate_to(w, o.rate_per_s)
-    promises = {k: getattr(o, f"{k}_slo_ms") for k in ("ttft", "tpot", "e2e")}
-    if any(v is not None for v in promises.values()):
-        w = transforms.with_slo(w, Slo(**{f"{k}_us": v and round(v * 1000) for k, v in promises.items()}))
+    if o.clients is not None:
+        loop = ClosedLoop(num_clients=o.clients, think_us=_microseconds("--think-ms", o.think_ms, 1e3))
+        w = replace(w, closed_loop=loop)
     return w
+
+
+def _microseconds(option: str, value: float, unit_us: float) -> int:
+    if not math.isfinite(value):
+        raise ConfigError(f"{option} is {value}, a finite number is accepted")
+    return round(value * unit_us)
 
 
 def settings(o: argparse.Namespace) -> dict[str, str]:

@@ -16,6 +16,8 @@ from xllm_lab.runs import Run, new_file, read_json, write_json
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
 
 NUM_FOLDS = 5
+# So that a fit without one of the folds still has the two steps a term that `fit` wants.
+MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
 FORMAT = 1
 
 
@@ -70,6 +72,8 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         if run.manifest.model != runs[0].manifest.model:
             raise ConfigError(f"{run.path}: model differs from that of {runs[0].path}; accepted: runs of one model")
     steps = [step for run in runs for step in run.records.steps]
+    if len(steps) < MIN_STEPS:
+        raise ConfigError(f"the runs have {len(steps)} steps, at least {MIN_STEPS} are accepted")
     rows = np.asarray([step_features(s) for s in steps], dtype=np.float64)
     times = np.asarray([s.step_us for s in steps], dtype=np.float64)
     return Calibration(
@@ -99,15 +103,18 @@ def read_calibration(path: Path) -> Calibration:
     accepted = "a calibration, as `calibrate` writes it"
     value = read_json(path, accepted)
     try:
+        if value["format"] != FORMAT:
+            raise ValueError(f"format is {value['format']}, {FORMAT} is accepted")
+        value["model"]["vocab_size"] + 0  # what the simulator will look up
         return Calibration(
             step_time=StepTime(tuple(float(value["step_time"][term]) for term in TERMS)),
-            highest=tuple(float(h) for h in value["highest"]),
-            residual=Residual(**value["residual"]),
+            highest=tuple(float(value["highest"][k]) for k in range(len(TERMS))),
+            residual=Residual(**{name: value["residual"][name] + 0 for name in Residual.__slots__}),
             model=value["model"],
             hardware=value["hardware"],
             runs=tuple(value["runs"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RunError(f"{path}: {error!r}; accepted: {accepted}") from None
 
 

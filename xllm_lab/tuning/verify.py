@@ -139,13 +139,14 @@ def read_verification(path: Path) -> Verification:
     value = read_json(path / "verification.json", accepted)
     try:
         gain = paired_gain(value["gain"]["default_per_s"], value["gain"]["tuned_per_s"])
+        value["model"]["kv_bytes_per_token"] + 0  # what an export will look up
         return Verification(
             default=candidate(value["default"]),
             tuned=candidate(value["tuned"]),
             gain=gain,
             model=value["model"],
         )
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise RunError(f"{path / 'verification.json'}: {error!r}; accepted: {accepted}") from None
 
 

@@ -1,0 +1,402 @@
+"""The page: well formed, whole, the same every time, and it claims no more than was shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xllm_lab.candidate import Candidate
+from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.report import write_report
+from xllm_lab.report.series import NUM_CDF_POINTS, NUM_SLICES, Timeline, cumulative, step_tokens
+from xllm_lab.report.wording import compact, metric_label, metric_text, percent, signed_percent
+from xllm_lab.runs import Run, read_run, write_json, write_run
+from xllm_lab.sim.calibrate import Calibration, Residual
+from xllm_lab.sim.compare import METRICS
+from xllm_lab.sim.simulator import simulate
+from xllm_lab.step_time import TERMS, StepTime
+from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.space import Space
+from xllm_lab.tuning.study import Study, Trial, tune
+from xllm_lab.workload import Prompt, Request, RequestId, Slo, Workload
+
+HOSTILE = "<script>alert('a trace')</script>"
+# Few enough blocks for preemptions; every field that the page reads differs from its neighbour.
+CONFIG = InstanceConfig(block_size=16, num_kv_blocks=24, max_tokens_per_batch=128, enable_prefix_cache=False)
+POLICY = make_batch_policy("prefill-first", {"watermark_frac": 1.0})
+_VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Walks a page: refuses tags that do not nest, and collects what tests ask about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"{self.open} are never closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def calibration(factor: float = 1.0, *, highest: float = 1e9) -> Calibration:
+    weights = {"constant_us": 3000.0, "token_us": 150.0, "sequence_us": 200.0, "kv_read_us": 0.5}
+    return Calibration(
+        step_time=StepTime(tuple(factor * weights.get(term, 0.0) for term in TERMS)),
+        highest=(highest,) * len(TERMS),
+        residual=Residual(mape_frac=0.071, p90_frac=0.154, bias_frac=-0.004, num_steps=4321),
+        model={"name": "a-model", "vocab_size": 1000, "kv_bytes_per_token": 64},
+        hardware={"cpu": "a cpu", "system": "Linux"},
+        runs=("day-one",),
+    )
+
+
+def workload(count: int = 24, source: str = "a-trace.jsonl") -> Workload:
+    return Workload(
+        requests=tuple(
+            Request(
+                id=RequestId(k),
+                arrival_us=k * 8_000 + (k // 12) * 900_000,
+                prompt=Prompt(num_tokens=40 + 13 * (k % 7)),
+                output_tokens=8 + k % 9,
+                slo=Slo(ttft_us=250_000),
+            )
+            for k in range(count)
+        ),
+        source=source,
+        checksum="c0ffee",
+        seed=5,
+    )
+
+
+def as_engine(run: Run, out: Path) -> Run:
+    """The run as an engine would have left it: it drew tokens, and says so."""
+    for request in run.records.requests:
+        request.output_token_ids = [-1 - request.id] * request.output_tokens
+    timing = {"clock": "wall", "timer": "cpu", "threads": 1}
+    return write_run(out, dataclasses.replace(run.manifest, host="engine", timing=timing), run.workload, run.records)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Three engine runs that spread a little, and a simulated one that is somewhat slow."""
+    tmp = tmp_path_factory.mktemp("runs")
+    made = {"simulated": simulate(workload(), CONFIG, POLICY, calibration(1.05), out=tmp / "simulated")}
+    for k, factor in enumerate((1.0, 1.04, 0.97)):
+        raw = simulate(workload(), CONFIG, POLICY, calibration(factor), out=tmp / f"raw-{k}")
+        made[f"engine-{k}"] = as_engine(raw, tmp / f"engine-{k}")
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(runs: dict[str, Run]) -> list[Run]:
+    return [runs[f"engine-{k}"] for k in range(3)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Three trials, evaluated as `tune` does it, one of which cannot run."""
+    from xllm_lab.formats import own
+    from xllm_lab.sim.calibrate import write_calibration
+
+    tmp = tmp_path_factory.mktemp("study")
+    own.write(workload(), tmp / "workload-0.jsonl")
+    write_calibration(calibration(), tmp / "calibration.json")
+    changes: tuple[dict[str, Any], ...] = ({}, {"num_kv_blocks": 64}, {"max_model_len": 16})
+    trials = []
+    for number, change in enumerate(changes):
+        one = Candidate(instance=dataclasses.replace(CONFIG, **change), policy=POLICY)
+        job = {"workloads": [str(tmp / "workload-0.jsonl")], "calibration": str(tmp / "calibration.json")}
+        report = evaluate({**job, "min_slo_attainment_frac": 0.0, "candidate": one.as_dict()})
+        trials.append(Trial(number=number, candidate=one, report=report))
+    spec = {"workloads": ["a-trace.jsonl"], "model": calibration().model}
+    return Study(path=tmp, spec=spec, trials=tuple(trials))
+
+
+def verification(folder: Path, tuned_per_s: list[float], *, tuned: InstanceConfig | None = None) -> Path:
+    """A folder as `verify` leaves it, but for the runs."""
+    default = Candidate(instance=CONFIG, policy=POLICY)
+    other = Candidate(instance=tuned or dataclasses.replace(CONFIG, num_kv_blocks=64), policy=POLICY)
+    folder.mkdir(parents=True)
+    value = {
+        "default": default.as_dict(),
+        "tuned": other.as_dict(),
+        "gain": {"default_per_s": [9.8, 9.5, 10.2, 9.9], "tuned_per_s": tuned_per_s},
+        "model": {"kv_bytes_per_token": 64},
+    }
+    write_json(folder / "verification.json", value)
+    return folder
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs: dict[str, Run], engine: list[Run], study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with every part."""
+    tmp = tmp_path_factory.mktemp("page")
+    return write_report(
+        tmp / "report.html",
+        engine=engine,
+        simulated=runs["simulated"],
+        calibration=calibration(),
+        study=study,
+        verification=verification(tmp / "verification", [12.0, 12.5, 11.9, 12.8]),
+    )
+
+
+def test_page_needs_nothing_but_itself(whole: Path) -> None:
+    page, text = read(whole), whole.read_text(encoding="utf-8")
+    assert all(link.startswith("#") for link in page.links)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert all("://www.w3.org/" in found for found in re.findall(r"\w+://\S+", text))
+    assert "@import" not in text
+    assert len(text.encode()) < 2_000_000
+
+
+def test_references_inside_the_page_find_their_target_and_no_other(whole: Path) -> None:
+    """Eight drawings share one page, so no id of one may catch a reference of another."""
+    page, text = read(whole), whole.read_text(encoding="utf-8")
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} | set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
+
+
+def test_same_inputs_give_the_same_bytes(runs: dict[str, Run], engine: list[Run], tmp_path: Path) -> None:
+    texts = []
+    for name in ("one", "other"):
+        again = [read_run(run.path) for run in engine]
+        gain = verification(tmp_path / name / "verification", [12.0, 12.5, 11.9, 12.8])
+        out = tmp_path / name / "page.html"
+        write_report(out, engine=again, simulated=read_run(runs["simulated"].path), verification=gain)
+        texts.append(out.read_bytes())
+    assert texts[0] == texts[1]
+
+
+def test_first_line_is_the_verified_gain_with_its_interval(whole: Path) -> None:
+    assert (
+        "Tuned serves 12.3 tok/s within SLO, default 9.85: +25 % (95 % CI +15 % to +35 %, 4 paired" in read(whole).text
+    )
+
+
+@pytest.mark.parametrize(
+    ("tuned_per_s", "said"),
+    [
+        ([9.9, 9.4, 10.4, 9.8], "Nothing better was found, keep the default: tuned serves 9.88 tok/s within SLO"),
+        ([7.0, 7.1, 7.2, 6.9], "Nothing better was found, keep the default: tuned serves 7.05 tok/s within SLO"),
+    ],
+    ids=["no difference", "worse"],
+)
+def test_nothing_is_called_better_whose_interval_touches_zero(
+    tuned_per_s: list[float], said: str, tmp_path: Path
+) -> None:
+    folder = verification(tmp_path / "verification", tuned_per_s)
+    assert said in read(write_report(tmp_path / "page.html", engine=(), verification=folder)).text
+
+
+def test_verified_default_says_that_nothing_better_was_found(tmp_path: Path) -> None:
+    folder = verification(tmp_path / "verification", [9.8, 9.5, 10.2, 9.9], tuned=CONFIG)
+    page = read(write_report(tmp_path / "page.html", engine=(), verification=folder))
+    assert "Nothing better than the default was found; it serves 9.85 tok/s within SLO." in page.text
+
+
+def test_only_fields_that_differ_are_marked(whole: Path) -> None:
+    marked = re.findall(
+        r'<tr class="changed"><th scope="row">(\w+)</th><td>(.*?)</td><td>(.*?)</td>', whole.read_text()
+    )
+    assert marked == [("num_kv_blocks", "24", "64")]
+
+
+def test_study_alone_is_not_called_verified(study: Study, tmp_path: Path) -> None:
+    page = read(write_report(tmp_path / "page.html", engine=(), study=study))
+    assert study.best.number == 1
+    assert "The best of 3 simulated trials serves" in page.text
+    assert "not yet verified on the engine" in page.text
+    assert "1 of 3 could not run" in page.text
+
+
+def test_every_compared_metric_is_there_with_error_and_spread(whole: Path) -> None:
+    rows = re.findall(r'<tr class="(?:within|outside)"><th scope="row">(.*?)</th>', whole.read_text(encoding="utf-8"))
+    # This run has no metric that neither host could measure.
+    assert rows == [metric_label(metric) for metric in METRICS]
+
+
+def test_two_claims_are_kept_apart(whole: Path) -> None:
+    text = read(whole).text
+    verified, validated = text.index("Verified it does what was written"), text.index("Validated it matches a machine")
+    assert "Parity holds" in text[verified:validated]
+    assert "off by 7.1 % on average (15 % at P90, −0.4 % in sum)" in text[validated:]
+    assert "over 3 runs" in text[validated:]
+
+
+def test_preemptions_are_marked(engine: list[Run], whole: Path) -> None:
+    lost = sum(len(step.preempted) for step in engine[0].records.steps)
+    assert lost > 0
+    assert f"{lost} preemptions" in read(whole).text
+
+
+def test_broken_parity_is_said(runs: dict[str, Run], tmp_path: Path) -> None:
+    """The records tell of a decision that the policy does not take: the page says where."""
+    run = read_run(runs["engine-0"].path)
+    run.records.steps[3] = dataclasses.replace(run.records.steps[3], reason="something else")
+    broken = write_run(tmp_path / "broken", run.manifest, run.workload, run.records)
+    page = read(write_report(tmp_path / "page.html", engine=[broken], simulated=runs["simulated"]))
+    assert "Parity is broken" in page.text
+    assert "from step 3 of" in page.text
+
+
+def test_extrapolation_earns_a_warning(runs: dict[str, Run], tmp_path: Path) -> None:
+    far = simulate(workload(), CONFIG, POLICY, calibration(highest=60.0), out=tmp_path / "far")
+    assert far.manifest.timing["extrapolated_frac"] > 0.05
+    page = read(write_report(tmp_path / "page.html", engine=[runs["engine-0"]], simulated=far))
+    said = percent(far.manifest.timing["extrapolated_frac"])
+    assert f"Warning. {said} of the simulated steps lie outside the calibrated range" in page.text
+
+
+def test_errors_on_the_calibrated_run_are_not_called_held_out(runs: dict[str, Run], tmp_path: Path) -> None:
+    seen = as_engine(read_run(runs["engine-0"].path), tmp_path / "day-one")
+    page = read(write_report(tmp_path / "page.html", engine=[seen], simulated=runs["simulated"]))
+    assert "not held out" in page.text
+
+
+def test_missing_parts_are_left_out(engine: list[Run], tmp_path: Path) -> None:
+    page = read(write_report(tmp_path / "page.html", engine=engine))
+    assert "The engine served 72 of 72 requests" in page.text
+    text = page.text.replace("orange is simulated", "")
+    assert re.findall(r"\b(?:[Ss]imulat\w+|Calibration|[Tt]un(?:ed|ing)|Verified|None|nan)\b", text) == []
+
+
+def test_simulated_run_alone_is_a_prediction(runs: dict[str, Run], tmp_path: Path) -> None:
+    page = read(write_report(tmp_path / "page.html", engine=(), simulated=runs["simulated"]))
+    assert "In simulation, the engine would have served 24 of 24 requests" in page.text
+
+
+def test_run_that_serves_nothing_has_a_page(runs: dict[str, Run], tmp_path: Path) -> None:
+    """All clients went away before the first step: no latency, no step, no figure."""
+    run = read_run(runs["engine-0"].path)
+    gone = tuple(dataclasses.replace(r, arrival_us=0, cancel_us=0) for r in run.workload.requests)
+    empty = simulate(
+        dataclasses.replace(run.workload, requests=gone), CONFIG, POLICY, calibration(), out=tmp_path / "e"
+    )
+    assert not empty.records.steps
+    page = read(write_report(tmp_path / "page.html", engine=(), simulated=empty))
+    assert "0 of 24 requests" in page.text
+    assert "svg" not in page.tags
+
+
+def test_provenance_names_where_numbers_come_from(runs: dict[str, Run], whole: Path) -> None:
+    text, manifest = read(whole).text, runs["engine-0"].manifest
+    for fact in (manifest.commit, "c0ffee", "a-trace.jsonl", "prefill-first", "num_kv_blocks 24", "numpy", "a-model"):
+        assert fact in text
+
+
+def test_names_are_text_never_markup(tmp_path: Path) -> None:
+    config, odd = CONFIG, dataclasses.replace(calibration(), model={**calibration().model, "name": HOSTILE})
+    raw = simulate(workload(6, source=HOSTILE), config, POLICY, odd, out=tmp_path / "raw")
+    manifest = dataclasses.replace(raw.manifest, policy={**raw.manifest.policy, "note": HOSTILE}, commit=HOSTILE)
+    run = write_run(tmp_path / HOSTILE.replace("/", ""), manifest, raw.workload, raw.records)
+    page = read(write_report(tmp_path / "page.html", engine=(), simulated=run, calibration=odd))
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) >= 4
+
+
+def test_unwritable_page_is_a_run_error(engine: list[Run], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        write_report(tmp_path / "file" / "page.html", engine=engine)
+
+
+def test_page_about_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to report on"):
+        write_report(tmp_path / "page.html", engine=())
+
+
+def test_runs_of_different_work_are_not_compared(engine: list[Run], tmp_path: Path) -> None:
+    other = simulate(workload(7), CONFIG, POLICY, calibration(), out=tmp_path / "other")
+    with pytest.raises(ConfigError, match="workload differs"):
+        write_report(tmp_path / "page.html", engine=engine, simulated=other)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_timeline_keeps_the_mean_over_time(engine: list[Run]) -> None:
+    """Whatever the slices, value times time is conserved; slices in which nothing ran are not numbers."""
+    steps = engine[0].records.steps
+    line = Timeline(steps)
+    values = [float(sum(s.num_tokens)) for s in steps]
+    share = line.mean([1.0] * len(steps))
+    assert len(line.middle_s) == NUM_SLICES
+    assert np.isnan(share).any(), "the workload pauses for a second"
+    assert np.nanmax(np.abs(share - 1)) < 1e-9
+    assert min(values) - 1e-9 <= np.nanmin(line.mean(values)) <= np.nanmax(line.mean(values)) <= max(values) + 1e-9
+
+
+def test_prompts_and_outputs_are_told_apart(tmp_path: Path) -> None:
+    """Decoded tokens are all output tokens but each request's first, which its prompt's last chunk draws."""
+    roomy = dataclasses.replace(CONFIG, num_kv_blocks=1000)
+    records = simulate(workload(), roomy, POLICY, calibration(), out=tmp_path / "run").records
+    prompts = {int(r.id): r.prompt_tokens for r in records.requests}
+    tokens = [step_tokens(s, prompts) for s in records.steps]
+    assert sum(t.prompt for t in tokens) == sum(prompts.values())
+    assert sum(t.decode for t in tokens) == sum(r.output_tokens - 1 for r in records.requests)
+
+
+def test_long_distribution_keeps_its_ends() -> None:
+    x, y = cumulative([float(v) for v in range(10_000)])
+    assert len(x) == NUM_CDF_POINTS
+    assert (x[0], y[0], x[-1], y[-1]) == (0.0, 1e-4, 9999.0, 1.0)
+
+
+def test_numbers_are_worded_with_three_digits_and_a_unit() -> None:
+    assert [compact(v) for v in (0, 0.0123, 4.561, 78.94, 1234.5, -5.0)] == [
+        "0",
+        "0.012",
+        "4.56",
+        "78.9",
+        "1,234",
+        "−5.00",
+    ]
+    assert [percent(f) for f in (0.05, 0.123, 0.0123)] == ["5 %", "12 %", "1.2 %"]
+    assert [signed_percent(f) for f in (0.25, -0.04, 0.0)] == ["+25 %", "−4 %", "0 %"]
+    assert (metric_label("ttft_us.p50"), metric_text("ttft_us.p50", 45_600)) == ("TTFT P50, ms", "45.6")
+
+
+@pytest.mark.slow
+def test_study_that_tune_wrote_has_a_page(tmp_path: Path) -> None:
+    space = Space(Candidate(instance=dataclasses.replace(CONFIG, num_kv_blocks=64), policy=POLICY))
+    done = tune([workload()], calibration(), space, num_trials=3, seed=1, out=tmp_path / "study", num_workers=1)
+    page = read(write_report(tmp_path / "page.html", engine=(), study=done))
+    assert "3 simulated trials" in page.text
+    assert "What goodput costs" in page.text

@@ -1,0 +1,89 @@
+"""How far is the simulator from the engine, on a window it was not calibrated on, at three loads?
+
+    python benchmarks/accuracy.py --out runs/accuracy > benchmarks/accuracy_CPU_DATE.md
+
+One replay of window A at capacity calibrates. Window B is replayed three times on the engine at 30, 60 and 90 % of the
+measured capacity and simulated once. A row is within its bound if the error is at most 10 % or twice the engine's own
+run-to-run spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import xllm_lab as lab
+from xllm_lab import provenance, transforms
+from xllm_lab.arrivals import with_arrivals
+from xllm_lab.engine.engine import Engine, EngineOptions
+from xllm_lab.metrics import makespan_us
+from xllm_lab.sim.compare import Row
+from xllm_lab.workload import Workload
+
+LOADS = (0.3, 0.6, 0.9)
+METRICS = ("ttft_us", "tpot_us", "e2e_us", "output_throughput_per_s")
+SETTINGS = {"block_size": 32, "num_kv_blocks": 1024, "max_tokens_per_batch": 512}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trace", type=Path, default=Path("traces/chat.jsonl"))
+    parser.add_argument("--requests", type=int, default=40, help="per window")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    o = parser.parse_args()
+    whole = lab.read_trace(o.trace)
+    learn, held_out = (cut(whole, k * o.requests, (k + 1) * o.requests) for k in (0, 1))
+    engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
+    full = lab.replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full", settings=SETTINGS, engine=engine)
+    capacity_per_s = o.requests * 1e6 / makespan_us(full.records)
+    paced = transforms.scale_rate_to(learn, capacity_per_s)
+    fitted = lab.calibrate([lab.replay(paced, out=o.out / "paced", settings=SETTINGS, engine=engine)])
+    print(heading(o, engine, capacity_per_s))
+    print(f"Step time, held-out folds: error {fitted.residual.mape_frac:.1%}, sum {fitted.residual.bias_frac:+.1%}.\n")
+    print("| load | metric | engine | spread | simulator | error | within |\n|---|---|---|---|---|---|---|")
+    outside = 0
+    for load in LOADS:
+        workload = transforms.scale_rate_to(held_out, load * capacity_per_s)
+        runs = [
+            lab.replay(workload, out=o.out / f"{load}-{k}", settings=SETTINGS, engine=engine) for k in range(o.repeats)
+        ]
+        simulated = lab.simulate(runs[0], fitted, out=o.out / f"{load}-simulated")
+        for row in lab.compare(simulated, runs):
+            if row.metric.startswith(METRICS):
+                print(line(load, row), flush=True)
+                outside += not row.is_within
+        for run in runs:
+            assert lab.parity(run).is_identical
+    print(f"\n{outside} rows outside their bound; parity identical on every engine run.")
+
+
+def cut(whole: Workload, start: int, end: int) -> Workload:
+    part = whole.requests[start:end]
+    return replace(whole, requests=tuple(r.at(r.arrival_us - part[0].arrival_us) for r in part))
+
+
+def heading(o: argparse.Namespace, engine: Engine, capacity_per_s: float) -> str:
+    model = engine.describe()
+    return (
+        f"# Simulator accuracy on held-out windows\n\n"
+        f"Command: `python benchmarks/accuracy.py --trace {o.trace} --requests {o.requests} --repeats {o.repeats}`  \n"
+        f"Commit {provenance.commit()}; torch {provenance.versions()['torch']}; {model['device']}; "
+        f"{model['name']} {model['dtype']}; processor time, virtual clock.  \n"
+        f"Windows of {o.requests} requests; capacity {capacity_per_s:.3f} requests/s (window A, all at once).\n"
+    )
+
+
+def line(load: float, row: Row) -> str:
+    spread = f"{row.spread_frac:.1%}" if row.spread_frac is not None else "-"
+    error = f"{row.error_frac:+.1%}" if row.error_frac is not None else "-"
+    within = "yes" if row.is_within else "**no**"
+    return f"| {load:.0%} | {row.metric} | {row.engine:,.0f} | {spread} | {row.simulated:,.0f} | {error} | {within} |"
+
+
+if __name__ == "__main__":
+    main()

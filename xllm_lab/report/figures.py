@@ -69,7 +69,7 @@ def batch_composition(runs: Mapping[str, Run]) -> Drawing | None:
     if not busy:
         return None
     pictures = {title: _Batches(run.records) for title, run in busy.items()}
-    limits = [max(p.peak(k) for p in pictures.values()) * 1.05 for k in range(2)]
+    limits = [max(p.peak(k) for p in pictures.values()) * room for k, room in enumerate((1.5, 1.05))]
     end_s = max(p.line.end_s for p in pictures.values())
 
     def painter(title: str) -> Callable[[list[Axes]], None]:
@@ -106,11 +106,9 @@ def kv_use(runs: Mapping[str, Run]) -> Drawing | None:
         return paint
 
     svgs = [draw(f"kv-{k}", _WIDE, 220, painter(*pair)) for k, pair in enumerate(busy.items())]
-    return Drawing(
-        tuple(svgs),
-        "KV blocks in use, cached for later (idle) and free: once nothing is free or idle, requests lose their KV and "
-        "are computed again (red marks).",
-    )
+    full = "once nothing is free or idle, requests lose their KV and are computed again"
+    marked = " (red marks)" if any(s.preempted for run in busy.values() for s in run.records.steps) else ""
+    return Drawing(tuple(svgs), f"KV blocks in use, cached for later (idle) and free: {full}{marked}.")
 
 
 class _Batches:

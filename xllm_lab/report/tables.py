@@ -61,7 +61,7 @@ def measurements(runs: Sequence[Run]) -> str:
 def calibration_terms(calibration: Calibration) -> str:
     """Weight of each term of a step's time, and how far it was calibrated."""
     rows = [
-        _row((term.removesuffix("_us"), compact(weight) if weight >= 1 else f"{weight:.3g}", compact(highest)))
+        _row((term.removesuffix("_us"), compact(weight) if weight >= 1 else f"{weight:.3g}", f"{highest:,.0f}"))
         for term, weight, highest in zip(TERMS, calibration.step_time.weights, calibration.highest, strict=True)
     ]
     return _table(("term of a step", "µs per unit", "largest seen"), rows, "numbers")

@@ -86,7 +86,7 @@ def verified_gain(gain: Gain) -> Drawing:
             _paint_interval(axes[1], gain)
 
     shape: dict[str, Any] = {} if gain.gain_frac is None else {"ncols": 2, "width_ratios": (3, 2)}
-    said = "each line is a pair of replays of the held-out trace"
+    said = "each line is a pair of replays of one trace"
     if gain.low_frac is not None and gain.high_frac is not None:
         said += f", and the interval ({signed_percent(gain.low_frac)} to {signed_percent(gain.high_frac)}) has to lie "
         said += "above 0 for the tuned configuration to count as better"

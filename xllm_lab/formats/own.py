@@ -69,16 +69,7 @@ def write(workload: Workload, path: Path) -> None:
     Raises:
         TraceError: the file cannot be written.
     """
-    closed_loop = workload.closed_loop
-    header = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "seed": workload.seed,
-        "closed_loop": None if closed_loop is None else _cells(closed_loop),
-        "source": workload.source,
-    }
-    rows = [header, *(_cells(request) for request in workload.requests)]
-    content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    content = encode(workload)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -89,6 +80,20 @@ def write(workload: Workload, path: Path) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise TraceError(f"{path}: cannot be written ({error.strerror}); a writable path is accepted") from error
+
+
+def encode(workload: Workload) -> bytes:
+    """The file's content; equal for equal workloads."""
+    closed_loop = workload.closed_loop
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "seed": workload.seed,
+        "closed_loop": None if closed_loop is None else _cells(closed_loop),
+        "source": workload.source,
+    }
+    rows = [header, *(_cells(request) for request in workload.requests)]
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 class _Header(typing.NamedTuple):

@@ -37,6 +37,7 @@ class Space:
         own = policy_name(default.policy)
         self.policy_names = tuple(dict.fromkeys((own, *policy_names)))
         self._policies = {name: known[name] for name in self.policy_names}
+        self.default_params()  # which refuses a default outside the ranges
 
     def default_params(self) -> dict[str, Any]:
         """The default as a trial's parameters."""

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import types
@@ -106,7 +107,7 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
     elif wanted in (int, float, str):
         try:
             as_number = float(value) if wanted is not str else 0.0
-            if wanted is int and as_number != int(as_number):
+            if not math.isfinite(as_number) or (wanted is int and as_number != int(as_number)):
                 raise ValueError
             return wanted(value) if wanted is not int else int(as_number)
         except (TypeError, ValueError, OverflowError):

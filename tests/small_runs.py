@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy, Choice, Knob
+from xllm_lab.policies.api import BatchPolicy, Choice, Knob, ceil_div
 from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler, Step
@@ -159,27 +159,29 @@ class HandDriven:
 
 
 @st.composite
-def busy_workloads(draw: st.DrawFn, *, max_size: int = 8) -> Workload:
+def busy_workloads(draw: st.DrawFn) -> Workload:
     """Crowded arrivals, shared prefixes, impatient clients, promises, requests too large to run; open or closed."""
-    ids = draw(st.lists(st.integers(0, 40), min_size=1, max_size=max_size, unique=True))
-    loops = st.builds(ClosedLoop, num_clients=st.integers(1, 4), think_us=st.sampled_from((0, 7, 100)))
+    # Left to choose, Hypothesis prefers workloads too small for anything to happen.
+    ids = draw(st.sets(st.integers(0, 40), min_size=draw(st.integers(1, 9)), max_size=10).map(sorted))
+    loops = st.builds(ClosedLoop, num_clients=st.integers(1, 6), think_us=st.sampled_from((0, 7, 100)))
     return Workload(
         requests=tuple(draw(_busy_requests(i)) for i in ids),
-        closed_loop=draw(st.none() | loops),
+        closed_loop=draw(st.none() | st.none() | loops),
         seed=draw(st.integers(0, 3)),
     )
 
 
 @st.composite
 def tight_configs(draw: st.DrawFn) -> InstanceConfig:
-    """Budgets so small that chunking, preemption and eviction are the rule."""
+    """Budgets so small that chunking, preemption and eviction are the rule, and a few requests can never run."""
+    block_size = draw(st.sampled_from((1, 2, 4, 8)))
     return InstanceConfig(
-        max_tokens_per_batch=draw(st.integers(1, 40)),
-        max_seqs_per_batch=draw(st.integers(1, 5)),
-        block_size=draw(st.sampled_from((1, 2, 4, 8))),
-        num_kv_blocks=draw(st.integers(2, 24)),
-        enable_prefix_cache=draw(st.booleans()),
-        max_model_len=draw(st.sampled_from((60, 8192))),
+        max_tokens_per_batch=draw(st.sampled_from((60, 25, 12, 5, 1))),
+        max_seqs_per_batch=draw(st.sampled_from((8, 5, 3, 1))),
+        block_size=block_size,
+        num_kv_blocks=ceil_div(draw(st.integers(45, 100)), block_size),
+        enable_prefix_cache=draw(st.sampled_from((True, True, False))),
+        max_model_len=draw(st.sampled_from((8192, 8192, 50))),
     )
 
 
@@ -194,15 +196,15 @@ def batch_policies(draw: st.DrawFn) -> BatchPolicy:
 @st.composite
 def _busy_requests(draw: st.DrawFn, request_id: int) -> Request:
     arrival_us = draw(st.sampled_from((0, 0, 0, 10, 35, 60, 500)))
-    patience_us = draw(st.none() | st.none() | st.sampled_from((0, 1, 10, 30, 95)))
+    patience_us = draw(st.none() | st.none() | st.none() | st.sampled_from((0, 1, 10, 30, 95)))
     promise = st.none() | st.sampled_from((1, 30, 200))
     return request(
         request_id,
         arrival_us,
-        prompt=draw(st.integers(1, 40)),
-        output=draw(st.integers(1, 12)),
+        prompt=draw(st.sampled_from((40, 33, 24, 17, 8, 1)) | st.integers(1, 40)),
+        output=draw(st.sampled_from((12, 8, 3, 1))),
         cancel_us=None if patience_us is None else arrival_us + patience_us,
-        hashes=draw(st.sampled_from(((), (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (5,)))),
+        hashes=draw(st.sampled_from((tuple(range(1, 11)), (1, 2, 3, 4), (1, 2), (5,), ()))),
         priority=draw(st.sampled_from(Priority)),
         slo=Slo(ttft_us=draw(promise), tpot_us=draw(promise)),
     )

@@ -32,7 +32,7 @@ class RequestRecord:
         cached_tokens: prompt tokens that the prefix cache supplied when it was first admitted.
         first_scheduled_us: start of the first step that computed one of its tokens.
         token_times_us: when each output token was there; the end of the step that drew it.
-        output_token_ids: the tokens; empty in a simulated run.
+        output_token_ids: the tokens; in a simulated run placeholders, which no two requests share.
         num_preemptions: how often it lost its KV.
         finish_us: when it ended, for whatever reason.
     """

@@ -9,6 +9,9 @@ from xllm_lab.errors import ConfigError, RequestTooLargeError
 from xllm_lab.policies.api import Choice, Flag, Knob, ceil_div
 from xllm_lab.workload import Request
 
+# The ledger keeps every block in memory. Of 128 tokens each, so many hold half a billion tokens.
+MOST_KV_BLOCKS = 2**22
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceConfig:
@@ -34,6 +37,8 @@ class InstanceConfig:
         for name in ("max_tokens_per_batch", "max_seqs_per_batch", "block_size", "num_kv_blocks", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, at least 1 is accepted")
+        if self.num_kv_blocks > MOST_KV_BLOCKS:
+            raise ConfigError(f"num_kv_blocks is {self.num_kv_blocks}, at most {MOST_KV_BLOCKS} is accepted")
 
     @property
     def num_kv_tokens(self) -> int:

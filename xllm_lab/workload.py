@@ -39,6 +39,15 @@ def _at_least(owner: str, name: str, value: float, least: int) -> None:
         raise TraceError(f"{owner}: {name} is {value}, at least {least} is accepted")
 
 
+# 30 years. Sums of such times, and of ten thousand think times, are far from the 64 bits of a record.
+LONGEST_US = 10**15
+
+
+def _at_most_30_years(owner: str, name: str, value_us: int) -> None:
+    if value_us > LONGEST_US:
+        raise TraceError(f"{owner}: {name} is {value_us}, at most {LONGEST_US} is accepted")
+
+
 class Priority(enum.IntEnum):
     """xLLM's request priorities; a smaller number is more urgent."""
 
@@ -148,10 +157,12 @@ class Request:
         owner = f"request {self.id}"
         _at_least(owner, "id", self.id, 0)
         _at_least(owner, "arrival_us", self.arrival_us, 0)
+        _at_most_30_years(owner, "arrival_us", self.arrival_us)
         _at_least(owner, "prompt tokens", self.prompt.num_tokens, 1)
         _at_least(owner, "output_tokens", self.output_tokens, 1)
         if self.cancel_us is not None:
             _at_least(owner, "cancel_us", self.cancel_us, self.arrival_us)
+            _at_most_30_years(owner, "cancel_us", self.cancel_us)
 
     def at(self, arrival_us: int) -> Request:
         """The same request at another time; the client's patience, `cancel_us - arrival_us`, moves with it."""
@@ -169,6 +180,7 @@ class ClosedLoop:
     def __post_init__(self) -> None:
         _at_least("closed loop", "num_clients", self.num_clients, 1)
         _at_least("closed loop", "think_us", self.think_us, 0)
+        _at_most_30_years("closed loop", "think_us", self.think_us)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

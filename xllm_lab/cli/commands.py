@@ -180,13 +180,15 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 def _export(o: argparse.Namespace) -> int:
     made = verbs.export(o.verification, to=o.to)
+    text = json.dumps(made.config, indent=2, sort_keys=True)
+    value: dict[str, Any] = made.config
+    if o.out is not None:
+        with new_file(o.out) as file:
+            write_json(file, made.config)
+        value, text = {"out": str(o.out), "config": made.config}, str(o.out)
     if made.left_out:
         tell(f"xllm-lab: {o.to} has no flag for {', '.join(f'{k}={v}' for k, v in made.left_out.items())}")
-    if o.out is None:
-        return _print(o, made.config, json.dumps(made.config, indent=2, sort_keys=True))
-    with new_file(o.out) as file:
-        write_json(file, made.config)
-    return _print(o, {"out": str(o.out), "config": made.config}, str(o.out))
+    return _print(o, value, text)
 
 
 def _report_options(parser: argparse.ArgumentParser) -> None:

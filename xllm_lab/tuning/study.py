@@ -170,6 +170,8 @@ def read_study(path: Path) -> Study:
         trials = [
             Trial(number=t["number"], candidate=candidate(t["candidate"]), report=t["report"]) for t in value["trials"]
         ]
+        if not trials:
+            raise ConfigError("there are no trials")
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise RunError(f"{path / 'study.json'}: {error!r}; accepted: {accepted}") from None
     return Study(path=path, spec=spec, trials=tuple(trials))

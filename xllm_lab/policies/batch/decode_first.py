@@ -13,6 +13,7 @@ from xllm_lab.policies.batch.admission import (
     Stopwatch,
     decode_with_preemption,
     queue_order,
+    refuse_below,
     running_in_order,
     unblock_the_oldest,
     waiting_in_order,
@@ -47,8 +48,13 @@ class DecodeFirst:
 
     def __post_init__(self) -> None:
         queue_order(self.order)
-        if self.max_tokens_per_chunk < 1:
-            raise ValueError(f"max_tokens_per_chunk is {self.max_tokens_per_chunk}, at least 1 is accepted")
+        refuse_below(
+            1,
+            max_tokens_per_chunk=self.max_tokens_per_chunk,
+            max_ttft_us=self.max_ttft_us,
+            max_tpot_us=self.max_tpot_us,
+        )
+        refuse_below(0, footprint_margin=self.footprint_margin)
         if not 0 < self.watermark_frac <= 1:
             raise ValueError(f"watermark_frac is {self.watermark_frac}, more than 0 and at most 1 is accepted")
 

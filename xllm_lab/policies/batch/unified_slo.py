@@ -22,6 +22,7 @@ from xllm_lab.policies.api import (
     is_decoding,
     num_missing_tokens,
 )
+from xllm_lab.policies.batch.admission import refuse_below
 
 # A shorter chunk that does not finish its prompt is not worth a step (unified_policy.cpp at 3906f5a).
 MIN_CHUNK_TOKENS = 50
@@ -69,6 +70,14 @@ class UnifiedSlo:
     starve_threshold: Annotated[float, Knob(0.25, 8.0, log=True), Flag("starve_threshold")] = 1.0
     enable_starve_prevent: Annotated[bool, Choice(False, True), Flag("enable_starve_prevent")] = True
     max_preemptions: int = 3
+
+    def __post_init__(self) -> None:
+        refuse_below(
+            0,
+            aggressive_coeff=self.aggressive_coeff,
+            starve_threshold=self.starve_threshold,
+            max_preemptions=self.max_preemptions,
+        )
 
     def decide(self, view: BatchView) -> BatchPlan:
         model = view.step_time

@@ -20,8 +20,9 @@ from xllm_lab.runs import Run, read_run, write_run
 from xllm_lab.sim.compare import METRICS
 from xllm_lab.sim.simulator import simulate
 from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
-from xllm_lab.tuning.study import Study, Trial, tune
+from xllm_lab.tuning.study import Study, Trial
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 Read three files first: `policies/api.py` (what decides), `scheduler.py` (the loop that both hosts drive), and
 `serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the two hosts, and
-`tuning/study.py`.
+`tuning/search.py`.
 
 The verbs of the `xllm-lab` command are functions of this package:
 

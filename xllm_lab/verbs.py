@@ -149,8 +149,8 @@ def tune(
     Args:
         also: further policies to choose from.
     """
+    from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
-    from xllm_lab.tuning.study import tune as search
 
     space = Space(configure(policy, settings), also)
     with bar(trials, "tune", show=progress) as drawn:

@@ -1,1 +1,1 @@
-"""Search in the simulator, verify on the engine, hand over to production. Read `space.py`, `study.py`, `verify.py`."""
+"""Search in the simulator, verify on the engine, hand over to production. Read `space.py`, `search.py`, `verify.py`."""

@@ -15,7 +15,6 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.report import write_report
 from xllm_lab.report.series import NUM_CDF_POINTS, NUM_SLICES, Timeline, cumulative, step_tokens
-from xllm_lab.report.wording import compact, metric_label, metric_text, percent, signed_percent
 from xllm_lab.runs import Run, read_run, write_run
 from xllm_lab.sim.compare import METRICS
 from xllm_lab.sim.simulator import simulate
@@ -23,6 +22,7 @@ from xllm_lab.tuning.objective import evaluate
 from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial
+from xllm_lab.wording import compact, metric_label, metric_text, percent, signed_percent
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ B, default       -> simulator         against the engine's own runs of B: the er
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from xllm_lab.runs import Run, new_file, read_run, write_json
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import Row
 from xllm_lab.step_time import Chunk
-from xllm_lab.text import gain_line, table
+from xllm_lab.text import comparison_table, gain_line, table
 from xllm_lab.tuning.verify import Gain, runs_of
+from xllm_lab.wording import compact
 from xllm_lab.workload import Slo, Workload
 
 DEFAULT_TRACE = Path(__file__).resolve().parents[1] / "traces" / "chat.jsonl"
-DEFAULT_NUM_REQUESTS = 30
+DEFAULT_NUM_REQUESTS = 24
 SETTINGS = {"block_size": 32, "num_kv_blocks": 512}
 # The promises are what a batch of eight would keep with a quarter to spare, so that load decides whether they hold.
 SLO_BATCH = 8
@@ -47,9 +47,10 @@ class Demo:
     """What the demo found."""
 
     num_steps_identical: int
+    num_runs: int
     rows: tuple[Row, ...]
     gain: Gain
-    config: dict[str, Any]
+    config: Path
     report: Path
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,34 +59,20 @@ class Demo:
             "parity_steps": self.num_steps_identical,
             "compare": [asdict(row) for row in self.rows],
             "gain": {**asdict(self.gain), "is_better": self.gain.is_better},
-            "config": self.config,
+            "config": str(self.config),
             "report": str(self.report),
         }
 
     def as_text(self) -> str:
         """The last table, and where the report is."""
-        lines = [
-            [
-                row.metric,
-                f"{row.engine:,.4g}",
-                _percent(row.spread_frac),
-                f"{row.simulated:,.4g}",
-                _percent(row.error_frac),
-            ]
-            for row in self.rows
-        ]
         default, tuned = (sum(v) / len(v) for v in (self.gain.default_per_s, self.gain.tuned_per_s))
-        goodput = [
-            ["goodput, default", f"{default:.2f}", "", "", ""],
-            ["goodput, tuned", f"{tuned:.2f}", "", "", ""],
-        ]
-        return "\n".join(
+        goodput = table(["goodput on the engine", "tok/s"], [["default", compact(default)], ["tuned", compact(tuned)]])
+        return "\n\n".join(
             (
-                f"parity: identical on {self.num_steps_identical} steps",
-                table(["held-out window", "engine", "spread", "simulator", "error"], [*lines, *goodput]),
-                gain_line(self.gain),
-                f"xLLM configuration: {json.dumps(self.config, sort_keys=True)}",
-                f"report: {self.report}",
+                f"parity: identical on {self.num_steps_identical} steps of {self.num_runs} engine runs",
+                "window B, nobody tuned or calibrated on it\n" + comparison_table(self.rows),
+                f"{goodput}\n{gain_line(self.gain)}",
+                f"xLLM configuration: {self.config}\nreport: {self.report}",
             )
         )
 
@@ -122,8 +109,10 @@ def demo(
         transforms.scale_rate_to(learn, rate_per_s), "paced", f"2/6  window A at {rate_per_s:.2f} requests/s"
     )
     fitted = verbs.calibrate([full, paced], out=out / "calibration.json")
-    slo = _promises(fitted, paced)
-    tell(f"3/6  tune on window A in the simulator: TTFT under {slo.ttft_us} us, TPOT under {slo.tpot_us} us")
+    ttft_us, tpot_us = _promises(fitted, paced)
+    slo = Slo(ttft_us=ttft_us, tpot_us=tpot_us)
+    tell("3/6  tune on window A in the simulator")
+    tell(f"     promised: TTFT {compact(ttft_us / 1e6)} s, TPOT {compact(tpot_us / 1e3)} ms")
     study = verbs.tune(
         [_at(learn, rate_per_s, slo)],
         fitted,
@@ -142,11 +131,12 @@ def demo(
     tuned = [read_run(path) for path in runs_of(out / "verified", "tuned")]
     simulated = verbs.simulate(measured[0], fitted, out=out / "simulated")
     rows = [r for r in verbs.compare(simulated, measured) if r.metric.startswith(ERROR_METRICS)]
-    num_steps = sum(_identical_steps(run) for run in (full, paced, *measured, *tuned))
+    runs = (full, paced, *measured, *tuned)
+    num_steps = sum(_identical_steps(run) for run in runs)
     tell("6/6  export and report")
-    config = verbs.export(verified, to="xllm").config
-    with new_file(out / "xllm.json") as file:
-        write_json(file, config)
+    config = out / "xllm.json"
+    with new_file(config) as file:
+        write_json(file, verbs.export(verified, to="xllm").config)
     page = verbs.report(
         out / "report.html",
         engine=measured,
@@ -155,7 +145,17 @@ def demo(
         study=study,
         verification=out / "verified",
     )
-    return Demo(num_steps_identical=num_steps, rows=tuple(rows), gain=verified.gain, config=config, report=page)
+    done = Demo(
+        num_steps_identical=num_steps,
+        num_runs=len(runs),
+        rows=tuple(rows),
+        gain=verified.gain,
+        config=config,
+        report=page,
+    )
+    with new_file(out / "demo.json") as file:
+        write_json(file, done.as_dict())
+    return done
 
 
 def _windows(trace: Path, num_requests: int) -> tuple[Workload, Workload]:
@@ -175,12 +175,13 @@ def _at(workload: Workload, rate_per_s: float, slo: Slo) -> Workload:
     return transforms.with_slo(transforms.scale_rate_to(workload, rate_per_s), slo)
 
 
-def _promises(fitted: Calibration, run: Run) -> Slo:
+def _promises(fitted: Calibration, run: Run) -> tuple[int, int]:
+    """(TTFT, TPOT), microseconds."""
     requests = run.workload.requests
     context = sum(r.prompt.num_tokens + r.output_tokens // 2 for r in requests) // len(requests)
     step_us = fitted.step_time.step_us([Chunk(1, context)] * SLO_BATCH, SLO_BATCH)
-    tpot_us = round(SLO_SLACK * step_us, -3)
-    return Slo(tpot_us=int(tpot_us), ttft_us=int(TTFT_IN_TPOT * tpot_us))
+    tpot_us = int(round(SLO_SLACK * step_us, -3))
+    return TTFT_IN_TPOT * tpot_us, tpot_us
 
 
 def _identical_steps(run: Run) -> int:
@@ -188,7 +189,3 @@ def _identical_steps(run: Run) -> int:
     if not found.is_identical:
         raise RunError(f"{run.path}: the simulator decides differently at step {found.step}; accepted: identical")
     return found.num_steps
-
-
-def _percent(frac: float | None) -> str:
-    return "-" if frac is None else f"{frac:+.1%}"

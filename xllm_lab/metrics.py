@@ -178,6 +178,14 @@ def summarize(records: Records) -> Summary:
     )
 
 
+def metric_value(summary: Summary, metric: str) -> float | None:
+    """A metric by its dotted name, `ttft_us.p50` or `goodput_per_s`; None where the run has none."""
+    value: Any = summary
+    for name in metric.split("."):
+        value = None if value is None else getattr(value, name)
+    return None if value is None else float(value)
+
+
 def _distribution(values: Sequence[float]) -> Distribution | None:
     return Distribution.of(values) if values else None
 

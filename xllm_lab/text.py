@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xllm_lab.metrics import Summary
+from xllm_lab.wording import compact, metric_label, metric_text, percent, signed_percent
 
 if TYPE_CHECKING:
     from xllm_lab.sim.compare import Row
@@ -16,12 +17,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned first column, the others right-aligned."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return "\n".join(_aligned(line, widths) for line in lines)
 
 
 def summary_table(summary: Summary) -> str:
@@ -32,35 +28,39 @@ def summary_table(summary: Summary) -> str:
         if d is not None:
             values = (d.mean, d.p50, d.p90, d.p99)
             rows.append([name.removesuffix("_us").upper(), *(f"{v / 1000:,.1f}" for v in values)])
-    rest = {k: v for k, v in summary.as_dict().items() if not isinstance(v, dict) and v is not None}
-    lines = [f"{k:<26}{v:,.6g}" for k, v in rest.items()]
-    return table(["ms", "mean", "p50", "p90", "p99"], rows) + "\n" + "\n".join(lines)
+    rest = [
+        [metric_label(name), metric_text(name, value)]
+        for name, value in summary.as_dict().items()
+        if not isinstance(value, dict) and value is not None
+    ]
+    return table(["ms", "mean", "P50", "P90", "P99"], rows) + "\n\n" + table(["", ""], rest).lstrip()
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
     """The rows of `compare` for a terminal."""
     cells = [
         [
-            row.metric,
-            f"{row.engine:,.6g}",
-            "-" if row.spread_frac is None else f"{row.spread_frac:.1%}",
-            f"{row.simulated:,.6g}",
-            "-" if row.error_frac is None else f"{row.error_frac:+.1%}",
+            metric_label(row.metric),
+            metric_text(row.metric, row.engine),
+            "-" if row.spread_frac is None else percent(row.spread_frac),
+            metric_text(row.metric, row.simulated),
+            "-" if row.error_frac is None else signed_percent(row.error_frac),
             "yes" if row.is_within else "NO",
         ]
         for row in rows
     ]
-    return table(["metric", "engine", "spread", "simulator", "error", "within"], cells)
+    return table(["", "engine", "spread", "simulator", "error", "within?"], cells)
 
 
 def gain_line(gain: Gain) -> str:
     """One line about a verified gain."""
     default, tuned = (sum(v) / len(v) for v in (gain.default_per_s, gain.tuned_per_s))
-    told = f"default {default:.2f}, tuned {tuned:.2f} tokens/s within SLO on the engine"
-    if gain.gain_frac is None:
+    told = f"goodput on the engine: default {compact(default)}, tuned {compact(tuned)} tok/s"
+    if gain.gain_frac is None or gain.low_frac is None or gain.high_frac is None:
         return f"{told}; no gain can be given"
-    interval = f"{gain.gain_frac:+.1%}, 95 % confidence {gain.low_frac:+.1%} to {gain.high_frac:+.1%}"
-    return f"{told}: {interval}; {'better' if gain.is_better else 'not shown to be better'}"
+    low, high = signed_percent(gain.low_frac), signed_percent(gain.high_frac)
+    verdict = "better" if gain.is_better else "not shown to be better"
+    return f"{told}: {signed_percent(gain.gain_frac)}, 95 % confidence {low} to {high}; {verdict}"
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from xllm_lab.report.wording import percent, signed_percent
 from xllm_lab.runs import Run
 from xllm_lab.sim.compare import ACCEPTED_ERROR_FRAC, ACCEPTED_SPREADS, Row
+from xllm_lab.wording import percent, signed_percent
 
 
 def verified(engine: Run) -> str:

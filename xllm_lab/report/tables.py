@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from xllm_lab.metrics import summarize
-from xllm_lab.report.wording import compact, metric_label, metric_text, metric_value, percent, signed_percent
+from xllm_lab.metrics import metric_value, summarize
 from xllm_lab.runs import Manifest, Run
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import METRICS, Row
 from xllm_lab.step_time import TERMS
+from xllm_lab.wording import compact, metric_label, metric_text, percent, signed_percent
 
 _ABSENT = "–"
 

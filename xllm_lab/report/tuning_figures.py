@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from xllm_lab.report.drawing import ALARM, ENGINE, NEUTRAL, SIMULATOR, SIMULATOR_PALE, Drawing, draw, legend_above
-from xllm_lab.report.wording import signed_percent
+from xllm_lab.wording import signed_percent
 
 if TYPE_CHECKING:  # they need optuna and torch, which a page without them does not
     from xllm_lab.tuning.study import Study, Trial

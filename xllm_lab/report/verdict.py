@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from xllm_lab.metrics import Summary, summarize
-from xllm_lab.report.wording import compact, signed_percent
 from xllm_lab.runs import Run
+from xllm_lab.wording import compact, signed_percent
 
 if TYPE_CHECKING:  # they need optuna and torch, which a page without them does not
     from xllm_lab.tuning.study import Study

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from xllm_lab.errors import ConfigError
-from xllm_lab.metrics import Summary, summarize
+from xllm_lab.metrics import Summary, metric_value, summarize
 from xllm_lab.runs import Run
 
 _LATENCIES = ("ttft_us", "tpot_us", "itl_us", "e2e_us", "queue_us")
@@ -71,8 +70,8 @@ def compare(simulated: Run, engine: Sequence[Run]) -> list[Row]:
 
 
 def _row(metric: str, ours: Summary, theirs: Sequence[Summary]) -> Row | None:
-    simulated = _value(ours, metric)
-    measured = [value for s in theirs if (value := _value(s, metric)) is not None]
+    simulated = metric_value(ours, metric)
+    measured = [value for s in theirs if (value := metric_value(s, metric)) is not None]
     if simulated is None or not measured:
         return None
     mean = sum(measured) / len(measured)
@@ -81,10 +80,3 @@ def _row(metric: str, ours: Summary, theirs: Sequence[Summary]) -> Row | None:
         spread = (max(measured) - min(measured)) / mean if mean else 0.0
     error = (simulated - mean) / mean if mean else (0.0 if simulated == 0 else None)
     return Row(metric=metric, engine=mean, simulated=simulated, spread_frac=spread, error_frac=error)
-
-
-def _value(summary: Summary, metric: str) -> float | None:
-    value: Any = summary
-    for name in metric.split("."):
-        value = None if value is None else getattr(value, name)
-    return value if value is None else float(value)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from xllm_lab.metrics import Summary
-
 _LATENCIES = {"ttft_us": "TTFT", "tpot_us": "TPOT", "itl_us": "ITL", "e2e_us": "E2E", "queue_us": "Queue"}
 _OTHERS = {
+    "num_requests": "Requests",
+    "num_served": "Served",
+    "num_cancelled": "Cancelled",
+    "num_rejected": "Rejected",
+    "makespan_s": "Makespan, s",
+    "busy_frac": "Busy, %",
+    "request_throughput_per_s": "Served, req/s",
     "output_throughput_per_s": "Output, tok/s",
     "goodput_per_s": "Goodput, tok/s",
     "slo_attainment_frac": "SLO attained, %",
@@ -49,11 +54,3 @@ def metric_text(metric: str, value: float) -> str:
     if metric.endswith("_frac"):
         return compact(100 * value)
     return f"{value:,.0f}" if metric.startswith("num_") and value == int(value) else compact(value)
-
-
-def metric_value(summary: Summary, metric: str) -> float | None:
-    """A dotted metric of a summary; None where the run has none."""
-    value = summary
-    for name in metric.split("."):
-        value = None if value is None else getattr(value, name)
-    return None if value is None else float(value)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import Generator, default_rng  # numpy imports it late, and loses a ctrl-C that comes meanwhile
 
 from xllm_lab.errors import ConfigError, TraceError
 from xllm_lab.policies.api import RequestId
@@ -229,7 +230,7 @@ def prompt_token_ids(request: Request, *, vocab_size: int, seed: int) -> TokenId
     return np.concatenate(pieces)[: prompt.num_tokens]
 
 
-def stream(seed: int, purpose: str) -> np.random.Generator:
+def stream(seed: int, purpose: str) -> Generator:
     """The named random stream of a run: drawing from one never shifts another.
 
     Raises:
@@ -237,9 +238,9 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
     """
     if seed < 0:
         raise ConfigError(f"seed is {seed}, at least 0 is accepted")
-    return np.random.default_rng([seed, *purpose.encode()])
+    return default_rng([seed, *purpose.encode()])
 
 
 def _tokens(key: tuple[int, int, int], count: int, low: int, high: int) -> TokenIds:
     # The key is spelled out so that neither hash randomisation nor the order of requests can reach the tokens.
-    return np.random.default_rng(list(key)).integers(low, high, count, dtype=np.int32)
+    return default_rng(list(key)).integers(low, high, count, dtype=np.int32)

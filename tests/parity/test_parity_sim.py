@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 
 from tests.laws import VOCAB_SIZE, obey_the_laws
-from tests.small_runs import STEP_TIME, EqualSteps, batch_policies, busy_workloads, run, tight_configs
+from tests.small_runs import STEP_TIME, EqualSteps, batch_policies, busy_workloads, request, run, tight_configs
 from tests.test_determinism import busy_workload
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
@@ -92,6 +92,14 @@ def test_any_run_replayed_with_its_own_policy_is_identical(
 ) -> None:
     """Whatever arrives and whoever decides."""
     assert parity(engine_run(workload, config, policy)).is_identical
+
+
+def test_a_request_that_comes_and_goes_while_the_engine_oversleeps_is_no_difference() -> None:
+    """The engine noticed both at once, and had nothing to run; so has the simulator."""
+    workload = Workload(requests=(request(0, 10, cancel_us=11),))
+    presented = engine_run(workload, CONFIG, DecodeFirst())
+    assert [r.finish_us for r in presented.records.requests] == [13]
+    assert parity(presented).is_identical
 
 
 def test_another_knob_is_found_at_the_first_step_it_changes() -> None:

@@ -49,6 +49,7 @@ class Recorded:
     def __init__(self, records: Records) -> None:
         self._steps = records.steps
         self._requests = {r.id: r for r in records.requests}
+        self._over_us = max((r.finish_us or 0 for r in records.requests), default=0)
         self._num_drawn = dict.fromkeys(self._requests, 0)
         self._next = 0
 
@@ -58,10 +59,10 @@ class Recorded:
         return self._next
 
     def wake_us(self, until_us: int) -> int:
-        # A real host oversleeps; it looked again when its next step started.
-        if self._next < len(self._steps):
-            return max(until_us, self._steps[self._next].start_us)
-        return until_us
+        # A real host oversleeps; it looked again when its next step started, or, without one, when all had ended: a
+        # request may have come and gone while it slept.
+        looked_us = self._steps[self._next].start_us if self._next < len(self._steps) else self._over_us
+        return max(until_us, looked_us)
 
     def end_us(self, step: Step) -> int:
         decided = _decision_of_step(step)

@@ -86,13 +86,9 @@ def instance_config(**changes: Any) -> InstanceConfig:
     return InstanceConfig(**{**few, **changes})
 
 
-def run(
-    workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps | None = None
-) -> Records:
+def run(workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps | None = None) -> Records:
     """Records of the workload served in simulated time."""
-    return run_simulation(
-        workload, config, policy, timing or EqualSteps(), vocab_size=VOCAB_SIZE, step_time=STEP_TIME
-    )
+    return run_simulation(workload, config, policy, timing or EqualSteps(), vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
 
 
 def run_audited(
@@ -101,9 +97,7 @@ def run_audited(
     """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
     timing, records = timing or EqualSteps(), Records()
     scheduler = Scheduler(config, policy, records, step_time=STEP_TIME)
-    conversation = serve(
-        scheduler, workload, lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed)
-    )
+    conversation = serve(scheduler, workload, lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed))
     answer: Completion | Woke | None = None
     while True:
         try:

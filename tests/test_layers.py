@@ -108,9 +108,7 @@ def test_policies_import_the_standard_library_and_one_another() -> None:
     """And numpy, and the error tree. `contract` is stricter still with each policy's own module."""
     allowed = (*sys.stdlib_module_names, "numpy", "xllm_lab.errors", "xllm_lab.policies")
     broken = [
-        i
-        for i in imports()
-        if is_within(i.importer, "xllm_lab.policies") and not is_within(i.imported, *allowed)
+        i for i in imports() if is_within(i.importer, "xllm_lab.policies") and not is_within(i.imported, *allowed)
     ]
     assert not broken, told(broken)
 

@@ -52,9 +52,7 @@ def test_every_run_obeys_the_laws(
 
 
 @given(busy_workloads(), tight_configs(), batch_policies(), timings)
-def test_runs_are_repeatable(
-    sent: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps
-) -> None:
+def test_runs_are_repeatable(sent: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps) -> None:
     """The same inputs leave the same records."""
     is_repeatable(lambda: run(sent, config, policy, timing))
 
@@ -68,9 +66,7 @@ def test_the_simulator_adds_nothing_of_its_own(
 
 
 @given(busy_workloads(), tight_configs(), batch_policies())
-def test_no_policy_sees_how_long_an_output_will_be(
-    sent: Workload, config: InstanceConfig, policy: BatchPolicy
-) -> None:
+def test_no_policy_sees_how_long_an_output_will_be(sent: Workload, config: InstanceConfig, policy: BatchPolicy) -> None:
     """Requests that want more tokens are served in the same steps until the first of them would have ended."""
     patient = [replace(r, cancel_us=None) for r in sent.requests if r.prompt.num_tokens + 12 < config.num_kv_tokens]
     if not patient or max(r.prompt.num_tokens for r in patient) + 13 > config.max_model_len:

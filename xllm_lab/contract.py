@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from xllm_lab.drawn_views import STEP_TIME, DrawnView, drawn_view
+from xllm_lab.drawn_views import STEP_TIME, DrawnView, drawn_scene, drawn_view
 from xllm_lab.errors import PolicyError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import (
@@ -52,15 +52,29 @@ from xllm_lab.policies.checks import batch_violations
 from xllm_lab.records import Records
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, serve
-from xllm_lab.workload import Prompt, Request, Workload, prompt_token_ids
+from xllm_lab.workload import Workload, prompt_token_ids
 
 NUM_VIEWS = 200
 NUM_WORKLOADS = 20
 # What a policy may import. None of these reads a clock or draws a number.
 PURE_MODULES = frozenset(
     {
-        "__future__", "abc", "bisect", "collections", "dataclasses", "enum", "fractions", "functools",
-        "heapq", "itertools", "math", "numbers", "numpy", "operator", "types", "typing"
+        "__future__",
+        "abc",
+        "bisect",
+        "collections",
+        "dataclasses",
+        "enum",
+        "fractions",
+        "functools",
+        "heapq",
+        "itertools",
+        "math",
+        "numbers",
+        "numpy",
+        "operator",
+        "types",
+        "typing",
     }
 )
 PURE_PACKAGES = ("xllm_lab.policies", "xllm_lab.errors")
@@ -185,7 +199,7 @@ def hash_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
 def live(policy: BatchPolicy, num_workloads: int = NUM_WORKLOADS) -> list[str]:
     """Starvation and thrashing: small random workloads on the real scheduler, where every step lasts 1 us."""
     for number in range(num_workloads):
-        config, workload = _drawn_scene(number)
+        config, workload = drawn_scene(number)
         # Twenty times what a machine that does one token a step and never recomputes would need.
         most = 20 * sum(r.prompt.num_tokens + r.output_tokens for r in workload.requests)
         try:
@@ -245,28 +259,6 @@ def _watching() -> Iterator[list[str]]:
     finally:
         for (module, name), function in zip(watches, real, strict=True):
             setattr(module, name, function)
-
-
-def _drawn_scene(number: int) -> tuple[InstanceConfig, Workload]:
-    rng = random.Random(f"scene {number}")
-    config = InstanceConfig(
-        max_tokens_per_batch=rng.choice((1, 7, 16, 60)),
-        max_seqs_per_batch=rng.randint(1, 4),
-        block_size=4,
-        num_kv_blocks=rng.choice((12, 13, 16, 30)),
-        enable_prefix_cache=rng.random() < 0.5,
-    )
-    return config, Workload(requests=tuple(_drawn_request(rng, i) for i in range(rng.randint(1, 8))))
-
-
-def _drawn_request(rng: random.Random, number: int) -> Request:
-    hashes = tuple(range(rng.randint(0, 8)))
-    return Request(
-        id=RequestId(number),
-        arrival_us=rng.choice((0, 0, 10, 60)),
-        prompt=Prompt(num_tokens=rng.randint(1, 35), block_hashes=hashes, hash_block_tokens=4),
-        output_tokens=rng.randint(1, 12),
-    )
 
 
 def _num_steps(policy: BatchPolicy, config: InstanceConfig, workload: Workload, most: int) -> int:

@@ -1,8 +1,9 @@
-"""Views drawn by number, small and adversarial, for `contract`: what a policy may meet, without a scheduler.
+"""Views, and whole scenes, drawn by number for `contract`: small and adversarial, what a policy may meet.
 
-They are consistent: blocks add up, every request fits the pool alone. And they are unkind: equal arrivals and
-priorities, pools that are nearly full, prompts half computed, preempted requests, shared and idle cached prefixes.
-They are mutable and hash by identity, as the hosts' live objects do, so that a policy which writes or hashes is seen.
+Views need no scheduler, and are consistent: blocks add up, every request fits the pool alone. And they are unkind:
+equal arrivals and priorities, pools that are nearly full, prompts half computed, preempted requests, shared and idle
+cached prefixes. They are mutable and hash by identity, as the hosts' live objects do, so that a policy which writes or
+hashes is seen.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import RequestId, ceil_div
 from xllm_lab.step_time import TERMS, StepTime
+from xllm_lab.workload import Prompt, Request, Workload
 
 # 5 us a step, 1 us a token, 1/100 us per token in KV.
 STEP_TIME = StepTime(tuple({"constant_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
@@ -74,6 +77,29 @@ def drawn_view(number: int) -> DrawnView:
     for request_id in ids[num_running : num_running + rng.randint(0, 6)]:
         _queue_one_more(rng, view, request_id)
     return view
+
+
+def drawn_scene(number: int) -> tuple[InstanceConfig, Workload]:
+    """The instance and the workload of that number: a few requests that crowd a small pool."""
+    rng = random.Random(f"scene {number}")
+    config = InstanceConfig(
+        max_tokens_per_batch=rng.choice((1, 7, 16, 60)),
+        max_seqs_per_batch=rng.randint(1, 4),
+        block_size=4,
+        num_kv_blocks=rng.choice((12, 13, 16, 30)),
+        enable_prefix_cache=rng.random() < 0.5,
+    )
+    return config, Workload(requests=tuple(_drawn_request(rng, i) for i in range(rng.randint(1, 8))))
+
+
+def _drawn_request(rng: random.Random, number: int) -> Request:
+    hashes = tuple(range(rng.randint(0, 8)))
+    return Request(
+        id=RequestId(number),
+        arrival_us=rng.choice((0, 0, 10, 60)),
+        prompt=Prompt(num_tokens=rng.randint(1, 35), block_hashes=hashes, hash_block_tokens=4),
+        output_tokens=rng.randint(1, 12),
+    )
 
 
 def _run_one_more(rng: random.Random, view: DrawnView, request_id: RequestId) -> None:

@@ -40,6 +40,11 @@ def sole_writer(journal: Path) -> Iterator[None]:
 
 
 def open_journal(journal: Path, seed: int, space: Space) -> optuna.Study:
+    """The study in a journal file, new or resumed, with its default and whatever was lost queued, and its sampler.
+
+    Raises:
+        RunError: the file holds no study of ours.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = JournalStorage(JournalFileBackend(str(journal)))

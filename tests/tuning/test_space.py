@@ -1,0 +1,138 @@
+"""The space is read from annotations: a field with a range is a knob, wherever its class comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import optuna
+import pytest
+
+from tests.tuning.searches import default
+from xllm_lab.candidate import Candidate
+from xllm_lab.errors import ConfigError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies import catalog
+from xllm_lab.policies.api import Choice
+from xllm_lab.policies.catalog import knobs, make_batch_policy
+from xllm_lab.tuning.space import Space
+
+NUM_DRAWS = 60
+
+
+@pytest.fixture
+def outside_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Another package is installed, and names a module of policies."""
+    own = EntryPoint(name="outside", value="tests.tuning.outside_policy", group=catalog.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [own])
+    catalog._modules.cache_clear()
+    yield "at-most-so"
+    catalog._modules.cache_clear()
+
+
+def drawn(space: Space) -> list[tuple[dict[str, Any], Candidate]]:
+    """Parameters and candidates of a random search."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    found = []
+    for _ in range(NUM_DRAWS):
+        trial = study.ask()
+        candidate = space.suggest(trial)
+        found.append((trial.params, candidate))
+        study.tell(trial, 0.0)
+    return found
+
+
+def test_a_policy_of_another_package_brings_its_own_space(outside_policy: str) -> None:
+    """Nobody listed its knobs, nor its name."""
+    space = Space(default(), [outside_policy])
+    own = {k: v for k, v in space.describe()["knobs"].items() if k.startswith("at-most-so.")}
+    assert own == {
+        "at-most-so.appetite": [8, 512, True],
+        "at-most-so.patience_frac": [0.25, 0.75, False],
+        "at-most-so.mood": ["calm", "eager"],
+    }
+
+
+def test_a_policy_of_another_package_is_drawn_with_its_knobs(outside_policy: str) -> None:
+    """Candidates are made of it, of several values each, and a field without a range keeps its default."""
+    found = [c.as_dict()["policy"] for _, c in drawn(Space(default(), [outside_policy]))]
+    own = [values for values in found if values["name"] == outside_policy]
+    assert len({values["appetite"] for values in own}) > 5
+    assert {values["mood"] for values in own} == {"calm", "eager"}
+    assert {values["name_of_the_author"] for values in own} == {"nobody"}
+
+
+def test_every_annotated_field_of_instance_and_policy_is_searched() -> None:
+    """The space is those fields, each under its own name."""
+    expected = {*knobs(InstanceConfig), *(f"decode-first.{name}" for name in knobs(type(default().policy)))}
+    assert set(Space(default()).describe()["knobs"]) == expected
+    assert all(set(params) == expected for params, _ in drawn(Space(default())))
+
+
+def test_the_default_is_a_point_of_its_space() -> None:
+    """Its parameters, suggested, are the default again."""
+    space = Space(default(), ["fcfs"])
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()  # type: ignore[arg-type]
+
+
+def test_no_draw_leaves_the_annotated_range() -> None:
+    """Both ends included; whole numbers stay whole."""
+    for _, candidate in drawn(Space(default())):
+        for part in (candidate.instance, candidate.policy):
+            for name, note in knobs(type(part)).items():
+                value = getattr(part, name)
+                if isinstance(note, Choice):
+                    assert value in note.values
+                elif name != "num_kv_blocks":  # which memory cuts
+                    assert note.low <= value <= note.high
+                    assert type(value) is type(getattr(type(part)(), name))
+
+
+def test_no_candidate_has_more_kv_memory_than_the_default() -> None:
+    """Larger blocks are fewer: what the default was given is what the device has."""
+    most = default().instance.num_kv_tokens
+    sizes = {c.instance.block_size: c.instance.num_kv_tokens for _, c in drawn(Space(default()))}
+    assert set(sizes) == {16, 32, 64, 128}
+    assert max(sizes.values()) <= most
+
+
+def test_memory_is_cut_in_whole_blocks() -> None:
+    """60 blocks of 16 are 960 tokens: 7 blocks of 128."""
+    space = Space(default(num_kv_blocks=60))
+    params = {**space.default_params(), "block_size": 128, "num_kv_blocks": 4096}
+    cut = space.suggest(optuna.trial.FixedTrial(params))  # type: ignore[arg-type]
+    assert cut.instance.num_kv_blocks == 7
+
+
+def test_fields_without_a_range_keep_the_defaults_values() -> None:
+    """The context and the time budgets are promises, not knobs."""
+    policy = make_batch_policy("decode-first", {"max_tpot_us": 30_000})
+    start = Candidate(instance=default(max_model_len=777).instance, policy=policy)
+    found = drawn(Space(start))
+    assert {c.instance.max_model_len for _, c in found} == {777}
+    assert {c.as_dict()["policy"]["max_tpot_us"] for _, c in found} == {30_000}
+
+
+def test_only_the_drawn_policys_knobs_are_drawn() -> None:
+    """A conditional space: what another policy would be set to means nothing."""
+    found = drawn(Space(default(), ["prefill-first"]))
+    assert {params["policy"] for params, _ in found} == {"decode-first", "prefill-first"}
+    for params, _ in found:
+        owners = {name.partition(".")[0] for name in params if "." in name}
+        assert owners == {params["policy"]}
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    """With the names that are known."""
+    with pytest.raises(ConfigError, match="'magic'; accepted: decode-first, fcfs"):
+        Space(default(), ["magic"])
+
+
+def test_a_default_outside_its_own_space_is_refused() -> None:
+    """It could not be the first trial, and nothing could be compared with it."""
+    with pytest.raises(ConfigError, match="num_kv_blocks is 8, the space accepts 32 to 4096"):
+        Space(default(num_kv_blocks=8))
+    with pytest.raises(ConfigError, match="block_size is 24, the space accepts 16, 32, 64, 128"):
+        Space(default(block_size=24))

@@ -34,7 +34,12 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
         named = flags(type(part))
         for field, value in values_of(part).items():
             if field in named and value is not None:
-                config[named[field].name] = value if named[field].divide_by == 1 else value // named[field].divide_by
+                config[named[field].name] = _in_units(value, named[field].divide_by)
             elif value is not None and field not in told_otherwise:
                 left_out[field] = value
     return XllmConfig({**config, **fixed}, left_out)
+
+
+def _in_units(value: Any, divide_by: int) -> Any:
+    # A budget of less than one unit is one: with a budget of 0 xLLM schedules nothing at all.
+    return value if divide_by == 1 else max(1, value // divide_by)

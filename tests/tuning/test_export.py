@@ -1,0 +1,111 @@
+"""What production reads: xLLM's own flag names and units, and a list of what it has no flag for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.tuning.searches import default
+from xllm_lab.candidate import Candidate
+from xllm_lab.errors import ConfigError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.catalog import flags, make_batch_policy, policies
+from xllm_lab.tuning.export import export, targets
+
+KV_BYTES_PER_TOKEN = 23_040
+EXPORTABLE = [name for name, cls in policies("batch").items() if hasattr(cls, "xllm_flags")]
+
+
+def candidate(policy: str, **values: object) -> Candidate:
+    return Candidate(instance=default().instance, policy=make_batch_policy(policy, values))
+
+
+def test_decode_first_as_xllm_reads_it() -> None:
+    """Every flag, by xLLM's name; 64 blocks of 16 tokens are 1024 tokens of KV."""
+    made = export(
+        candidate(
+            "decode-first",
+            max_tokens_per_chunk=512,
+            watermark_frac=0.9,
+            order="sjf",
+            max_ttft_us=2_000_000,
+            max_tpot_us=50_000,
+        ),
+        "xllm",
+        kv_bytes_per_token=KV_BYTES_PER_TOKEN,
+    )
+    assert made.config == {
+        "block_size": 16,
+        "enable_chunked_prefill": True,
+        "enable_mix_batch": True,
+        "enable_prefix_cache": True,
+        "max_cache_size": 1024 * KV_BYTES_PER_TOKEN,
+        "max_global_tpot_ms": 50,
+        "max_global_ttft_ms": 2000,
+        "max_seqs_per_batch": 8,
+        "max_tokens_per_batch": 10240,
+        "max_tokens_per_chunk_for_prefill": 512,
+        "prefill_scheduling_memory_usage_threshold": 0.9,
+        "priority_strategy": "sjf",
+    }
+
+
+@pytest.mark.parametrize("policy", EXPORTABLE)
+def test_an_export_holds_flags_and_nothing_else(policy: str) -> None:
+    """Those that are annotated, those that select the scheduler, and the pool's size; all of them plain JSON."""
+    made = export(candidate(policy), "xllm", kv_bytes_per_token=KV_BYTES_PER_TOKEN)
+    cls = policies("batch")[policy]
+    known = {flag.name for part in (InstanceConfig, cls) for flag in flags(part).values()}
+    assert set(made.config) <= known | set(cls.xllm_flags) | {"max_cache_size"}
+    assert made.config.items() >= dict(cls.xllm_flags).items()
+    assert json.loads(json.dumps(made.config)) == made.config
+
+
+def test_policies_differ_in_what_xllm_is_told() -> None:
+    """No two of them select the same scheduler."""
+    told = [json.dumps(dict(policies("batch")[name].xllm_flags), sort_keys=True) for name in EXPORTABLE]
+    assert len(set(told)) == len(told) > 1
+
+
+def test_budgets_are_in_milliseconds() -> None:
+    """Ours are in microseconds. Less than one is one: with a budget of 0 xLLM schedules nothing."""
+    for max_tpot_us, told in ((50_000, 50), (50_999, 50), (1_000, 1), (300, 1)):
+        made = export(candidate("decode-first", max_tpot_us=max_tpot_us), "xllm", kv_bytes_per_token=1)
+        assert made.config["max_global_tpot_ms"] == told
+
+
+def test_what_is_not_set_is_not_told() -> None:
+    """No budget is no flag, so that xLLM's own default stands."""
+    made = export(candidate("decode-first"), "xllm", kv_bytes_per_token=1)
+    assert not {name for name in made.config if name.startswith("max_global")}
+
+
+@pytest.mark.parametrize(
+    ("policy", "values", "left_out"),
+    [
+        ("decode-first", {"footprint_margin": 1.3}, {"footprint_margin": 1.3}),
+        ("prefill-first", {}, {}),
+        ("unified-slo", {"max_preemptions": 2}, {"max_preemptions": 2}),
+    ],
+)
+def test_what_xllm_has_no_flag_for_is_listed(
+    policy: str, values: dict[str, object], left_out: dict[str, object]
+) -> None:
+    """With its value, so that nobody believes it was handed over."""
+    assert export(candidate(policy, **values), "xllm", kv_bytes_per_token=1).left_out == left_out
+
+
+def test_a_policy_that_xllm_does_not_have_is_refused() -> None:
+    """With those it has."""
+    with pytest.raises(
+        ConfigError, match="policy fcfs has no equivalent in xLLM; accepted: decode-first, prefill-first"
+    ):
+        export(candidate("fcfs"), "xllm", kv_bytes_per_token=1)
+
+
+def test_an_unknown_target_is_refused() -> None:
+    """With those there are."""
+    assert targets() == ["xllm"]
+    with pytest.raises(ConfigError, match="unknown target 'vllm'; accepted: xllm"):
+        export(candidate("decode-first"), "vllm", kv_bytes_per_token=1)

@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from xllm_lab.records import Records, RequestRecord
 
+# How often a bar is drawn, and how long work lasts before it is drawn at all.
+TERMINAL_S, LOG_S = 0.5, 5.0
+
 
 @dataclass(slots=True)
 class ProgressRecords(Records):
@@ -30,8 +33,8 @@ def watched(total: int, what: str, *, show: bool = True) -> ProgressRecords:
 
 
 def bar(total: int, what: str, *, show: bool = True) -> Any:
-    """A bar that stays when it is full. Redrawn twice a second, and every five in a log; short work draws none."""
-    interval_s = 0.5 if sys.stderr.isatty() else 5.0
+    """A bar that stays when it is full; short work draws none."""
+    interval_s = TERMINAL_S if sys.stderr.isatty() else LOG_S
     return tqdm(
         total=total, desc=what, disable=not show, mininterval=interval_s, delay=interval_s, file=sys.stderr, ncols=88
     )

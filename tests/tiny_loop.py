@@ -32,7 +32,7 @@ class Said(NamedTuple):
     err: str
 
 
-def said(*words: str | Path) -> Said:
+def said(*words: object) -> Said:
     """Run a command line in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -27,7 +27,7 @@ from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import Row
 from xllm_lab.step_time import Chunk
 from xllm_lab.text import comparison_table, gain_line, table
-from xllm_lab.tuning.verify import Gain, runs_of
+from xllm_lab.tuning.verify import MIN_REPEATS, Gain, runs_of
 from xllm_lab.wording import compact
 from xllm_lab.workload import Slo, Workload
 
@@ -91,11 +91,18 @@ def demo(
 
     Raises:
         RunError: `out` exists, or the simulator decided differently from the engine.
-        ConfigError: the trace is shorter than two windows.
+        ConfigError: a number below its least, or a trace shorter than two windows.
     """
     if out.exists():
         raise RunError(f"{out}: exists already; accepted: a new folder")
-    learn, held_out = _windows(trace or DEFAULT_TRACE, num_requests or DEFAULT_NUM_REQUESTS)
+    if num_requests is None:
+        num_requests = DEFAULT_NUM_REQUESTS
+    # Each would be refused in its turn, minutes from now.
+    least = {"requests": (num_requests, 1), "trials": (trials, 1), "repeats": (repeats, MIN_REPEATS), "seed": (seed, 0)}
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise ConfigError(f"{name} is {value}, at least {lowest} is accepted")
+    learn, held_out = _windows(trace or DEFAULT_TRACE, num_requests)
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
 
     def replay(workload: Workload, name: str, what: str) -> Run:

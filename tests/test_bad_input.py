@@ -231,6 +231,18 @@ CASES: dict[str, Case] = {
     "no workers": Case(tune("--workers", "0"), ("workers", "0", "at least 1")),
     "a negative seed": Case(tune("--seed", "-1"), ("seed", "-1", "at least 0")),
     "more than everybody served": Case(tune("--min-slo-attainment", "1.5"), ("1.5", "from 0 to 1")),
+    # The demo, which would find out minutes later.
+    "a demo of no requests": Case(
+        lambda loop, out: ("demo", "--requests", "0", "--out", out / "d"), ("requests is 0",)
+    ),
+    "a demo of no trials": Case(lambda loop, out: ("demo", "--trials", "0", "--out", out / "d"), ("trials is 0",)),
+    "a demo of one repeat": Case(lambda loop, out: ("demo", "--repeats", "1", "--out", out / "d"), ("at least 3",)),
+    "a demo of a negative seed": Case(lambda loop, out: ("demo", "--seed", "-1", "--out", out / "d"), ("seed is -1",)),
+    "a demo of a short trace": Case(
+        lambda loop, out: ("demo", "--trace", loop / "learn.jsonl", "--requests", "9", "--out", out / "d"),
+        ("16 requests", "two windows of 9"),
+    ),
+    "a demo that exists": Case(lambda loop, out: ("demo", "--out", loop / "full"), ("full", "exists already")),
     # Where results go.
     "a run that exists": Case(lambda loop, out: to(replay(), loop, loop / "full"), ("full", "exists already")),
     "a simulated run that exists": Case(lambda loop, out: to(simulate(), loop, loop / "full"), ("exists already",)),

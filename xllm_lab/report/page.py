@@ -60,6 +60,9 @@ def write_report(
         ConfigError: nothing is given, a run is of the wrong host, or runs to be compared did not do the same thing.
         RunError: a run or the verification cannot be read, or the page cannot be written.
     """
+    for run, host in (*((r, "engine") for r in engine), *((r, "simulator") for r in (simulated,) if r is not None)):
+        if run.manifest.host != host:
+            raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted here: a {host} run")
     measured = _read_verification(verification) if verification is not None else None
     if not engine and simulated is None and study is None and measured is None:
         raise ConfigError("nothing to report on; accepted: an engine run, a simulated run, a study or a verification")

@@ -231,6 +231,29 @@ CASES: dict[str, Case] = {
     "no workers": Case(tune("--workers", "0"), ("workers", "0", "at least 1")),
     "a negative seed": Case(tune("--seed", "-1"), ("seed", "-1", "at least 0")),
     "more than everybody served": Case(tune("--min-slo-attainment", "1.5"), ("1.5", "from 0 to 1")),
+    # The report.
+    "no run to report on": Case(lambda loop, out: ("report", out / "r.html", "--engine", NOT_THERE), ("/not/there",)),
+    "a simulated run as an engine's": Case(
+        lambda loop, out: ("report", out / "r.html", "--engine", loop / "simulated"), ("simulator run", "engine")
+    ),
+    "an engine run as a simulated one": Case(
+        lambda loop, out: (*("report", out / "r.html"), "--engine", loop / "paced", "--simulated", loop / "paced"),
+        ("engine run", "simulator run"),
+    ),
+    "a run as a study to report on": Case(
+        lambda loop, out: ("report", out / "r.html", "--engine", loop / "paced", "--study", loop / "paced"),
+        ("spec.json", "study"),
+    ),
+    "a run as a verification to report on": Case(
+        lambda loop, out: ("report", out / "r.html", "--engine", loop / "paced", "--verification", loop / "paced"),
+        ("verification.json", "verify"),
+    ),
+    "a report where a folder is": Case(
+        lambda loop, out: ("report", loop / "full", "--engine", loop / "paced"), ("is a folder",)
+    ),
+    "a report below a file": Case(
+        lambda loop, out: ("report", "/dev/full/r.html", "--engine", loop / "paced"), ("cannot be written",)
+    ),
     # The demo, which would find out minutes later.
     "a demo of no requests": Case(
         lambda loop, out: ("demo", "--requests", "0", "--out", out / "d"), ("requests is 0",)

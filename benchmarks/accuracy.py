@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,7 +21,6 @@ from xllm_lab.arrivals import with_arrivals
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.metrics import makespan_us
 from xllm_lab.sim.compare import Row
-from xllm_lab.workload import Workload
 
 LOADS = (0.3, 0.6, 0.9)
 METRICS = ("ttft_us", "tpot_us", "e2e_us", "output_throughput_per_s")
@@ -37,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
     whole = lab.read_trace(o.trace)
-    learn, held_out = (cut(whole, k * o.requests, (k + 1) * o.requests) for k in (0, 1))
+    learn, held_out = (transforms.part(whole, k * o.requests, (k + 1) * o.requests) for k in (0, 1))
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
     full = lab.replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full", settings=SETTINGS, engine=engine)
     capacity_per_s = o.requests * 1e6 / makespan_us(full.records)
@@ -60,11 +58,6 @@ def main() -> None:
         for run in runs:
             assert lab.parity(run).is_identical
     print(f"\n{outside} rows outside their bound; parity identical on every engine run.")
-
-
-def cut(whole: Workload, start: int, end: int) -> Workload:
-    part = whole.requests[start:end]
-    return replace(whole, requests=tuple(r.at(r.arrival_us - part[0].arrival_us) for r in part))
 
 
 def heading(o: argparse.Namespace, engine: Engine, capacity_per_s: float) -> str:

@@ -19,6 +19,7 @@ from xllm_lab.transforms import (
     head,
     mean_rate_per_s,
     mix,
+    part,
     sample,
     scale_length,
     scale_rate_to,
@@ -235,3 +236,21 @@ def test_impossible_transforms_are_refused_by_name(make: Callable[[], object], s
     with pytest.raises(ConfigError) as refused:
         make()
     assert said in str(refused.value)
+
+
+@given(workloads(), st.data())
+def test_a_part_keeps_its_requests_and_their_gaps(w: Workload, data: st.DataObject) -> None:
+    """Requests by position, on a clock that starts with the first of them."""
+    start = data.draw(st.integers(0, len(w.requests) - 1))
+    end = data.draw(st.integers(start + 1, len(w.requests)))
+    kept = part(w, start, end).requests
+    origin_us = w.requests[start].arrival_us
+    assert kept == tuple(r.at(r.arrival_us - origin_us) for r in w.requests[start:end])
+    assert kept[0].arrival_us == 0
+
+
+def test_a_part_that_is_not_there_is_refused() -> None:
+    """The message says what there is."""
+    w = Workload(requests=(plain_request(0),))
+    with pytest.raises(ConfigError, match=r"requests \[0, 2\) .* \[0, 1\) are there"):
+        part(w, 0, 2)

@@ -11,7 +11,7 @@ B, default       -> simulator         against the engine's own runs of B: the er
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +169,7 @@ def _windows(trace: Path, num_requests: int) -> tuple[Workload, Workload]:
     whole = read_trace(trace)
     if len(whole.requests) < 2 * num_requests:
         raise ConfigError(f"{trace}: {len(whole.requests)} requests; two windows of {num_requests} are needed")
-    return _slice(whole, 0, num_requests), _slice(whole, num_requests, 2 * num_requests)
-
-
-def _slice(whole: Workload, start: int, end: int) -> Workload:
-    part = whole.requests[start:end]
-    first_us = part[0].arrival_us
-    return replace(whole, requests=tuple(r.at(r.arrival_us - first_us) for r in part))
+    return transforms.part(whole, 0, num_requests), transforms.part(whole, num_requests, 2 * num_requests)
 
 
 def _at(workload: Workload, rate_per_s: float, slo: Slo) -> Workload:

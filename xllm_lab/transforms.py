@@ -105,6 +105,19 @@ def head(workload: Workload, num: int) -> Workload:
     return replace(workload, requests=workload.requests[:num])
 
 
+def part(workload: Workload, start: int, end: int) -> Workload:
+    """Requests [start, end) by position, on a clock that shows 0 when the first of them arrives.
+
+    Raises:
+        ConfigError: the workload does not have that many.
+    """
+    if not 0 <= start < end <= len(workload.requests):
+        there = len(workload.requests)
+        raise ConfigError(f"requests [{start}, {end}) of {workload.source}; [0, {there}) are there, not none of them")
+    kept = workload.requests[start:end]
+    return replace(workload, requests=tuple(r.at(r.arrival_us - kept[0].arrival_us) for r in kept))
+
+
 def sample(workload: Workload, *, seed: int, num: int | None = None, frac: float | None = None) -> Workload:
     """A random part of the requests at their own arrival times: `num` of them, or the fraction `frac` in (0, 1].
 

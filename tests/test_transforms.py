@@ -252,5 +252,5 @@ def test_a_part_keeps_its_requests_and_their_gaps(w: Workload, data: st.DataObje
 def test_a_part_that_is_not_there_is_refused() -> None:
     """The message says what there is."""
     w = Workload(requests=(plain_request(0),))
-    with pytest.raises(ConfigError, match=r"requests \[0, 2\) .* \[0, 1\) are there"):
+    with pytest.raises(ConfigError, match=r"requests \[0, 2\) .* a part of \[0, 1\)"):
         part(w, 0, 2)

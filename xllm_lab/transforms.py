@@ -113,7 +113,7 @@ def part(workload: Workload, start: int, end: int) -> Workload:
     """
     if not 0 <= start < end <= len(workload.requests):
         there = len(workload.requests)
-        raise ConfigError(f"requests [{start}, {end}) of {workload.source}; [0, {there}) are there, not none of them")
+        raise ConfigError(f"requests [{start}, {end}) of {workload.source}; accepted: a part of [0, {there})")
     kept = workload.requests[start:end]
     return replace(workload, requests=tuple(r.at(r.arrival_us - kept[0].arrival_us) for r in kept))
 

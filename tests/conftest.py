@@ -9,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A verdict must not depend on how busy the machine is, so there are no deadlines.
@@ -17,3 +21,23 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("house"), max_examples=1000)
 settings.load_profile(os.environ.get("XLLM_LAB_HYPOTHESIS", "house"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_engine_run_is_decided_alike() -> Iterator[None]:
+    """Whatever run a test makes on the engine, the simulator takes the same decisions; the test need not ask."""
+    from xllm_lab.engine.engine import Engine
+    from xllm_lab.runs import Run
+    from xllm_lab.sim.parity import parity
+
+    original = Engine.replay
+
+    def replay(self: Engine, *args: Any, **kwargs: Any) -> Run:
+        run = original(self, *args, **kwargs)
+        found = parity(run)
+        assert found.is_identical, f"{run.path}: the hosts part at step {found.step}: {found}"
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "replay", replay)
+        yield

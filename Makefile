@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Each sets up what it needs in .venv; nothing comes from a model hub.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready

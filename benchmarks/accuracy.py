@@ -3,8 +3,9 @@
     python benchmarks/accuracy.py --out runs/accuracy > benchmarks/accuracy_CPU_DATE.md
 
 One replay of window A at capacity calibrates. Window B is replayed three times on the engine at 30, 60 and 90 % of the
-measured capacity and simulated once. A row is within its bound if the error is at most 10 % or twice the engine's own
-run-to-run spread.
+measured capacity and simulated once. The loads take turns and the calibration comes after the first turn, so that a
+machine that drifts shows it in the spread. A row is within its bound if the error is at most 10 % or twice the engine's
+own run-to-run spread.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from xllm_lab import provenance, transforms
 from xllm_lab.arrivals import with_arrivals
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.metrics import makespan_us
+from xllm_lab.runs import Run
+from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import Row
+from xllm_lab.wording import metric_label, metric_text
 
 LOADS = (0.3, 0.6, 0.9)
 METRICS = ("ttft_us", "tpot_us", "e2e_us", "output_throughput_per_s")
@@ -39,24 +43,26 @@ def main() -> None:
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
     full = lab.replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full", settings=SETTINGS, engine=engine)
     capacity_per_s = o.requests * 1e6 / makespan_us(full.records)
-    paced = transforms.scale_rate_to(learn, capacity_per_s)
-    fitted = lab.calibrate([lab.replay(paced, out=o.out / "paced", settings=SETTINGS, engine=engine)])
+    measured: dict[float, list[Run]] = {load: [] for load in LOADS}
+    fitted: Calibration | None = None
+    for repeat in range(o.repeats):
+        for load, runs in measured.items():
+            workload = transforms.scale_rate_to(held_out, load * capacity_per_s)
+            runs.append(lab.replay(workload, out=o.out / f"{load}-{repeat}", settings=SETTINGS, engine=engine))
+        if fitted is None:
+            paced = transforms.scale_rate_to(learn, capacity_per_s)
+            fitted = lab.calibrate([lab.replay(paced, out=o.out / "paced", settings=SETTINGS, engine=engine)])
+    assert fitted is not None
     print(heading(o, engine, capacity_per_s))
     print(f"Step time, held-out folds: error {fitted.residual.mape_frac:.1%}, sum {fitted.residual.bias_frac:+.1%}.\n")
     print("| load | metric | engine | spread | simulator | error | within |\n|---|---|---|---|---|---|---|")
     outside = 0
-    for load in LOADS:
-        workload = transforms.scale_rate_to(held_out, load * capacity_per_s)
-        runs = [
-            lab.replay(workload, out=o.out / f"{load}-{k}", settings=SETTINGS, engine=engine) for k in range(o.repeats)
-        ]
+    for load, runs in measured.items():
         simulated = lab.simulate(runs[0], fitted, out=o.out / f"{load}-simulated")
-        for row in lab.compare(simulated, runs):
-            if row.metric.startswith(METRICS):
-                print(line(load, row), flush=True)
-                outside += not row.is_within
-        for run in runs:
-            assert lab.parity(run).is_identical
+        rows = [row for row in lab.compare(simulated, runs) if row.metric.startswith(METRICS)]
+        outside += sum(not row.is_within for row in rows)
+        print("\n".join(line(load, row) for row in rows))
+        assert all(lab.parity(run).is_identical for run in runs)
     print(f"\n{outside} rows outside their bound; parity identical on every engine run.")
 
 
@@ -72,10 +78,11 @@ def heading(o: argparse.Namespace, engine: Engine, capacity_per_s: float) -> str
 
 
 def line(load: float, row: Row) -> str:
-    spread = f"{row.spread_frac:.1%}" if row.spread_frac is not None else "-"
-    error = f"{row.error_frac:+.1%}" if row.error_frac is not None else "-"
-    within = "yes" if row.is_within else "**no**"
-    return f"| {load:.0%} | {row.metric} | {row.engine:,.0f} | {spread} | {row.simulated:,.0f} | {error} | {within} |"
+    spread = "-" if row.spread_frac is None else f"{row.spread_frac:.1%}"
+    error = "-" if row.error_frac is None else f"{row.error_frac:+.1%}"
+    engine, simulated = (metric_text(row.metric, value) for value in (row.engine, row.simulated))
+    label, within = metric_label(row.metric), "yes" if row.is_within else "**no**"
+    return f"| {load:.0%} | {label} | {engine} | {spread} | {simulated} | {error} | {within} |"
 
 
 if __name__ == "__main__":

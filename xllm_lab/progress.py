@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +37,6 @@ def bar(total: int, what: str, *, show: bool = True) -> Any:
     return tqdm(
         total=total, desc=what, disable=not show, mininterval=interval_s, delay=interval_s, file=sys.stderr, ncols=88
     )
-
-
-Told = Callable[[str], None]
 
 
 def tell(line: str) -> None:

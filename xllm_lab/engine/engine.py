@@ -146,16 +146,17 @@ class Engine:
         """Fit step times to a grid of synthetic steps, as xLLM's `enable_profile_step_time` does at start-up."""
         runner = self._runner(config)
         longest = min(1024, config.num_kv_tokens // 2, config.max_model_len)
-        prefills = [((Chunk(n, 0),), n) for n in _halves(longest)]
-        chunked = [((Chunk(n, longest - n),), n) for n in _halves(longest)[1:]]
-        decodes = [
-            (tuple(Chunk(1, context) for _ in range(count)), count)
-            for context in _halves(longest)[1::2]
+        lengths = _halves(longest)
+        grid: list[tuple[Chunk, ...]] = [(Chunk(n, 0),) for n in lengths]
+        grid += [(Chunk(n, longest - n),) for n in lengths[1:]]
+        grid += [
+            (Chunk(1, context),) * count
+            for context in lengths[1::2]
             for count in (1, 4, 16)
             if count * (context + 1 + config.block_size) <= config.num_kv_tokens
         ]
         rows, times = [], []
-        for chunks, _ in (prefills + chunked + decodes) * 3:
+        for chunks in grid * 3:
             steps = _synthetic(chunks, config)
             clock = make_clock("virtual", self.options.timer)
             runner.run(steps).argmax(-1).tolist()

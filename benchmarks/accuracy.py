@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --out runs/accuracy > benchmarks/accuracy_CPU_DATE.md
 
-One replay of window A at capacity calibrates. Window B is replayed three times on the engine at 30, 60 and 90 % of the
-measured capacity and simulated once. The loads take turns and the calibration comes after the first turn, so that a
-machine that drifts shows it in the spread. A row is within its bound if the error is at most 10 % or twice the engine's
+Window A, replayed at capacity, calibrates. Window B is replayed three times on the engine at 30, 60 and 90 % of the
+measured capacity and simulated once. All four take turns: on a shared machine even processor time drifts by a quarter
+within minutes, and both sides of the comparison must have seen the same machine. A row is within its bound if the error is at most 10 % or twice the engine's
 own run-to-run spread.
 """
 
@@ -22,7 +22,6 @@ from xllm_lab.arrivals import with_arrivals
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.metrics import makespan_us
 from xllm_lab.runs import Run
-from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import Row
 from xllm_lab.wording import metric_label, metric_text
 
@@ -34,7 +33,7 @@ SETTINGS = {"block_size": 32, "num_kv_blocks": 1024, "max_tokens_per_batch": 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, default=Path("traces/chat.jsonl"))
-    parser.add_argument("--requests", type=int, default=40, help="per window")
+    parser.add_argument("--requests", type=int, default=24, help="per window")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
@@ -43,16 +42,15 @@ def main() -> None:
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
     full = lab.replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full", settings=SETTINGS, engine=engine)
     capacity_per_s = o.requests * 1e6 / makespan_us(full.records)
+    paced = transforms.scale_rate_to(learn, capacity_per_s)
+    learnt: list[Run] = []
     measured: dict[float, list[Run]] = {load: [] for load in LOADS}
-    fitted: Calibration | None = None
     for repeat in range(o.repeats):
+        learnt.append(lab.replay(paced, out=o.out / f"paced-{repeat}", settings=SETTINGS, engine=engine))
         for load, runs in measured.items():
             workload = transforms.scale_rate_to(held_out, load * capacity_per_s)
             runs.append(lab.replay(workload, out=o.out / f"{load}-{repeat}", settings=SETTINGS, engine=engine))
-        if fitted is None:
-            paced = transforms.scale_rate_to(learn, capacity_per_s)
-            fitted = lab.calibrate([lab.replay(paced, out=o.out / "paced", settings=SETTINGS, engine=engine)])
-    assert fitted is not None
+    fitted = lab.calibrate(learnt)
     print(heading(o, engine, capacity_per_s))
     print(f"Step time, held-out folds: error {fitted.residual.mape_frac:.1%}, sum {fitted.residual.bias_frac:+.1%}.\n")
     print("| load | metric | engine | spread | simulator | error | within |\n|---|---|---|---|---|---|---|")

@@ -4,8 +4,8 @@
 
 Window A, replayed at capacity, calibrates. Window B is replayed three times on the engine at 30, 60 and 90 % of the
 measured capacity and simulated once. All four take turns: on a shared machine even processor time drifts by a quarter
-within minutes, and both sides of the comparison must have seen the same machine. A row is within its bound if the error is at most 10 % or twice the engine's
-own run-to-run spread.
+within minutes, and both sides of the comparison must have seen the same machine. A row is within its bound if the error
+is at most 10 % or twice the engine's own run-to-run spread.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from xllm_lab.runs import Run, new_file, read_run, write_json
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import Row
 from xllm_lab.step_time import Chunk
-from xllm_lab.text import comparison_table, gain_line, table
+from xllm_lab.text import comparison_table, gain_line, left_out_line, table
 from xllm_lab.tuning.verify import MIN_REPEATS, Gain, runs_of
 from xllm_lab.wording import compact
 from xllm_lab.workload import Slo, Workload
@@ -144,9 +144,11 @@ def demo(
     runs = (full, paced, *measured, *tuned)
     num_steps = sum(_identical_steps(run) for run in runs)
     tell("6/6  export and report")
-    config = out / "xllm.json"
+    config, exported = out / "xllm.json", verbs.export(verified, to="xllm")
     with new_file(config) as file:
-        write_json(file, verbs.export(verified, to="xllm").config)
+        write_json(file, exported.config)
+    if exported.left_out:
+        tell(f"     {left_out_line('xllm', exported.left_out)}")
     page = verbs.report(
         out / "report.html",
         engine=measured,

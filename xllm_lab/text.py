@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from xllm_lab.metrics import Summary
 from xllm_lab.wording import compact, metric_label, metric_text, percent, signed_percent
@@ -61,6 +61,11 @@ def gain_line(gain: Gain) -> str:
     low, high = signed_percent(gain.low_frac), signed_percent(gain.high_frac)
     verdict = "better" if gain.is_better else "not shown to be better"
     return f"{told}: {signed_percent(gain.gain_frac)}, 95 % confidence {low} to {high}; {verdict}"
+
+
+def left_out_line(target: str, left_out: Mapping[str, Any]) -> str:
+    """What an export could not say."""
+    return f"{target} has no flag for {', '.join(f'{name}={value}' for name, value in left_out.items())}"
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

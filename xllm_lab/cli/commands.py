@@ -23,7 +23,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.metrics import summarize
 from xllm_lab.progress import tell
 from xllm_lab.runs import Run, new_file, read_run, write_json
-from xllm_lab.text import comparison_table, gain_line, summary_table
+from xllm_lab.text import comparison_table, gain_line, left_out_line, summary_table
 
 
 class Command(NamedTuple):
@@ -187,7 +187,7 @@ def _export(o: argparse.Namespace) -> int:
             write_json(file, made.config)
         value, text = {"out": str(o.out), "config": made.config}, str(o.out)
     if made.left_out:
-        tell(f"xllm-lab: {o.to} has no flag for {', '.join(f'{k}={v}' for k, v in made.left_out.items())}")
+        tell(f"xllm-lab: {left_out_line(o.to, made.left_out)}")
     return _print(o, value, text)
 
 

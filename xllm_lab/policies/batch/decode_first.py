@@ -30,7 +30,8 @@ class DecodeFirst:
     Attributes:
         max_tokens_per_chunk: `max_tokens_per_chunk_for_prefill`.
         watermark_frac: `prefill_scheduling_memory_usage_threshold`.
-        footprint_margin: blocks in use count this much when a fresh prompt is weighed while others decode.
+        footprint_margin: blocks in use count this much when a fresh prompt is weighed while others decode. No knob: it
+            is a constant in xLLM.
         order: `priority_strategy`.
         max_ttft_us: `max_global_ttft_ms`, budget of a step without decodes; needs step times.
         max_tpot_us: `max_global_tpot_ms`, budget of a step with decodes; needs step times.
@@ -41,7 +42,7 @@ class DecodeFirst:
 
     max_tokens_per_chunk: Annotated[int, Knob(32, 10240, log=True), Flag("max_tokens_per_chunk_for_prefill")] = 10240
     watermark_frac: Annotated[float, Knob(0.5, 1.0), Flag("prefill_scheduling_memory_usage_threshold")] = 0.95
-    footprint_margin: Annotated[float, Knob(1.0, 2.0)] = 1.1
+    footprint_margin: float = 1.1
     order: Annotated[str, Choice(*ORDERS), Flag("priority_strategy")] = "fcfs"
     max_ttft_us: Annotated[int | None, Flag("max_global_ttft_ms", divide_by=1000)] = None
     max_tpot_us: Annotated[int | None, Flag("max_global_tpot_ms", divide_by=1000)] = None

@@ -84,7 +84,7 @@ def demo(
     trace: Path | None = None,
     num_requests: int | None = None,
     trials: int = 60,
-    repeats: int = 3,
+    repeats: int = 4,
     seed: int = 0,
     out: Path = Path("runs/demo"),
     progress: bool = True,

@@ -225,7 +225,7 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, help="instead of the demo's own")
     parser.add_argument("--requests", type=int, help="per window; fewer is faster and less certain")
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="new folder")
 

@@ -623,7 +623,13 @@ def test_ctrl_c_in_the_middle_of_long_work(verb: str, loop: TinyLoop, tmp_path: 
     }
     command = [sys.executable, "-m", "xllm_lab", *map(str, lines[verb])]
     running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What runs in the background of a script is started deaf to ctrl-C, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     wait_for_work(running, tmp_path, verb)
     os.killpg(running.pid, signal.SIGINT)

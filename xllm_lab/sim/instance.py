@@ -9,7 +9,8 @@ import simpy
 
 from xllm_lab.scheduler import Sampled, Step
 from xllm_lab.serving import Completion, Conversation, Idle, Woke
-from xllm_lab.sim.cost import CostModel
+from xllm_lab.sim.cost import CostModel, batch_of
+from xllm_lab.step_time import Chunk
 from xllm_lab.workload import RequestId
 
 
@@ -30,16 +31,31 @@ class Timing(Protocol):
 
 
 class Predicted:
-    """A cost model's times. Tokens are placeholders that no other request shares, so no output is a prefix hit."""
+    """A cost model's times. Tokens are placeholders that no other request shares, so no output is a prefix hit.
+
+    Attributes:
+        num_steps: steps priced so far.
+        num_extrapolated: those outside what the cost model was calibrated on.
+    """
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
+        self.num_steps = 0
+        self.num_extrapolated = 0
+
+    @property
+    def extrapolated_frac(self) -> float:
+        return self.num_extrapolated / self.num_steps if self.num_steps else 0.0
 
     def wake_us(self, until_us: int) -> int:
         return until_us
 
     def end_us(self, step: Step) -> int:
-        return step.start_us + max(1, round(self._cost.step_us(step)))
+        chunks = (Chunk(c.num_tokens, c.num_computed_tokens) for c in step.chunks)
+        price = self._cost.step(batch_of(chunks, sum(c.samples for c in step.chunks)))
+        self.num_steps += 1
+        self.num_extrapolated += price.is_extrapolated
+        return step.start_us + max(1, round(price.us))
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
         return {c.id: Sampled(-1 - c.id) for c in step.chunks if c.samples}

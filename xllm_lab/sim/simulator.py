@@ -72,12 +72,12 @@ def simulate(
     for request in workload.requests:
         config.refuse_if_too_large(request)
     with new_folder(out) as folder:
-        cost = FittedCost(calibration)
+        predicted = Predicted(FittedCost(calibration))
         records = run_simulation(
             workload,
             config,
             policy,
-            Predicted(cost),
+            predicted,
             vocab_size=calibration.model["vocab_size"],
             step_time=calibration.step_time,
         )
@@ -85,7 +85,7 @@ def simulate(
             "cost_model": "fitted",
             "calibrated_on": list(calibration.runs),
             "residual": asdict(calibration.residual),
-            "extrapolated_frac": cost.extrapolated_frac,
+            "extrapolated_frac": predicted.extrapolated_frac,
         }
         manifest = Manifest(
             host="simulator",

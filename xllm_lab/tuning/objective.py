@@ -39,17 +39,17 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
             workload = _workload(path)
             for request in workload.requests:
                 chosen.instance.refuse_if_too_large(request)
-            cost = FittedCost(calibration)
+            predicted = Predicted(FittedCost(calibration))
             records = run_simulation(
                 workload,
                 chosen.instance,
                 chosen.policy,
-                Predicted(cost),
+                predicted,
                 vocab_size=calibration.model["vocab_size"],
                 step_time=calibration.step_time,
             )
             summaries.append(summarize(records).as_dict())
-            extrapolated = max(extrapolated, cost.extrapolated_frac)
+            extrapolated = max(extrapolated, predicted.extrapolated_frac)
     except (RequestTooLargeError, ConfigError, PolicyError) as error:
         return _failed(type(error).__name__, str(error))
     attained = min(s["slo_attainment_frac"] for s in summaries)

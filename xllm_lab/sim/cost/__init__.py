@@ -1,13 +1,92 @@
-"""Cost models: `Step -> microseconds`."""
+"""Cost models: what a step computes -> microseconds.
+
+A cost model prices a whole batch, never a sum of single requests: matrix multiplications see all tokens at once,
+attention sees each sequence. It sees the batch as sums, so that its price does not depend on how a host keeps its
+requests, and so that many steps of one decoding batch can be priced at once.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
-from xllm_lab.scheduler import Step
+import numpy as np
+import numpy.typing as npt
+
+from xllm_lab.step_time import Chunk
+
+
+class Batch(NamedTuple):
+    """What one step computes. A chunk of one token is a decode: kernels do not ask why it is one.
+
+    Attributes:
+        prefills: chunks of two tokens or more, in packing order.
+        num_decodes: chunks of one token.
+        decode_kv_tokens: sum over the decodes of their tokens in KV before the step.
+        max_decode_kv_tokens: the largest of these; 0 without decodes.
+        num_logits: rows the model's head is asked for.
+    """
+
+    prefills: tuple[Chunk, ...]
+    num_decodes: int
+    decode_kv_tokens: int
+    max_decode_kv_tokens: int
+    num_logits: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + sum(c.num_tokens for c in self.prefills)
+
+    @property
+    def num_seqs(self) -> int:
+        return self.num_decodes + len(self.prefills)
+
+    def later(self, num_steps: int) -> Batch:
+        """The same decodes after `num_steps` more steps."""
+        assert not self.prefills, "only decodes repeat themselves"
+        return self._replace(
+            decode_kv_tokens=self.decode_kv_tokens + self.num_decodes * num_steps,
+            max_decode_kv_tokens=self.max_decode_kv_tokens + num_steps,
+        )
+
+
+def batch_of(chunks: Iterable[Chunk], num_logits: int) -> Batch:
+    """The batch that these chunks make."""
+    prefills: list[Chunk] = []
+    num_decodes = kv = longest = 0
+    for chunk in chunks:
+        if chunk.num_tokens > 1:
+            prefills.append(chunk)
+        else:
+            num_decodes += 1
+            kv += chunk.num_computed_tokens
+            longest = max(longest, chunk.num_computed_tokens)
+    return Batch(tuple(prefills), num_decodes, kv, longest, num_logits)
+
+
+class Price(NamedTuple):
+    """Predicted time of a step, and whether the batch lies outside what the model was calibrated on."""
+
+    us: float
+    is_extrapolated: bool = False
+
+
+class Prices(NamedTuple):
+    """Predicted times of consecutive steps, both of shape [steps]."""
+
+    us: npt.NDArray[np.float64]
+    is_extrapolated: npt.NDArray[np.bool_]
 
 
 class CostModel(Protocol):
-    def step_us(self, step: Step) -> float:
-        """Predicted time of a step, microseconds; more than 0, or the simulated clock would stall."""
+    def step(self, batch: Batch) -> Price:
+        """Predicted time of a step, more than 0, or the simulated clock would stall."""
+        ...
+
+    def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
+        """Prices of `batch.later(0), ... batch.later(num_steps - 1)`, a batch of decodes only.
+
+        Bit for bit what `step` says of each: use the same additions, multiplications, divisions, minima and maxima in
+        the same order, and nothing else that numpy may round its own way (no sums over an axis, no exp, no powers).
+        """
         ...

@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,12 +33,51 @@ def obey_the_laws(
     """All laws. `vocab_size` is the one the run's prompts were synthesised with."""
     every_request_has_one_record(workload, records)
     every_request_ends_as_it_should(workload, config, records)
-    every_token_is_accounted_for(records)
     time_never_turns_back(records)
-    nothing_comes_before_its_cause(workload, records)
     every_step_fits(config, records)
-    computed_catches_up_with_known(config, records)
-    prefix_hits_were_computed_before(workload, config, records, vocab_size=vocab_size)
+    first_steps_are_told(records)
+    useful = without_wasted_rows(config, records)
+    every_token_is_accounted_for(config, useful)
+    nothing_comes_before_its_cause(workload, useful)
+    computed_catches_up_with_known(config, useful)
+    prefix_hits_were_computed_before(workload, config, useful, vocab_size=vocab_size)
+
+
+def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:
+    """The records without rows of requests that had ended when their step began.
+
+    Only who plans ahead has any, and of each request at most one.
+    """
+    if config.async_scheduling == "off":
+        return records
+    ended_us = {r.id: r.finish_us or 0 for r in records.requests}
+    wasted: Counter[int] = Counter()
+    steps: list[StepRecord] = []
+    for step in records.steps:
+        rows = [c for c in _chunks(step) if ended_us[c[0]] > step.start_us]
+        if len(rows) == len(step.ids):
+            steps.append(step)
+            continue
+        kept = [c[0] for c in rows]
+        wasted.update(set(step.ids) - set(kept))
+        changed = {"ids": kept, "num_tokens": [c[1] for c in rows], "num_computed_tokens": [c[2] for c in rows]}
+        admitted = [i for i in step.admitted if i in kept]
+        steps.append(replace(step, **changed, admitted=admitted, num_logits=-1))
+    assert max(wasted.values(), default=0) <= 1, f"requests have rows in vain: {wasted}"
+    return Records(records.requests, steps)
+
+
+def first_steps_are_told(records: Records) -> None:
+    """Conservation: a request was first scheduled when the first step that computes some of it started."""
+    first_us: dict[int, int] = {}
+    for step in records.steps:
+        for request_id in step.ids:
+            first_us.setdefault(request_id, step.start_us)
+    for record in records.requests:
+        told, begun = record.first_scheduled_us, first_us.get(record.id)
+        # A step that was planned ahead may start after its request's client went away.
+        is_late = told is None and record.finish_reason is FinishReason.CANCELLED
+        assert told == begun or is_late, f"request {record.id} was first scheduled at {told}, its first step at {begun}"
 
 
 def every_request_has_one_record(workload: Workload, records: Records) -> None:
@@ -82,28 +121,28 @@ def every_request_ends_as_it_should(workload: Workload, config: InstanceConfig, 
         assert too_large == is_rejected, f"{name} {'can never' if too_large else 'can'} run here"
 
 
-def every_token_is_accounted_for(records: Records) -> None:
+def every_token_is_accounted_for(config: InstanceConfig, records: Records) -> None:
     """Conservation: steps and requests tell of the same tokens, preemptions, and first steps."""
     computed: Counter[int] = Counter()
     preempted: Counter[int] = Counter()
-    first_us: dict[int, int] = {}
     for step in records.steps:
         preempted.update(step.preempted)
         for request_id, num_tokens in zip(step.ids, step.num_tokens, strict=True):
             computed[request_id] += num_tokens
-            first_us.setdefault(request_id, step.start_us)
     for record in records.requests:
         name = f"request {record.id}"
         counts = (record.num_preemptions, preempted[record.id])
         assert counts[0] == counts[1], f"{name} lost its KV {counts[0]} times, in {counts[1]} steps"
-        begun = (record.first_scheduled_us, first_us.get(record.id))
-        assert begun[0] == begun[1], f"{name} was first scheduled at {begun[0]}, its first step starts at {begun[1]}"
         if record.finish_reason in (FinishReason.LENGTH, FinishReason.STOP) and not record.num_preemptions:
             missing = record.prompt_tokens - record.cached_tokens + record.output_tokens - 1
             assert computed[record.id] == missing, f"{name} needed {missing} tokens, got {computed[record.id]}"
+    if any(s.num_logits < 0 for s in records.steps):
+        return  # it had wasted rows
     drawn = sum(r.output_tokens for r in records.requests)
     rows = sum(s.num_logits for s in records.steps)
     discarded = sum(1 for r in records.requests if r.finish_reason is FinishReason.CANCELLED)
+    if config.async_scheduling != "off":  # a token under way is lost with its KV
+        discarded += sum(r.num_preemptions for r in records.requests)
     assert drawn <= rows <= drawn + discarded, f"{rows} rows of logits for {drawn} tokens, {discarded} cancelled"
 
 
@@ -168,7 +207,8 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
     """Catching up: replaying the steps yields every count in them, every token time, and the blocks in use."""
     ends: dict[int, RequestRecord] = {r.id: r for r in records.requests}
     live: dict[int, _Live] = {r.id: _Live(known=r.prompt_tokens) for r in records.requests}
-    for step in records.steps:
+    following = (*(s.preempted for s in records.steps[1:]), ())
+    for step, lost_next in zip(records.steps, following, strict=False):
         _lose(live, step)
         for request_id in step.admitted:
             assert request_id in step.ids, f"step {step.step} admits request {request_id} and computes none of it"
@@ -182,9 +222,12 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
             assert num_computed == one.computed, f"{name} starts from {num_computed}, {one.computed} are computed"
             one.computed += num_tokens
             assert one.computed <= one.known, f"{name} computes {one.computed} tokens, {one.known} are known"
-        holders = [o for i, o in live.items() if o.is_running and (ends[i].finish_us or 0) > step.start_us]
-        _check_blocks(config, step, [o.computed for o in holders])
-        assert step.num_logits == _draw(live, ends, step), f"step {step.step} has {step.num_logits} rows of logits"
+        if config.async_scheduling == "off":  # who plans ahead counts blocks of requests that end meanwhile
+            holders = [o for i, o in live.items() if o.is_running and (ends[i].finish_us or 0) > step.start_us]
+            _check_blocks(config, step, [o.computed for o in holders])
+        # Who plans ahead takes KV away while the step before runs, and draws its token anew.
+        rows = _draw(live, ends, step, lost=() if config.async_scheduling == "off" else lost_next)
+        assert step.num_logits in (rows, -1), f"step {step.step} has {step.num_logits} rows of logits, of {rows}"
     for request_id, one in live.items():
         times = ends[request_id].token_times_us
         assert one.drawn == len(times), f"request {request_id} has {len(times)} tokens, its steps drew {one.drawn}"
@@ -265,7 +308,7 @@ def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int])
     assert least <= step.num_used_blocks <= sum(each), f"{told} {least} to {sum(each)}"
 
 
-def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord) -> int:
+def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int]) -> int:
     """Give every request that reached its known tokens one more; returns how many did."""
     rows = 0
     for request_id in step.ids:
@@ -275,6 +318,8 @@ def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepReco
         rows += 1
         if (record.finish_us or 0) < step.end_us:
             continue  # cancelled while the step ran
+        if request_id in lost:
+            continue
         assert one.drawn < record.output_tokens, f"step {step.step} draws a token that request {request_id} never got"
         told = record.token_times_us[one.drawn]
         assert told == step.end_us, f"request {request_id} has a token at {told}, drawn in a step to {step.end_us}"

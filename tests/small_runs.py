@@ -17,7 +17,8 @@ from xllm_lab.policies.api import BatchPolicy, Choice, Knob, ceil_div
 from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler, Step
-from xllm_lab.serving import Completion, Idle, Woke, serve
+from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, Slo, Workload, prompt_token_ids
@@ -39,7 +40,13 @@ class EqualSteps:
     def end_us(self, step: Step) -> int:
         return step.start_us + self.step_us
 
-    def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
+    def stretch(self, step: Step) -> Stretch:
+        return Stretch((self.end_us(step),), (False,))
+
+    def ran(self, stretch: Stretch) -> None:
+        """Nothing to count."""
+
+    def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
         return {c.id: Sampled(-1 - c.id) for c in step.chunks if c.samples}
 
 
@@ -97,7 +104,9 @@ def run_audited(
     """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
     timing, records = timing or EqualSteps(), Records()
     scheduler = Scheduler(config, policy, records, step_time=STEP_TIME)
-    conversation = serve(scheduler, workload, lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed))
+    conversation = serve(
+        scheduler, WorkloadFeed(workload), lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed)
+    )
     answer: Completion | Woke | None = None
     while True:
         try:
@@ -109,7 +118,7 @@ def run_audited(
         if isinstance(command, Idle):
             answer = Woke(timing.wake_us(command.until_us))
         else:
-            answer = Completion(timing.end_us(command), timing.sampled(command))
+            answer = Completion(timing.stretch(command).ends_us, timing.sampled(command))
     scheduler.ledger.audit()
     assert scheduler.num_live == 0, f"{scheduler.num_live} requests are live after the end"
     assert scheduler.ledger.num_used_blocks == 0, f"{scheduler.ledger.num_used_blocks} blocks are in use after the end"
@@ -131,13 +140,16 @@ class HandDriven:
             self.scheduler.add(one.at(self.now_us), prompt_ids, self.now_us)
 
     def plan(self) -> Step | None:
-        """The next step, not yet run."""
-        return self.scheduler.plan(self.now_us)
+        """The next step, under way."""
+        step = self.scheduler.plan(self.now_us)
+        if step is not None:
+            self.scheduler.start(step, self.now_us)
+        return step
 
     def finish(self, step: Step) -> None:
         """The step has run."""
         self.now_us = step.start_us + STEP_US
-        self.scheduler.complete(step, self.now_us, EqualSteps().sampled(step))
+        self.scheduler.complete(step, (self.now_us,), EqualSteps().sampled(step))
 
     def step(self) -> dict[int, int]:
         """Run one step; tokens per request, empty if nothing can run."""

@@ -234,5 +234,5 @@ def test_a_step_must_last() -> None:
     host.add(request(0))
     step = host.plan()
     assert step is not None
-    with pytest.raises(AssertionError, match="step 0 ends at 0, not after its start 0"):
-        host.scheduler.complete(step, 0, {})
+    with pytest.raises(AssertionError, match="step 0 ends at 0, not after 0"):
+        host.scheduler.complete(step, (0,), {})

@@ -40,18 +40,20 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import (
     BatchPlan,
     BatchPolicy,
+    BatchView,
     ByAdmission,
     ByArrival,
     RequestId,
     admission_key,
     arrival_key,
     blocks_to_take,
+    by_admission,
 )
 from xllm_lab.policies.catalog import configured, values_of
 from xllm_lab.policies.checks import batch_violations
 from xllm_lab.records import Records
 from xllm_lab.scheduler import Sampled, Scheduler
-from xllm_lab.serving import Completion, Idle, Woke, serve
+from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.workload import Workload, prompt_token_ids
 
 NUM_VIEWS = 200
@@ -104,7 +106,7 @@ def legal(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
         if sentences := batch_violations(view, plan):
             return "; ".join(sentences)
         could_run = [r.id for r in (*view.running, *view.waiting) if blocks_to_take(view, r, 1) <= view.num_free_blocks]
-        if could_run and not plan.tokens and not plan.preempt:
+        if could_run and plan.is_empty and not plan.preempt:
             return f"plans nothing while requests {could_run} could run"
         return None
 
@@ -115,7 +117,7 @@ def repeatable(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
     """Memory between decisions, and decisions that depend on where objects lie."""
 
     def broken(view: DrawnView) -> str | None:
-        plans = {_answer(policy.decide(v)) for v in (view, view, copy.deepcopy(view), drawn_view(view.number))}
+        plans = {_answer(v, policy.decide(v)) for v in (view, view, copy.deepcopy(view), drawn_view(view.number))}
         return f"answers the same view with {len(plans)} plans" if len(plans) > 1 else None
 
     return _first_broken("repeatable", broken, num_views)
@@ -132,7 +134,7 @@ def order_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
             running=ByAdmission(sorted(view.running, key=admission_key)),
             waiting=ByArrival(sorted(view.waiting, key=arrival_key)),
         )
-        plans = {_answer(policy.decide(v)) for v in (view, shuffled, by_host)}
+        plans = {_answer(v, policy.decide(v)) for v in (view, shuffled, by_host)}
         return "plans otherwise when the view lists its requests otherwise" if len(plans) > 1 else None
 
     return _first_broken("order-free", broken, num_views)
@@ -148,9 +150,9 @@ def identity_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
         other = copy.deepcopy(view)
         for request in (*other.running, *other.waiting):
             request.id = renamed(request.id)
-        tokens, preempt = _answer(policy.decide(view))
+        tokens, preempt = _answer(view, policy.decide(view))
         expected = (tuple((renamed(i), n) for i, n in tokens), tuple(map(renamed, preempt)))
-        same = _answer(policy.decide(other)) == expected
+        same = _answer(other, policy.decide(other)) == expected
         return None if same else "plans otherwise when the ids are others in the same order"
 
     return _first_broken("identity-free", broken, num_views)
@@ -219,8 +221,9 @@ def _first_broken(law: str, broken: Callable[[DrawnView], str | None], num_views
     return []
 
 
-def _answer(plan: BatchPlan) -> _Answer:
-    return tuple(plan.tokens.items()), plan.preempt
+def _answer(view: BatchView, plan: BatchPlan) -> _Answer:
+    decodes = ((r.id, 1) for r in by_admission(view.decoding)) if plan.decode_all else ()
+    return (*decodes, *plan.tokens.items()), plan.preempt
 
 
 def _impure_imports(cls: type[Any]) -> list[str]:
@@ -264,17 +267,18 @@ def _watching() -> Iterator[list[str]]:
 def _num_steps(policy: BatchPolicy, config: InstanceConfig, workload: Workload, most: int) -> int:
     """Steps until all is served; gives up after `most`."""
     scheduler = Scheduler(config, policy, Records(), step_time=STEP_TIME)
-    conversation = serve(scheduler, workload, lambda r: prompt_token_ids(r, vocab_size=1000, seed=0))
+    conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompt_token_ids(r, vocab_size=1000, seed=0))
     steps = 0
     with contextlib.suppress(StopIteration):
         command = next(conversation)
         while steps <= most:
             if isinstance(command, Idle):
+                assert command.until_us is not None, "a workload says when its next request comes"
                 command = conversation.send(Woke(command.until_us))
                 continue
             steps += 1
             sampled = {c.id: Sampled(c.id) for c in command.chunks if c.samples}
-            command = conversation.send(Completion(command.start_us + 1, sampled))
+            command = conversation.send(Completion((command.start_us + 1,), sampled))
     return steps
 
 
@@ -284,7 +288,8 @@ def _plans_of(name: str, values: str, num_views: str) -> list[_Answer]:
     for part in qualname.split("."):
         cls = getattr(cls, part)
     policy = configured(cls, json.loads(values))
-    return [_answer(policy.decide(drawn_view(number))) for number in range(int(num_views))]
+    views = map(drawn_view, range(int(num_views)))
+    return [_answer(view, policy.decide(view)) for view in views]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass, field
 
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import RequestId, ceil_div
+from xllm_lab.policies.api import RequestId, blocks_to_take, ceil_div, is_decoding
 from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.workload import Prompt, Request, Workload
 
@@ -34,6 +34,7 @@ class DrawnRequest:
     num_tokens: int
     num_computed_tokens: int
     num_blocks: int
+    is_running: bool = False
     num_idle_blocks: int = 0
     num_private_blocks: int = 0
     admitted_us: int = 0
@@ -55,6 +56,21 @@ class DrawnView:
     running: list[DrawnRequest] = field(default_factory=list)
     waiting: list[DrawnRequest] = field(default_factory=list)
     step_time: StepTime = STEP_TIME
+
+    @property
+    def decoding(self) -> list[DrawnRequest]:
+        return type(self.running)(r for r in self.running if is_decoding(r))
+
+    @property
+    def prefilling(self) -> list[DrawnRequest]:
+        return type(self.running)(r for r in self.running if not is_decoding(r))
+
+    @property
+    def num_decode_blocks(self) -> int:
+        return sum(blocks_to_take(self, r, 1) for r in self.decoding)
+
+    def find(self, request: RequestId) -> DrawnRequest | None:
+        return next((r for r in (*self.running, *self.waiting) if r.id == request), None)
 
 
 def drawn_view(number: int) -> DrawnView:
@@ -121,6 +137,7 @@ def _run_one_more(rng: random.Random, view: DrawnView, request_id: RequestId) ->
         neighbour.num_private_blocks -= shared
     request.num_private_blocks = request.num_blocks - shared
     request.admitted_us = rng.choice((request.arrival_us, 600, 900))
+    request.is_running = True
     view.num_free_blocks -= request.num_private_blocks
     view.running.append(request)
 

@@ -11,6 +11,7 @@ from xllm_lab.workload import Request
 
 # The ledger keeps every block in memory. Of 128 tokens each, so many hold half a billion tokens.
 MOST_KV_BLOCKS = 2**22
+ASYNC_SCHEDULING = ("off", "on", "length_aware")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,9 @@ class InstanceConfig:
         num_kv_blocks: blocks in the pool; xLLM derives it from `max_memory_utilization` or `max_cache_size`.
         enable_prefix_cache: keep blocks of finished requests for others with the same prefix.
         max_model_len: the model's context; no prompt and output together may exceed it.
+        async_scheduling: plan a step while the one before it runs, xLLM's `enable_schedule_overlap`: "off"; "on", where
+            a request that ended is in one more step, in vain; or "length_aware", as in vLLM, where an end by length is
+            foreseen.
     """
 
     max_tokens_per_batch: Annotated[int, Knob(64, 10240, log=True), Flag("max_tokens_per_batch")] = 10240
@@ -32,11 +36,15 @@ class InstanceConfig:
     num_kv_blocks: Annotated[int, Knob(32, 4096, log=True)] = 256
     enable_prefix_cache: Annotated[bool, Choice(False, True), Flag("enable_prefix_cache")] = True
     max_model_len: int = 8192
+    async_scheduling: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("max_tokens_per_batch", "max_seqs_per_batch", "block_size", "num_kv_blocks", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, at least 1 is accepted")
+        if self.async_scheduling not in ASYNC_SCHEDULING:
+            accepted = ", ".join(ASYNC_SCHEDULING)
+            raise ConfigError(f"async_scheduling is {self.async_scheduling!r}, accepted: {accepted}")
         if self.num_kv_blocks > MOST_KV_BLOCKS:
             raise ConfigError(f"num_kv_blocks is {self.num_kv_blocks}, at most {MOST_KV_BLOCKS} is accepted")
 
@@ -47,15 +55,16 @@ class InstanceConfig:
     def refuse_if_too_large(self, request: Request) -> None:
         """Raise RequestTooLargeError, with the numbers, if the request could never run to its end."""
         length = request.prompt.num_tokens + request.output_tokens
+        # The last token is drawn but never computed, so it needs no room.
+        blocks = ceil_div(length - 1, self.block_size)
+        if length <= self.max_model_len and blocks <= self.num_kv_blocks:
+            return
         told = (
             f"request {request.id}: {request.prompt.num_tokens} prompt and {request.output_tokens} output tokens make "
             f"{length}"
         )
         if length > self.max_model_len:
             raise RequestTooLargeError(f"{told}, the context accepts {self.max_model_len}")
-        # The last token is drawn but never computed, so it needs no room.
-        blocks = ceil_div(length - 1, self.block_size)
-        if blocks > self.num_kv_blocks:
-            raise RequestTooLargeError(
-                f"{told} or {blocks} KV blocks, the whole pool has {self.num_kv_blocks} of {self.block_size} tokens"
-            )
+        raise RequestTooLargeError(
+            f"{told} or {blocks} KV blocks, the whole pool has {self.num_kv_blocks} of {self.block_size} tokens"
+        )

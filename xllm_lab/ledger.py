@@ -68,9 +68,17 @@ class Ledger:
     def num_idle_blocks(self) -> int:
         return len(self._idle)
 
+    @property
+    def num_clean_blocks(self) -> int:
+        return len(self._clean)
+
     def block_table(self, request: RequestId) -> Sequence[int]:
         """Block ids in token order; empty for a request that holds none."""
         return self._tables.get(request, ())
+
+    def num_blocks_of(self, request: RequestId) -> int:
+        """Blocks that a request holds."""
+        return len(self._tables.get(request, ()))
 
     def num_private_blocks(self, request: RequestId) -> int:
         """Blocks that nobody else uses."""
@@ -102,12 +110,16 @@ class Ledger:
 
     def grow(self, request: RequestId, num_tokens: int) -> None:
         """Make the request's table hold `num_tokens` tokens. The caller has checked that the blocks are there."""
-        table = self._tables[request]
-        missing = ceil_div(num_tokens, self.block_size) - len(table)
-        assert missing <= self.num_free_blocks, f"request {request} needs {missing} of {self.num_free_blocks} blocks"
-        for _ in range(missing):
-            block = self._clean.pop() if self._clean else self._evict()
-            self._num_users[block] = 1
+        missing = ceil_div(num_tokens, self.block_size) - len(self._tables[request])
+        if missing > 0:
+            self.extend(request, missing)
+
+    def extend(self, request: RequestId, num_blocks: int) -> None:
+        """Give a request more blocks, clean ones first. The caller has checked that they are there."""
+        table, clean, num_users = self._tables[request], self._clean, self._num_users
+        for _ in range(num_blocks):
+            block = clean.pop() if clean else self._evict()
+            num_users[block] = 1
             table.append(block)
 
     def publish(self, request: RequestId, first_block: int, keys: Sequence[BlockKey]) -> None:
@@ -152,6 +164,7 @@ class Ledger:
         assert not any(self._key_of[b] for b in clean), "a clean block is indexed"
 
     def _evict(self) -> int:
+        assert self._idle, "a block is taken and none is free"
         block, _ = self._idle.popitem(last=False)
         key = self._key_of[block]
         assert key is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -14,15 +13,15 @@ from xllm_lab.records import Records, RequestRecord
 TERMINAL_S, LOG_S = 0.5, 5.0
 
 
-@dataclass(slots=True)
 class ProgressRecords(Records):
     """Records that move a bar by one for every request that ended."""
 
-    bar: Any = field(default=None, repr=False)
+    def __init__(self, bar: Any) -> None:
+        super().__init__()
+        self.bar = bar
 
     def request(self, record: RequestRecord) -> None:
-        # Not super(): a slots dataclass is made anew, and the zero-argument form would look for the old class.
-        Records.request(self, record)
+        super().request(record)
         self.bar.update()
 
 

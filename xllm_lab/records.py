@@ -6,9 +6,14 @@ Times are integer microseconds since the run's start. A time that never came is 
 from __future__ import annotations
 
 import enum
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from xllm_lab.policies.api import RequestId
@@ -23,6 +28,14 @@ class FinishReason(enum.StrEnum):
     REJECTED = "rejected"  # could never run here
 
 
+def _int64s() -> array[int]:
+    return array("q")
+
+
+def _int32s() -> array[int]:
+    return array("i")
+
+
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
     """The life of one request.
@@ -35,6 +48,8 @@ class RequestRecord:
         output_token_ids: the tokens; in a simulated run placeholders, which no two requests share.
         num_preemptions: how often it lost its KV.
         finish_us: when it ended, for whatever reason.
+        instance: which instance of a fleet served it (last).
+        num_failovers: how often the instance that served it failed.
     """
 
     id: RequestId
@@ -46,11 +61,13 @@ class RequestRecord:
     e2e_slo_us: int | None
     cached_tokens: int = 0
     first_scheduled_us: int | None = None
-    token_times_us: list[int] = field(default_factory=list)
-    output_token_ids: list[int] = field(default_factory=list)
+    token_times_us: array[int] = field(default_factory=_int64s)
+    output_token_ids: array[int] = field(default_factory=_int32s)
     num_preemptions: int = 0
     finish_us: int | None = None
     finish_reason: FinishReason | None = None
+    instance: int = 0
+    num_failovers: int = 0
 
     @property
     def output_tokens(self) -> int:
@@ -66,8 +83,8 @@ class StepRecord:
     """One step: what was decided, and how long it took.
 
     Attributes:
-        step: 0, 1, 2, ... without gaps.
-        start_us, end_us: [start_us, end_us); steps never overlap.
+        step: 0, 1, 2, ... of its instance, without gaps.
+        start_us, end_us: [start_us, end_us); steps of an instance never overlap.
         ids, num_tokens, num_computed_tokens: per scheduled request, in packing order: its id, the tokens computed
             in this step, and those already in KV before it (prefix hits included).
         num_logits: rows the model's head was asked for, one per request that draws a token.
@@ -76,6 +93,7 @@ class StepRecord:
         num_waiting: requests left waiting.
         num_used_blocks, num_idle_blocks: KV blocks in use, and cached but unused, after allocation.
         reason: the policy's word for it.
+        instance: which instance of a fleet took it.
     """
 
     step: int
@@ -91,28 +109,110 @@ class StepRecord:
     num_used_blocks: int
     num_idle_blocks: int
     reason: str
+    instance: int = 0
 
     @property
     def step_us(self) -> int:
         return self.end_us - self.start_us
 
 
+class ScheduledChunk(NamedTuple):
+    """One request's part of a step: its tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
+
+    id: RequestId
+    num_tokens: int
+    num_computed_tokens: int
+    samples: bool  # reaches the end of the known tokens, so the next one is drawn
+
+
+@dataclass(slots=True, kw_only=True)
+class StepSpan:
+    """Consecutive steps of one instance that differ by one more token in KV per decode, and in the blocks in use.
+
+    Attributes:
+        step, start_us: of the first one.
+        ends_us: each step's end, at which the next one starts. A span of two or more has no `chunks`.
+        decode_ids: requests that compute one token in every step, before the `chunks`.
+        decode_offsets: per decode, tokens in KV before the first step, less `clock`.
+        chunks: what else the step computes.
+        num_used_blocks, num_idle_blocks: per step.
+    """
+
+    step: int
+    start_us: int
+    ends_us: Sequence[int]
+    decode_ids: tuple[RequestId, ...]
+    decode_offsets: tuple[int, ...]
+    clock: int
+    chunks: tuple[ScheduledChunk, ...]
+    admitted: tuple[RequestId, ...]
+    preempted: tuple[RequestId, ...]
+    num_waiting: int
+    num_used_blocks: Sequence[int]
+    num_idle_blocks: Sequence[int]
+    reason: str
+    instance: int
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.decode_ids) + sum(c.samples for c in self.chunks)
+
+    def records(self) -> Iterable[StepRecord]:
+        """One record per step."""
+        ids = [*self.decode_ids, *(c.id for c in self.chunks)]
+        num_tokens = [1] * len(self.decode_ids) + [c.num_tokens for c in self.chunks]
+        chunks_computed = [c.num_computed_tokens for c in self.chunks]
+        start_us = self.start_us
+        for k, end_us in enumerate(self.ends_us):
+            yield StepRecord(
+                step=self.step + k,
+                start_us=start_us,
+                end_us=end_us,
+                ids=list(ids),
+                num_tokens=list(num_tokens),
+                num_computed_tokens=[o + self.clock + k for o in self.decode_offsets] + chunks_computed,
+                num_logits=self.num_logits,
+                admitted=list(self.admitted) if k == 0 else [],
+                preempted=list(self.preempted) if k == 0 else [],
+                num_waiting=self.num_waiting,
+                num_used_blocks=self.num_used_blocks[k],
+                num_idle_blocks=self.num_idle_blocks[k],
+                reason=self.reason,
+                instance=self.instance,
+            )
+            start_us = end_us
+
+
 class Recorder(Protocol):
     """Where a host's records go."""
 
-    def step(self, record: StepRecord) -> None: ...
+    def span(self, span: StepSpan) -> None: ...
     def request(self, record: RequestRecord) -> None: ...
 
 
-@dataclass(slots=True)
 class Records:
-    """Records in memory: requests in order of id once sorted, steps in order."""
+    """Records in memory: requests in order of id once sorted, steps in order of end, then instance."""
 
-    requests: list[RequestRecord] = field(default_factory=list)
-    steps: list[StepRecord] = field(default_factory=list)
+    __slots__ = ("_num_expanded", "_steps", "requests", "spans")
 
-    def step(self, record: StepRecord) -> None:
-        self.steps.append(record)
+    def __init__(self, requests: list[RequestRecord] | None = None, steps: list[StepRecord] | None = None) -> None:
+        self.requests: list[RequestRecord] = [] if requests is None else requests
+        self._steps: list[StepRecord] = [] if steps is None else steps
+        self.spans: list[StepSpan] = []
+        self._num_expanded = 0
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """Spans become steps when somebody looks."""
+        if self._num_expanded < len(self.spans):
+            for span in self.spans[self._num_expanded :]:
+                self._steps.extend(span.records())
+            self._num_expanded = len(self.spans)
+            self._steps.sort(key=lambda s: (s.end_us, s.instance))
+        return self._steps
+
+    def span(self, span: StepSpan) -> None:
+        self.spans.append(span)
 
     def request(self, record: RequestRecord) -> None:
         self.requests.append(record)
@@ -122,8 +222,16 @@ class Records:
         self.requests.sort(key=lambda r: r.id)
         return self
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Records):
+            return NotImplemented
+        return self.requests == other.requests and self.steps == other.steps
 
-_IDS = pa.list_(pa.int32())
+    __hash__ = None  # type: ignore[assignment]
+
+
+_INT32S = pa.list_(pa.int32())
+_INT64S = pa.list_(pa.int64())
 
 REQUEST_SCHEMA = pa.schema(
     [
@@ -136,11 +244,13 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("e2e_slo_us", pa.int64()),
         pa.field("cached_tokens", pa.int32(), nullable=False),
         pa.field("first_scheduled_us", pa.int64()),
-        pa.field("token_times_us", pa.list_(pa.int64()), nullable=False),
-        pa.field("output_token_ids", _IDS, nullable=False),
+        pa.field("token_times_us", _INT64S, nullable=False),
+        pa.field("output_token_ids", _INT32S, nullable=False),
         pa.field("num_preemptions", pa.int32(), nullable=False),
         pa.field("finish_us", pa.int64()),
         pa.field("finish_reason", pa.string()),
+        pa.field("instance", pa.int32(), nullable=False),
+        pa.field("num_failovers", pa.int32(), nullable=False),
     ]
 )
 
@@ -149,38 +259,120 @@ STEP_SCHEMA = pa.schema(
         pa.field("step", pa.int64(), nullable=False),
         pa.field("start_us", pa.int64(), nullable=False),
         pa.field("end_us", pa.int64(), nullable=False),
-        pa.field("ids", pa.list_(pa.int64()), nullable=False),
-        pa.field("num_tokens", _IDS, nullable=False),
-        pa.field("num_computed_tokens", _IDS, nullable=False),
+        pa.field("ids", _INT64S, nullable=False),
+        pa.field("num_tokens", _INT32S, nullable=False),
+        pa.field("num_computed_tokens", _INT32S, nullable=False),
         pa.field("num_logits", pa.int32(), nullable=False),
-        pa.field("admitted", pa.list_(pa.int64()), nullable=False),
-        pa.field("preempted", pa.list_(pa.int64()), nullable=False),
+        pa.field("admitted", _INT64S, nullable=False),
+        pa.field("preempted", _INT64S, nullable=False),
         pa.field("num_waiting", pa.int32(), nullable=False),
         pa.field("num_used_blocks", pa.int32(), nullable=False),
         pa.field("num_idle_blocks", pa.int32(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
+        pa.field("instance", pa.int32(), nullable=False),
     ]
 )
 
 
-def request_table(records: Records) -> pa.Table:
-    return _table(records.requests, RequestRecord, REQUEST_SCHEMA)
+def request_table(requests: Sequence[RequestRecord]) -> pa.Table:
+    """Requests in the order given."""
+    assert {f.name for f in fields(RequestRecord)} == set(REQUEST_SCHEMA.names), "schema and class differ"
+    columns: dict[str, Any] = {
+        name: [getattr(row, name) for row in requests]
+        for name in REQUEST_SCHEMA.names
+        if name not in ("token_times_us", "output_token_ids")
+    }
+    columns["token_times_us"] = _lists([r.token_times_us for r in requests], np.dtype(np.int64))
+    columns["output_token_ids"] = _lists([r.output_token_ids for r in requests], np.dtype(np.int32))
+    return pa.table({name: columns[name] for name in REQUEST_SCHEMA.names}, schema=REQUEST_SCHEMA)
 
 
-def step_table(records: Records) -> pa.Table:
-    return _table(records.steps, StepRecord, STEP_SCHEMA)
+def step_table(spans: Sequence[StepSpan]) -> pa.Table:
+    """One row per step of the spans, in their order."""
+    repeats = np.asarray([len(s.ends_us) for s in spans], dtype=np.int64)
+    of_span = np.repeat(np.arange(len(spans)), repeats)  # row -> span
+    ahead = np.arange(len(of_span)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # row -> steps before it
+    is_first = ahead == 0
+    ends = np.asarray([*chain.from_iterable(s.ends_us for s in spans)], dtype=np.int64)
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    starts[is_first] = [s.start_us for s in spans]
+    entries = _entries(spans, of_span, ahead)
+
+    def each(name: str) -> npt.NDArray[Any]:
+        return np.asarray([getattr(s, name) for s in spans])[of_span]
+
+    columns = {
+        "step": each("step") + ahead,
+        "start_us": starts,
+        "end_us": ends,
+        **entries,
+        "num_logits": each("num_logits"),
+        "admitted": _first_only([s.admitted for s in spans], is_first),
+        "preempted": _first_only([s.preempted for s in spans], is_first),
+        "num_waiting": each("num_waiting"),
+        "num_used_blocks": [*chain.from_iterable(s.num_used_blocks for s in spans)],
+        "num_idle_blocks": [*chain.from_iterable(s.num_idle_blocks for s in spans)],
+        "reason": pa.DictionaryArray.from_arrays(of_span, [s.reason for s in spans]).cast(pa.string()),
+        "instance": each("instance"),
+    }
+    return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
 
 def records_from(requests: pa.Table, steps: pa.Table) -> Records:
-    """The records in two tables of our schemas."""
-    rows = [
-        RequestRecord(**{**row, "finish_reason": row["finish_reason"] and FinishReason(row["finish_reason"])})
-        for row in requests.to_pylist()
-    ]
-    return Records(rows, [StepRecord(**row) for row in steps.to_pylist()])
+    """The records in two tables of our schemas, requests in order of id, steps in order of end."""
+    rows = [_request_from(row) for row in requests.to_pylist()]
+    ordered = sorted((StepRecord(**row) for row in steps.to_pylist()), key=lambda s: (s.end_us, s.instance))
+    return Records(rows, ordered).sort()
 
 
-def _table(rows: list[Any], cls: type[Any], schema: pa.Schema) -> pa.Table:
-    assert {f.name for f in fields(cls)} == set(schema.names), "schema and class differ"
-    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
-    return pa.table(columns, schema=schema)
+def _request_from(row: dict[str, Any]) -> RequestRecord:
+    reason = row["finish_reason"] and FinishReason(row["finish_reason"])
+    times, tokens = array("q", row["token_times_us"]), array("i", row["output_token_ids"])
+    return RequestRecord(**{**row, "finish_reason": reason, "token_times_us": times, "output_token_ids": tokens})
+
+
+def _entries(
+    spans: Sequence[StepSpan], of_span: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64]
+) -> dict[str, pa.ListArray]:
+    """The per-request columns: those of each span's first step, repeated, decodes growing by one per step."""
+    num_decodes = np.asarray([len(s.decode_ids) for s in spans], dtype=np.int64)
+    num_chunks = np.asarray([len(s.chunks) for s in spans], dtype=np.int64)
+    sizes = num_decodes + num_chunks
+    first = np.cumsum(sizes) - sizes
+    total = int(sizes.sum())
+    is_decode = np.zeros(total, dtype=np.bool_)
+    is_decode[_ranges(first, num_decodes)] = True
+    ids, tokens, computed = (np.ones(total, dtype=np.int64) for _ in range(3))
+    ids[is_decode] = [*chain.from_iterable(s.decode_ids for s in spans)]
+    offsets = np.asarray([*chain.from_iterable(s.decode_offsets for s in spans)], dtype=np.int64)
+    computed[is_decode] = offsets + np.repeat([s.clock for s in spans], num_decodes)
+    chunks = np.asarray([c for s in spans for c in s.chunks], dtype=np.int64).reshape(-1, 4)
+    ids[~is_decode], tokens[~is_decode], computed[~is_decode] = chunks[:, 0], chunks[:, 1], chunks[:, 2]
+    per_row = sizes[of_span]
+    source = _ranges(first[of_span], per_row)
+    grown = computed[source] + np.repeat(ahead, per_row) * is_decode[source]
+    bounds = np.concatenate([[0], np.cumsum(per_row)]).astype(np.int32)
+    return {
+        "ids": pa.ListArray.from_arrays(bounds, pa.array(ids[source])),
+        "num_tokens": pa.ListArray.from_arrays(bounds, pa.array(tokens[source], type=pa.int32())),
+        "num_computed_tokens": pa.ListArray.from_arrays(bounds, pa.array(grown, type=pa.int32())),
+    }
+
+
+def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[starts[0], starts[0] + lengths[0]), then the next range, and so on, in one array."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _first_only(values: Sequence[Sequence[int]], is_first: npt.NDArray[np.bool_]) -> pa.ListArray:
+    lengths = np.zeros(len(is_first), dtype=np.int64)
+    lengths[is_first] = [len(v) for v in values]
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(bounds, pa.array([*chain.from_iterable(values)], type=pa.int64()))
+
+
+def _lists(values: Sequence[array[int]], dtype: np.dtype[Any]) -> pa.ListArray:
+    bounds = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
+    flat = np.concatenate([np.asarray(v, dtype=dtype) for v in values]) if values else np.empty(0, dtype=dtype)
+    return pa.ListArray.from_arrays(bounds, pa.array(flat))

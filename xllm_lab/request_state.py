@@ -1,6 +1,12 @@
-"""A live request: counters that the scheduler moves, and everything else derived from them."""
+"""A live request: counters that the scheduler moves, and everything else derived from them.
+
+A token is counted when the step that draws it is planned, as vLLM does, so that the next step can be planned while
+this one runs; the record gets it when that step is over.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -8,50 +14,66 @@ from xllm_lab.ledger import BlockKey, Ledger, block_key
 from xllm_lab.records import RequestRecord
 from xllm_lab.workload import Request, RequestId, TokenIds
 
+if TYPE_CHECKING:
+    from xllm_lab.lockstep import Lockstep
+
+
+# Of a request that is in none of the scheduler's lists.
+NO_QUEUE: list[Any] = []
+
 
 class RequestState:
-    """A live request. Policies see it as a `RequestView`; only the scheduler writes to it."""
+    """A live request. Policies see it as a `RequestView`; only the scheduler and its lockstep write to it.
+
+    Attributes:
+        queue: the scheduler's list that it is in.
+        is_draining: all its tokens are scheduled, some are not there yet.
+        offset, joined, ticket: its place in the lockstep, see there.
+        num_published: full blocks that the prefix cache knows.
+    """
 
     __slots__ = (
+        "_computed",
+        "_drawn",
         "_keys",
         "_ledger",
+        "_lockstep",
         "_lookup",
         "_lookup_version",
         "admitted_us",
+        "arrival_us",
+        "id",
+        "is_draining",
         "is_running",
-        "num_computed",
+        "joined",
+        "num_prompt_tokens",
+        "num_published",
+        "offset",
         "prompt_ids",
+        "queue",
         "record",
         "request",
+        "ticket",
     )
 
-    def __init__(self, request: Request, prompt_ids: TokenIds, ledger: Ledger) -> None:
+    def __init__(self, request: Request, prompt_ids: TokenIds, ledger: Ledger, record: RequestRecord) -> None:
         self.request = request
+        self.id = request.id
+        self.arrival_us = record.arrival_us
+        self.num_prompt_tokens = request.prompt.num_tokens
         self.prompt_ids = prompt_ids
-        self.num_computed = 0
-        self.is_running = False
+        self.record = record
+        self.queue: list[Any] = NO_QUEUE
+        self.is_running = self.is_draining = False
         self.admitted_us = 0
-        self.record = RequestRecord(
-            id=request.id,
-            arrival_us=request.arrival_us,
-            prompt_tokens=request.prompt.num_tokens,
-            priority=request.priority,
-            ttft_slo_us=request.slo.ttft_us,
-            tpot_slo_us=request.slo.tpot_us,
-            e2e_slo_us=request.slo.e2e_us,
-        )
+        self.offset = self.joined = self.ticket = self.num_published = 0
+        self._computed = 0
+        self._drawn = record.output_tokens
+        self._lockstep: Lockstep | None = None
         self._ledger = ledger
         self._keys: list[BlockKey] = []
         self._lookup = (0, 0)
         self._lookup_version = -1
-
-    @property
-    def id(self) -> RequestId:
-        return self.request.id
-
-    @property
-    def arrival_us(self) -> int:
-        return self.request.arrival_us
 
     @property
     def priority(self) -> int:
@@ -66,20 +88,29 @@ class RequestState:
         return self.request.slo.tpot_us
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return self.request.prompt.num_tokens
+    def is_in_lockstep(self) -> bool:
+        return self._lockstep is not None
+
+    @property
+    def num_drawn(self) -> int:
+        """Output tokens that are there or in a step under way."""
+        return self._drawn if self._lockstep is None else self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:
-        return self.request.prompt.num_tokens + len(self.record.output_token_ids)
+        if self._lockstep is not None:
+            return self.num_computed_tokens + 1  # who decodes is one token behind
+        return self.num_prompt_tokens + self._drawn
 
     @property
     def num_computed_tokens(self) -> int:
-        return self.num_computed if self.is_running else self._cached()[0] * self._ledger.block_size
+        if self._lockstep is not None:
+            return self.offset + self._lockstep.clock
+        return self._computed if self.is_running else self._cached()[0] * self._ledger.block_size
 
     @property
     def num_blocks(self) -> int:
-        return len(self._ledger.block_table(self.id)) if self.is_running else self._cached()[0]
+        return self._ledger.num_blocks_of(self.id) if self.is_running else self._cached()[0]
 
     @property
     def num_idle_blocks(self) -> int:
@@ -97,12 +128,53 @@ class RequestState:
     def num_preemptions(self) -> int:
         return self.record.num_preemptions
 
+    @property
+    def is_decoding(self) -> bool:
+        """As `policies.api.is_decoding`, of a running request."""
+        return self._lockstep is not None or (self._drawn > 0 and self._computed == self.num_tokens - 1)
+
+    def join(self, lockstep: Lockstep, offset: int) -> None:
+        assert self._lockstep is None, f"request {self.id} joins twice"
+        assert self.is_decoding, f"request {self.id} joins and does not decode"
+        self.offset, self.joined, self._lockstep = offset, lockstep.clock, lockstep
+
+    def leave(self) -> None:
+        """It counts for itself from now on."""
+        computed = self.num_computed_tokens
+        self._lockstep, self.ticket = None, 0
+        self._computed, self._drawn = computed, computed + 1 - self.num_prompt_tokens
+
+    def admit(self, num_cached_tokens: int, now_us: int) -> None:
+        """It holds KV, of which the prefix cache supplied some."""
+        self.is_running = True
+        self._computed = num_cached_tokens
+        self.num_published = num_cached_tokens // self._ledger.block_size
+        self.admitted_us = now_us
+
+    def compute(self, num_tokens: int) -> bool:
+        """A step with its next tokens is planned; returns whether that reaches the end, so that one more is drawn."""
+        self._computed += num_tokens
+        draws = self._computed == self.num_prompt_tokens + self._drawn
+        self._drawn += draws
+        return draws
+
+    def lose_kv(self) -> None:
+        """It waits again; a token that was still being computed is drawn anew."""
+        self.is_running = False
+        self._computed = self.num_published = 0
+        self._drawn = self.record.output_tokens
+
     def token_ids(self, start: int, end: int) -> TokenIds:
-        """Tokens [start, end), prompt and output, shape [end - start]."""
+        """Tokens [start, end), prompt and output, shape [end - start].
+
+        Outputs that the host never told are the request's own placeholder, which nobody shares.
+        """
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:
             return self.prompt_ids[start:end]
-        output = np.asarray(self.record.output_token_ids[max(0, start - num_prompt) : end - num_prompt], dtype=np.int32)
+        known = self.record.output_token_ids[max(0, start - num_prompt) : end - num_prompt]
+        output = np.full(end - max(start, num_prompt), placeholder(self.id), dtype=np.int32)
+        output[: len(known)] = known
         return np.concatenate([self.prompt_ids[start:num_prompt], output]) if start < num_prompt else output
 
     def block_keys(self, num_blocks: int) -> list[BlockKey]:
@@ -125,3 +197,21 @@ class RequestState:
             self._lookup = self._ledger.lookup(self.reusable_keys())
             self._lookup_version = self._ledger.version
         return self._lookup
+
+
+def placeholder(request: RequestId) -> int:
+    """The token that stands for every output of a simulated request; no tokenizer has negative ones."""
+    return -1 - request
+
+
+def new_record(request: Request) -> RequestRecord:
+    """The record of a request that has just arrived."""
+    return RequestRecord(
+        id=request.id,
+        arrival_us=request.arrival_us,
+        prompt_tokens=request.prompt.num_tokens,
+        priority=request.priority,
+        ttft_slo_us=request.slo.ttft_us,
+        tpot_slo_us=request.slo.tpot_us,
+        e2e_slo_us=request.slo.e2e_us,
+    )

@@ -123,7 +123,8 @@ def fill_run(folder: Path, manifest: Manifest, workload: Workload, records: Reco
     """As `write_run`, into a folder that `new_folder` opened before the run."""
     write_json(folder / "manifest.json", asdict(manifest))
     own.write(workload, folder / "workload.jsonl")
-    for name, table in (("requests", request_table(records.sort())), ("steps", step_table(records))):
+    tables = (("requests", request_table(records.sort().requests)), ("steps", step_table(records.spans)))
+    for name, table in tables:
         # With checksums a flipped bit is an error, not another result.
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd", write_page_checksum=True)
 

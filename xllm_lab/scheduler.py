@@ -5,21 +5,25 @@
     plan(now_us)                    -->    observe: the view; decide: the policy; check: the shared checks;
                                            act: preempt, admit, allocate blocks          --> Step, or None
     runs the step: the engine on a device, the simulator on a cost model
-    complete(step, end_us, sampled) -->    record; append tokens; publish blocks; finish requests
+    complete(step, ends, sampled)   -->    record; append tokens; publish blocks; finish requests
 
-A request is waiting (holds no KV), running (holds KV), or ended. Preemption by recompute sends it back to waiting.
+A request is waiting (holds no KV), running (holds KV: prefilling or decoding), or ended. Preemption by recompute sends
+it back to waiting. With async scheduling the next step is planned while this one runs; tokens are then counted before
+they are there, and a running request that has all of them scheduled is draining: it holds KV, and no policy sees it.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import Ledger
+from xllm_lab.lockstep import NO_DECODES, Decodes, Lockstep
 from xllm_lab.policies.api import (
     BatchPlan,
     BatchPolicy,
@@ -31,30 +35,50 @@ from xllm_lab.policies.api import (
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
-from xllm_lab.records import FinishReason, Recorder, StepRecord
-from xllm_lab.request_state import RequestState
+from xllm_lab.records import FinishReason, Recorder, RequestRecord, ScheduledChunk, StepSpan
+from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.workload import Request, RequestId, TokenIds
 
 
-class ScheduledChunk(NamedTuple):
-    """One request's part of a step: its tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
-
-    id: RequestId
-    num_tokens: int
-    num_computed_tokens: int
-    samples: bool  # reaches the end of the known tokens, so the next one is drawn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Step:
-    """What a host has to run, blocks allocated."""
+    """What a host has to run, blocks allocated.
+
+    Attributes:
+        index: 0, 1, 2, ...
+        start_us: when it starts; a step that was planned ahead gets it late.
+        decodes: requests that compute one token, kept as a whole.
+        others: the rest, after the decodes in packing order.
+        turns: per chunk of `others`, how often its request had lost its KV when the step was planned.
+        holds_for: for how many further steps the policy would plan the same.
+        num_waiting, num_used_blocks, num_idle_blocks: after the plan; blocks of requests that end meanwhile included.
+        num_repeats: how many further steps, all alike, the host may run in one go.
+    """
 
     index: int
     start_us: int
-    chunks: tuple[ScheduledChunk, ...]
+    decodes: Decodes
+    others: tuple[ScheduledChunk, ...]
+    turns: tuple[int, ...]
     admitted: tuple[RequestId, ...]
     preempted: tuple[RequestId, ...]
     reason: str
+    holds_for: int
+    num_waiting: int
+    num_used_blocks: int
+    num_idle_blocks: int
+    num_repeats: int = 0
+
+    @property
+    def chunks(self) -> tuple[ScheduledChunk, ...]:
+        """All of it, request by request."""
+        ids, offsets, clock, _, _ = self.decodes
+        grown = (ScheduledChunk(i, 1, offset + clock, True) for i, offset in zip(ids, offsets, strict=True))
+        return (*grown, *self.others)
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.decodes.ids) + sum(c.samples for c in self.others)
 
 
 class Sampled(NamedTuple):
@@ -64,18 +88,50 @@ class Sampled(NamedTuple):
     is_stop: bool = False
 
 
-class _View(NamedTuple):
-    """A `BatchView` over live objects."""
+class _View:
+    """A `BatchView` over live objects, the same one for every decision: what it shows moves on with the scheduler."""
 
-    now_us: int
-    block_size: int
-    num_blocks: int
-    num_free_blocks: int
-    max_tokens_per_batch: int
-    max_seqs_per_batch: int
-    running: ByAdmission[RequestState]
-    waiting: ByArrival[RequestState]
-    step_time: StepTimeView | None
+    __slots__ = (
+        "_scheduler",
+        "block_size",
+        "decoding",
+        "max_seqs_per_batch",
+        "max_tokens_per_batch",
+        "now_us",
+        "num_blocks",
+        "prefilling",
+        "step_time",
+        "waiting",
+    )
+
+    def __init__(self, scheduler: Scheduler, step_time: StepTimeView | None) -> None:
+        config = scheduler.config
+        self._scheduler = scheduler
+        self.now_us = 0
+        self.block_size = config.block_size
+        self.num_blocks = config.num_kv_blocks
+        self.max_tokens_per_batch = config.max_tokens_per_batch
+        self.max_seqs_per_batch = config.max_seqs_per_batch
+        self.decoding: ByAdmission[RequestState] = ByAdmission()
+        self.prefilling: ByAdmission[RequestState] = ByAdmission()
+        self.waiting: ByArrival[RequestState] = ByArrival()
+        self.step_time = step_time
+
+    @property
+    def running(self) -> ByAdmission[RequestState]:
+        return ByAdmission(sorted((*self.decoding, *self.prefilling), key=admission_key))
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._scheduler.ledger.num_free_blocks
+
+    @property
+    def num_decode_blocks(self) -> int:
+        return self._scheduler.num_decode_blocks
+
+    def find(self, request: RequestId) -> RequestState | None:
+        state = self._scheduler.find(request)
+        return None if state is None or state.is_draining else state
 
 
 class Scheduler:
@@ -92,49 +148,72 @@ class Scheduler:
         recorder: Recorder,
         *,
         step_time: StepTimeView | None = None,
+        instance: int = 0,
     ) -> None:
         if getattr(policy, "needs_step_time", False) and step_time is None:
             name = policy_name(policy)
             raise ConfigError(f"policy {name} needs step times, none are given; accepted: a machine's calibration")
         self.config = config
         self.policy = policy
+        self.instance = instance
         self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
         self._recorder = recorder
-        self._step_time = step_time
-        self._num_steps = 0
-        self._running: ByAdmission[RequestState] = ByAdmission()
-        self._waiting: ByArrival[RequestState] = ByArrival()
+        self._num_steps = self._num_recorded = 0
         self._live: dict[RequestId, RequestState] = {}
+        self._lockstep = Lockstep(config.block_size)
+        # Decoding requests outside the lockstep; and those that left it with a tick under way, and which turn it was.
+        self._singles: dict[RequestId, RequestState] = {}
+        self._owed: list[tuple[RequestState, int]] = []
+        self._view = _View(self, step_time)
+        self._foresees_length = config.async_scheduling == "length_aware"
 
     @property
     def num_live(self) -> int:
         """Requests that arrived and have not ended."""
         return len(self._live)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._view.waiting)
+
+    @property
+    def num_decode_blocks(self) -> int:
+        """Free blocks that one more token for every decoding request takes."""
+        size = self.config.block_size
+        singles = sum(s.num_computed_tokens % size == 0 for s in self._singles.values()) if self._singles else 0
+        return self._lockstep.num_blocks() + singles
+
     def is_live(self, request: RequestId) -> bool:
         return request in self._live
+
+    def find(self, request: RequestId) -> RequestState | None:
+        return self._live.get(request)
 
     def state(self, request: RequestId) -> RequestState:
         return self._live[request]
 
-    def add(self, request: Request, prompt_ids: TokenIds, now_us: int) -> None:
-        """A request arrives. One that can never run here ends at once, and its record says so."""
+    def add(self, request: Request, prompt_ids: TokenIds, now_us: int, *, record: RequestRecord | None = None) -> None:
+        """A request arrives, or, with its `record`, comes over from an instance that failed.
+
+        One that can never run here ends at once, and its record says so.
+        """
         assert request.id not in self._live, f"request {request.id} arrived twice"
-        state = RequestState(request, prompt_ids, self.ledger)
+        state = RequestState(request, prompt_ids, self.ledger, new_record(request) if record is None else record)
+        state.record.instance = self.instance
         self._live[request.id] = state
         try:
             self.config.refuse_if_too_large(request)
         except RequestTooLargeError:
             self._end(state, now_us, FinishReason.REJECTED)
             return
-        bisect.insort(self._waiting, state, key=arrival_key)
+        self._enter(self._view.waiting, state)
 
     def cancel(self, request: RequestId, now_us: int) -> bool:
         """The client went away. False if the request had ended, or never came."""
         state = self._live.get(request)
         if state is None:
             return False
-        self._leave_queue(state)
+        self._stop(state)
         self._end(state, now_us, FinishReason.CANCELLED)
         return True
 
@@ -147,10 +226,10 @@ class Scheduler:
         preempted: list[RequestId] = []
         while self._live:
             plan = self._decide(now_us)
-            preempted += plan.preempt
             for request_id in plan.preempt:
+                preempted.append(request_id)
                 self._preempt(self._live[request_id])
-            if plan.tokens and (not plan.preempt or self._still_fits(plan, now_us)):
+            if not plan.is_empty and (not plan.preempt or self._still_fits(plan)):
                 return self._act(plan, tuple(preempted), now_us)
             if not plan.preempt:
                 break
@@ -158,132 +237,312 @@ class Scheduler:
             # could count, and a victim's blocks that an admitted prompt takes over free none. It gets another look.
         return None
 
-    def complete(self, step: Step, end_us: int, sampled: Mapping[RequestId, Sampled]) -> tuple[RequestId, ...]:
-        """Take a step's results: `sampled` has a token for each chunk that `samples`. Returns the requests it ended.
+    def start(self, step: Step, now_us: int) -> None:
+        """A planned step starts."""
+        step.start_us = now_us
+        for request_id in step.admitted:
+            state = self._live.get(request_id)
+            if state is not None and state.record.first_scheduled_us is None:
+                state.record.first_scheduled_us = now_us
 
-        A request cancelled while the step ran is skipped.
+    def num_repeats(self, step: Step, ahead: Step | None) -> int:
+        """How many steps exactly like `step` could follow it, if nothing arrives and nobody goes away.
+
+        Args:
+            ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
-        assert end_us > step.start_us, f"step {step.index} ends at {end_us}, not after its start {step.start_us}"
-        self._record(step, end_us)
-        ended: list[RequestId] = []
-        for chunk in step.chunks:
-            state = self._live.get(chunk.id)
-            if state is None:
-                continue
-            self._advance(state, chunk)
-            if chunk.samples and (reason := _take_token(state, sampled[chunk.id], end_us)):
-                self._leave_queue(state)
-                self._end(state, end_us, reason)
-                ended.append(chunk.id)
-        return tuple(ended)
-
-    def _observe(self, now_us: int) -> _View:
-        return _View(
-            now_us,
-            self.config.block_size,
-            self.config.num_kv_blocks,
-            self.ledger.num_free_blocks,
-            self.config.max_tokens_per_batch,
-            self.config.max_seqs_per_batch,
-            self._running,
-            self._waiting,
-            self._step_time,
+        latest = step if ahead is None else ahead
+        is_same = latest is step or (
+            latest.decodes.ids is step.decodes.ids
+            and latest.num_waiting == step.num_waiting
+            and latest.reason == step.reason
+            and not latest.preempted
         )
+        if not latest.holds_for or step.others or not is_same:
+            return 0
+        lockstep, ledger = self._lockstep, self.ledger
+        next_end = lockstep.next_end()
+        if next_end is None or lockstep.has_draining:
+            return 0  # the last tokens of some are under way
+        most = next_end - lockstep.done - 1
+        if self._foresees_length:
+            most = min(most, next_end - lockstep.clock)
+        if most < 1:
+            return 0
+        # Evicting what a waiting request would have found may change the plan.
+        is_watched = bool(self._view.waiting) and ledger.enable_prefix_cache
+        free = ledger.num_clean_blocks if is_watched else ledger.num_free_blocks
+        return min(most, latest.holds_for, lockstep.most_ticks(free))
+
+    def complete(
+        self, step: Step, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None, ahead: Step | None = None
+    ) -> tuple[RequestId, ...]:
+        """Take the results of a step, and of its repeats if there is more than one end. Returns the requests it ended.
+
+        A request that was cancelled while the step ran, or lost its KV, is skipped.
+
+        Args:
+            sampled: a token for each chunk that `samples`; None for placeholders, none of which ends a request.
+            ahead: the step that was planned meanwhile.
+        """
+        assert ends_us[0] > step.start_us, f"step {step.index} ends at {ends_us[0]}, not after {step.start_us}"
+        num_more = len(ends_us) - 1
+        assert num_more <= step.num_repeats, f"step {step.index} was repeated {num_more} times of {step.num_repeats}"
+        self._record(step, ends_us, ahead)
+        if num_more:
+            self._repeat(num_more, ahead)
+        now_us = ends_us[-1]
+        ended: list[tuple[RequestState, FinishReason]] = []
+        if step.decodes.ids:
+            ended += self._complete_decodes(step, ends_us, sampled)
+        for chunk, turn in zip(step.others, step.turns, strict=True):
+            state = self._live.get(chunk.id)
+            if state is None or not state.is_running or state.num_preemptions != turn:
+                continue
+            self._publish(state, chunk.num_computed_tokens + chunk.num_tokens)
+            if chunk.samples and (reason := _take_token(state, sampled, now_us)):
+                ended.append((state, reason))
+        for state, reason in ended:
+            self._stop(state)
+            self._end(state, now_us, reason)
+        return tuple([state.id for state, _ in ended])
+
+    def fail(self) -> list[RequestState]:
+        """The instance loses everything it holds; returns the requests it had, by arrival. Steps under way never were.
+
+        The host has completed every step that was over.
+        """
+        lost = sorted(self._live.values(), key=arrival_key)
+        for state in lost:
+            self._stop(state)
+            state.lose_kv()
+            _fill_placeholders(state)
+        self._live.clear()
+        self._owed.clear()
+        config = self.config
+        self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
+        self._lockstep = Lockstep(config.block_size)
+        self._num_steps = self._num_recorded
+        return lost
 
     def _decide(self, now_us: int) -> BatchPlan:
-        view = self._observe(now_us)
-        plan = self.policy.decide(view)
-        if broken := batch_violations(view, plan):
+        self._view.now_us = now_us
+        plan = self.policy.decide(self._view)
+        if broken := batch_violations(self._view, plan):
             raise PolicyError(f"policy {policy_name(self.policy)} at step {self._num_steps}: {'; '.join(broken)}")
         return plan
 
-    def _still_fits(self, plan: BatchPlan, now_us: int) -> bool:
-        return not batch_violations(self._observe(now_us), replace(plan, preempt=()))
+    def _still_fits(self, plan: BatchPlan) -> bool:
+        return not batch_violations(self._view, replace(plan, preempt=()))
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
-        admitted = tuple(i for i in plan.tokens if not self._live[i].is_running)
+        decodes = self._begin_decodes() if plan.decode_all else NO_DECODES
+        scheduled = [self._live[i] for i in plan.tokens]
+        admitted = tuple([state.id for state in scheduled if not state.is_running])
         # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
         for request_id in admitted:
             self._admit(self._live[request_id], now_us)
-        chunks = tuple(self._allocate(self._live[i], n) for i, n in plan.tokens.items())
+        if plan.decode_all:
+            self._advance_decodes(1)
+        others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
+        turns = tuple([state.num_preemptions for state in scheduled])
         self._num_steps += 1
+        index, reason, holds_for = self._num_steps - 1, plan.reason, plan.holds_for
         return Step(
-            index=self._num_steps - 1,
+            index=index,
             start_us=now_us,
-            chunks=chunks,
+            decodes=decodes,
+            others=others,
+            turns=turns,
             admitted=admitted,
             preempted=preempted,
-            reason=plan.reason,
+            reason=reason,
+            holds_for=holds_for,
+            num_waiting=len(self._view.waiting),
+            num_used_blocks=self.ledger.num_used_blocks,
+            num_idle_blocks=self.ledger.num_idle_blocks,
         )
 
+    def _begin_decodes(self) -> Decodes:
+        for state in self._singles.values():
+            self._lockstep.join(state)
+        self._singles.clear()
+        return self._lockstep.decodes()
+
+    def _advance_decodes(self, num_ticks: int) -> None:
+        for state, num_blocks in self._lockstep.at_full_blocks(num_ticks):
+            self.ledger.extend(state.id, num_blocks)
+        self._lockstep.clock += num_ticks
+        if self._foresees_length:
+            for state in self._lockstep.drain():
+                self._drain(state)
+
+    def _repeat(self, num_more: int, ahead: Step | None) -> None:
+        self._advance_decodes(num_more)
+        self._num_steps += num_more
+        if ahead is not None:
+            ahead.index += num_more
+            ahead.decodes = ahead.decodes.later(num_more)
+
+    def _complete_decodes(
+        self, step: Step, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None
+    ) -> list[tuple[RequestState, FinishReason]]:
+        lockstep, now_us = self._lockstep, ends_us[-1]
+        first_tick = lockstep.done + 1
+        lockstep.tick_over(ends_us)
+        if self.ledger.enable_prefix_cache:
+            for tick in range(first_tick, lockstep.done + 1):
+                for state in lockstep.at_clock(tick):
+                    self._publish(state, state.offset + tick)
+        ended = {state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()}
+        for state, turn in self._owed:
+            # It left while this tick was under way: its token is its own.
+            if state.is_running and state.num_preemptions == turn and self._live.get(state.id) is state:
+                reason = _take_token(state, sampled, now_us)
+                if reason is not None:
+                    ended[state.id] = (state, reason)
+        self._owed.clear()
+        if sampled is not None:
+            for request_id in step.decodes.ids:
+                member = self._live.get(request_id)
+                if member is not None and member.is_in_lockstep and member.joined < lockstep.done:
+                    member.record.output_token_ids.append(sampled[request_id].token_id)
+                    if sampled[request_id].is_stop:
+                        ended[request_id] = (member, FinishReason.STOP)
+        return list(ended.values())
+
+    def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[list[int], list[int]]:
+        """(used, idle) after the plans of a step and its repeats; the last of them is `ahead`, if there is one."""
+        used, idle = [step.num_used_blocks], [step.num_idle_blocks]
+        if not num_more:
+            return used, idle
+        latest = step if ahead is None else ahead
+        clean = self.ledger.num_clean_blocks
+        for taken in accumulate(self._lockstep.blocks_per_tick(num_more), initial=0):
+            used.append(latest.num_used_blocks + taken)
+            idle.append(latest.num_idle_blocks - max(0, taken - clean))
+        if ahead is None:  # the first of them is the step's own
+            return used[1:], idle[1:]
+        ahead.num_used_blocks, ahead.num_idle_blocks = used.pop(), idle.pop()
+        return used, idle
+
     def _preempt(self, state: RequestState) -> None:
-        self._leave_queue(state)
+        self._stop(state)
         self.ledger.release(state.id)
-        state.is_running = False
-        state.num_computed = 0
         state.record.num_preemptions += 1
-        bisect.insort(self._waiting, state, key=arrival_key)
+        state.lose_kv()
+        self._enter(self._view.waiting, state)
 
     def _admit(self, state: RequestState, now_us: int) -> None:
         self._leave_queue(state)
         num_cached = self.ledger.attach(state.id, state.reusable_keys()) * self.ledger.block_size
-        state.is_running = True
-        state.num_computed = num_cached
-        state.admitted_us = now_us
+        state.admit(num_cached, now_us)
         if state.record.first_scheduled_us is None:
-            state.record.first_scheduled_us = now_us
             state.record.cached_tokens = min(num_cached, state.num_prompt_tokens)
-        bisect.insort(self._running, state, key=admission_key)
 
     def _allocate(self, state: RequestState, num_tokens: int) -> ScheduledChunk:
-        end = state.num_computed + num_tokens
-        self.ledger.grow(state.id, end)
-        return ScheduledChunk(state.id, num_tokens, state.num_computed, end == state.num_tokens)
+        if state.is_in_lockstep:
+            self._step_out(state)
+        computed = state.num_computed_tokens
+        self.ledger.grow(state.id, computed + num_tokens)
+        samples = state.compute(num_tokens)
+        if samples and self._foresees_length and state.num_drawn == state.request.output_tokens:
+            self._leave_queue(state)
+            self._drain(state)
+        else:
+            self._enter_running(state)
+        return ScheduledChunk(state.id, num_tokens, computed, samples)
 
-    def _advance(self, state: RequestState, chunk: ScheduledChunk) -> None:
-        size = self.ledger.block_size
-        first, last = chunk.num_computed_tokens // size, (chunk.num_computed_tokens + chunk.num_tokens) // size
-        state.num_computed = chunk.num_computed_tokens + chunk.num_tokens
-        if last > first and self.ledger.enable_prefix_cache:
-            self.ledger.publish(state.id, first, state.block_keys(last)[first:])
+    def _enter_running(self, state: RequestState) -> None:
+        queue = self._view.decoding if state.is_decoding else self._view.prefilling
+        if state.queue is not queue:
+            self._leave_queue(state)
+            self._enter(queue, state)
+            if queue is self._view.decoding:
+                self._singles[state.id] = state
+
+    def _step_out(self, state: RequestState) -> None:
+        self._lockstep.leave(state)
+        self._singles[state.id] = state
+        if self._lockstep.done < self._lockstep.clock:
+            self._owed.append((state, state.num_preemptions))
+
+    def _drain(self, state: RequestState) -> None:
+        if state.is_in_lockstep:
+            self._leave_queue(state)
+        self._singles.pop(state.id, None)
+        state.is_draining = True
+
+    def _publish(self, state: RequestState, num_computed: int) -> None:
+        if self.ledger.enable_prefix_cache:
+            num_full = num_computed // self.ledger.block_size
+            if num_full > state.num_published:
+                self.ledger.publish(state.id, state.num_published, state.block_keys(num_full)[state.num_published :])
+                state.num_published = num_full
+
+    def _enter(self, queue: list[RequestState], state: RequestState) -> None:
+        key = arrival_key if queue is self._view.waiting else admission_key
+        bisect.insort(queue, state, key=key)
+        state.queue = queue
 
     def _leave_queue(self, state: RequestState) -> None:
-        if state.is_running:
-            popped = self._running.pop(bisect.bisect_left(self._running, admission_key(state), key=admission_key))
-        else:
-            popped = self._waiting.pop(bisect.bisect_left(self._waiting, arrival_key(state), key=arrival_key))
+        queue = state.queue
+        if queue is NO_QUEUE:
+            return
+        key = arrival_key if queue is self._view.waiting else admission_key
+        popped = queue.pop(bisect.bisect_left(queue, key(state), key=key))
         assert popped is state, f"request {state.id} is not where its queue's order says"
+        state.queue = NO_QUEUE
+
+    def _stop(self, state: RequestState) -> None:
+        """It takes part in nothing any more."""
+        self._leave_queue(state)
+        if state.is_in_lockstep:
+            self._lockstep.leave(state)
+        self._singles.pop(state.id, None)
+        state.is_draining = False
 
     def _end(self, state: RequestState, now_us: int, reason: FinishReason) -> None:
         self.ledger.release(state.id)
         del self._live[state.id]
+        _fill_placeholders(state)
         state.record.finish_us = now_us
         state.record.finish_reason = reason
         self._recorder.request(state.record)
 
-    def _record(self, step: Step, end_us: int) -> None:
-        self._recorder.step(
-            StepRecord(
+    def _record(self, step: Step, ends_us: Sequence[int], ahead: Step | None) -> None:
+        used, idle = self._blocks_in_use(step, len(ends_us) - 1, ahead)
+        self._recorder.span(
+            StepSpan(
                 step=step.index,
                 start_us=step.start_us,
-                end_us=end_us,
-                ids=[c.id for c in step.chunks],
-                num_tokens=[c.num_tokens for c in step.chunks],
-                num_computed_tokens=[c.num_computed_tokens for c in step.chunks],
-                num_logits=sum(c.samples for c in step.chunks),
-                admitted=list(step.admitted),
-                preempted=list(step.preempted),
-                num_waiting=len(self._waiting),
-                num_used_blocks=self.ledger.num_used_blocks,
-                num_idle_blocks=self.ledger.num_idle_blocks,
+                ends_us=ends_us,
+                decode_ids=step.decodes.ids,
+                decode_offsets=step.decodes.offsets,
+                clock=step.decodes.clock,
+                chunks=step.others,
+                admitted=step.admitted,
+                preempted=step.preempted,
+                num_waiting=step.num_waiting,
+                num_used_blocks=used,
+                num_idle_blocks=idle,
                 reason=step.reason,
+                instance=self.instance,
             )
         )
+        self._num_recorded = step.index + len(ends_us)
 
 
-def _take_token(state: RequestState, sampled: Sampled, now_us: int) -> FinishReason | None:
-    state.record.output_token_ids.append(sampled.token_id)
+def _take_token(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> FinishReason | None:
     state.record.token_times_us.append(now_us)
-    if sampled.is_stop:
-        return FinishReason.STOP
+    if sampled is not None:
+        state.record.output_token_ids.append(sampled[state.id].token_id)
+        if sampled[state.id].is_stop:
+            return FinishReason.STOP
     return FinishReason.LENGTH if state.record.output_tokens == state.request.output_tokens else None
+
+
+def _fill_placeholders(state: RequestState) -> None:
+    record = state.record
+    missing = record.output_tokens - len(record.output_token_ids)
+    record.output_token_ids.extend([placeholder(state.id)] * missing)

@@ -8,14 +8,20 @@
 
 The engine answers with measured times and real tokens, the simulator with predicted times and placeholders; what is
 delivered and decided, and in which order, is written once, here.
+
+With async scheduling, step k+1 is planned when step k starts, so that the host's work hides behind the device's. It
+cannot know yet what step k brings:
+
+    device     |--- k ---|-- k+1 --|-- k+2 --|          an arrival during k is in the plan of k+2;
+    plans     k, k+1    k+2       k+3                   who ends with k has a row in k+1, which is wasted
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from xllm_lab.errors import PolicyError
 from xllm_lab.policies.catalog import policy_name
@@ -24,9 +30,9 @@ from xllm_lab.workload import Request, RequestId, TokenIds, Workload
 
 
 class Idle(NamedTuple):
-    """Nothing can run before `until_us`."""
+    """Nothing can run before `until_us`; None is until something comes."""
 
-    until_us: int
+    until_us: int | None
 
 
 class Woke(NamedTuple):
@@ -37,10 +43,15 @@ class Woke(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to `Step`."""
+    """The answer to `Step`.
 
-    end_us: int
-    sampled: Mapping[RequestId, Sampled]
+    Attributes:
+        ends_us: the step's end, and those of up to `Step.num_repeats` repetitions that the host ran as well.
+        sampled: a token for each chunk that `samples`; None for placeholders, none of which ends a request.
+    """
+
+    ends_us: Sequence[int]
+    sampled: Mapping[RequestId, Sampled] | None
 
 
 Conversation = Generator[Step | Idle, Completion | Woke, None]
@@ -49,8 +60,30 @@ Conversation = Generator[Step | Idle, Completion | Woke, None]
 _ARRIVES, _CANCELS = 0, 1
 
 
-class Feed:
-    """What happens to the instance, in order of (time, arrival before cancellation, id)."""
+class Feed(Protocol):
+    """What happens to one instance, as far as is known."""
+
+    @property
+    def next_us(self) -> int | None:
+        """Time of the next event; None if no more is known to happen."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will ever happen again."""
+        ...
+
+    def pop_due(self, now_us: int) -> tuple[bool, Request] | None:
+        """The next event at or before `now_us`: (whether it is an arrival, else its client goes away; the request)."""
+        ...
+
+    def on_end(self, request: RequestId, now_us: int) -> None:
+        """A request ended."""
+        ...
+
+
+class WorkloadFeed:
+    """A workload for one instance, in order of (time, arrival before cancellation, id)."""
 
     def __init__(self, workload: Workload) -> None:
         self._events: list[tuple[int, int, RequestId, Request]] = []
@@ -67,11 +100,13 @@ class Feed:
 
     @property
     def next_us(self) -> int | None:
-        """Time of the next event; None if nothing more is known to happen."""
         return self._events[0][0] if self._events else None
 
+    @property
+    def is_over(self) -> bool:
+        return not self._events
+
     def pop_due(self, now_us: int) -> tuple[bool, Request] | None:
-        """The next event at or before `now_us`: (whether it is an arrival, the request)."""
         if not self._events or self._events[0][0] > now_us:
             return None
         _, kind, _, request = heapq.heappop(self._events)
@@ -101,9 +136,9 @@ class Feed:
 
 
 def serve(
-    scheduler: Scheduler, workload: Workload, prompt_ids: Callable[[Request], TokenIds], *, start_us: int = 0
+    scheduler: Scheduler, feed: Feed, prompt_ids: Callable[[Request], TokenIds], *, start_us: int = 0
 ) -> Conversation:
-    """Serve a workload to its end.
+    """Serve what a feed brings, to its end.
 
     Args:
         prompt_ids: a request's prompt tokens, shape [prompt tokens]; called once, when it arrives.
@@ -111,26 +146,31 @@ def serve(
     Raises:
         PolicyError: the policy leaves requests waiting for ever, or planned something illegal.
     """
-    feed = Feed(workload)
+    plans_ahead = scheduler.config.async_scheduling != "off"
     now_us = start_us
+    ahead: Step | None = None
     while True:
         _deliver(feed, scheduler, prompt_ids, now_us)
-        step = scheduler.plan(now_us)
+        step = scheduler.plan(now_us) if ahead is None else ahead
         if step is not None:
+            scheduler.start(step, now_us)
+            ahead = scheduler.plan(now_us) if plans_ahead else None
+            if ahead is not None or not plans_ahead:
+                step.num_repeats = scheduler.num_repeats(step, ahead)
             done = yield step
             assert isinstance(done, Completion), f"a step is answered by a Completion, not by {done}"
-            now_us = done.end_us
-            for request_id in scheduler.complete(step, now_us, done.sampled):
+            now_us = done.ends_us[-1]
+            for request_id in scheduler.complete(step, done.ends_us, done.sampled, ahead):
                 feed.on_end(request_id, now_us)
-        elif feed.next_us is not None:
+        elif feed.is_over:
+            if scheduler.num_live:
+                name = policy_name(scheduler.policy)
+                raise PolicyError(f"policy {name} leaves {scheduler.num_live} requests waiting for ever at {now_us} us")
+            return
+        else:
             woke = yield Idle(feed.next_us)
             assert isinstance(woke, Woke), f"idling is answered by a Woke, not by {woke}"
             now_us = woke.now_us
-        elif scheduler.num_live:
-            name = policy_name(scheduler.policy)
-            raise PolicyError(f"policy {name} leaves {scheduler.num_live} requests waiting for ever at {now_us} us")
-        else:
-            return
 
 
 def _deliver(feed: Feed, scheduler: Scheduler, prompt_ids: Callable[[Request], TokenIds], now_us: int) -> None:

@@ -18,7 +18,7 @@ from tests.small_runs import STEP_TIME, EqualSteps, batch_policies, busy_workloa
 from tests.test_determinism import busy_workload
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
+from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, by_admission
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.catalog import make_batch_policy, policies
 from xllm_lab.records import FinishReason, Records, StepRecord
@@ -131,7 +131,9 @@ class Changed:
             return plan
         if self.gives_up:
             return BatchPlan(reason=plan.reason)
-        return replace(plan, tokens=dict(reversed(list(plan.tokens.items()))))
+        decodes = {r.id: 1 for r in by_admission(view.decoding)} if plan.decode_all else {}
+        packed = list({**decodes, **plan.tokens}.items())
+        return BatchPlan(tokens=dict(reversed(packed)), preempt=plan.preempt, reason=plan.reason)
 
 
 def crowded_step(records: Records) -> StepRecord:

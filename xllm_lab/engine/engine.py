@@ -19,7 +19,7 @@ from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler, Step
-from xllm_lab.serving import Completion, Idle, Woke, serve
+from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
@@ -87,15 +87,16 @@ class Engine:
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         _warm_up(runner, config)
         clock = make_clock(self.options.clock, self.options.timer)
-        conversation = serve(scheduler, workload, lambda r: prompts.pop(r.id))
+        conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
         try:
             command = next(conversation)
             while True:
                 if isinstance(command, Idle):
+                    assert command.until_us is not None, "a workload says when its next request comes"
                     command = conversation.send(Woke(clock.wait_until(command.until_us)))
                 else:
                     sampled = self._run(runner, scheduler, command)
-                    command = conversation.send(Completion(_end_us(clock, command), sampled))
+                    command = conversation.send(Completion((_end_us(clock, command),), sampled))
         except StopIteration:
             return
 
@@ -170,6 +171,8 @@ class Engine:
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
                 f"{self.model.config.max_position}"
             )
+        if config.async_scheduling != "off":
+            raise ConfigError(f"async_scheduling is {config.async_scheduling!r}, this engine accepts 'off'")
         for request in workload.requests:
             config.refuse_if_too_large(request)
             for token in request.prompt.token_ids or ():
@@ -193,7 +196,8 @@ class Engine:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
 
     def _run(self, runner: Runner, scheduler: Scheduler, step: Step) -> Mapping[RequestId, Sampled]:
-        states = [scheduler.state(c.id) for c in step.chunks]
+        chunks = step.chunks
+        states = [scheduler.state(c.id) for c in chunks]
         logits_RV = runner.run(
             [
                 SequenceChunk(
@@ -202,17 +206,17 @@ class Engine:
                     scheduler.ledger.block_table(c.id),
                     c.samples,
                 )
-                for c, state in zip(step.chunks, states, strict=True)
+                for c, state in zip(chunks, states, strict=True)
             ]
         )
-        drawing = [state for c, state in zip(step.chunks, states, strict=True) if c.samples]
+        drawing = [(c, state) for c, state in zip(chunks, states, strict=True) if c.samples]
         tokens = sample(
             logits_RV,
-            [s.request.sampling for s in drawing],
-            [s.id for s in drawing],
-            [s.record.output_tokens for s in drawing],
+            [state.request.sampling for _, state in drawing],
+            [state.id for _, state in drawing],
+            [c.num_computed_tokens + c.num_tokens - state.num_prompt_tokens for c, state in drawing],
         )
-        return {s.id: Sampled(t, self._stops(s.request, t)) for s, t in zip(drawing, tokens, strict=True)}
+        return {s.id: Sampled(t, self._stops(s.request, t)) for (_, s), t in zip(drawing, tokens, strict=True)}
 
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling

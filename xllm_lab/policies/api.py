@@ -82,6 +82,11 @@ class RequestView(Protocol):
     @property
     def tpot_slo_us(self) -> int | None: ...
     @property
+    def is_running(self) -> bool:
+        """Whether it holds KV; a waiting request holds none."""
+        ...
+
+    @property
     def num_prompt_tokens(self) -> int: ...
     @property
     def num_tokens(self) -> int:
@@ -145,7 +150,22 @@ class BatchView(Protocol):
     def max_seqs_per_batch(self) -> int: ...
     @property
     def running(self) -> Sequence[RequestView]:
-        """Requests that hold KV."""
+        """Requests that hold KV: those decoding, and those whose prompt is being computed."""
+        ...
+
+    @property
+    def decoding(self) -> Sequence[RequestView]:
+        """Running requests one token behind, a generated one (`is_decoding`)."""
+        ...
+
+    @property
+    def prefilling(self) -> Sequence[RequestView]:
+        """The other running requests."""
+        ...
+
+    @property
+    def num_decode_blocks(self) -> int:
+        """Free blocks that one more token for every decoding request takes."""
         ...
 
     @property
@@ -156,6 +176,14 @@ class BatchView(Protocol):
     @property
     def step_time(self) -> StepTimeView | None: ...
 
+    def find(self, request: RequestId) -> RequestView | None:
+        """The running or waiting request of that id."""
+        ...
+
+
+# For `BatchPlan.holds_for`: as long as nothing changes.
+UNTIL_SOMETHING_CHANGES = 2**31
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
@@ -163,13 +191,24 @@ class BatchPlan:
 
     Attributes:
         tokens: new tokens to compute per request, in the order in which they are packed.
+        decode_all: every decoding request computes its one token, in order of admission and before `tokens`, which
+            then lists none of them. Hosts do this in a time that does not grow with the batch.
         preempt: running requests that lose their KV first and wait again; it is recomputed later.
+        holds_for: for how many further steps `decide` would return this plan again, if no request arrives, ends, or
+            is cancelled, and every block it takes is free. Only a plan that does nothing but `decode_all` may hold.
         reason: one phrase for the decision log.
     """
 
     tokens: Mapping[RequestId, int] = field(default_factory=dict)
+    decode_all: bool = False
     preempt: tuple[RequestId, ...] = ()
+    holds_for: int = 0
     reason: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it computes nothing."""
+        return not self.tokens and not self.decode_all
 
 
 class BatchPolicy(Protocol):
@@ -230,18 +269,32 @@ def blocks_to_take(view: BatchView, request: RequestView, num_new_tokens: int) -
 class Packing:
     """A plan in the making: what is left of the step's tokens, sequences and blocks."""
 
-    __slots__ = ("_preempted", "_tokens", "_view", "blocks_left", "seqs_left", "tokens_left")
+    __slots__ = ("_decode_all", "_preempted", "_tokens", "_view", "blocks_left", "seqs_left", "tokens_left")
 
     def __init__(self, view: BatchView) -> None:
         self._view = view
         self._tokens: dict[RequestId, int] = {}
+        self._decode_all = False
         self._preempted: list[RequestId] = []
         self.tokens_left = view.max_tokens_per_batch
         self.seqs_left = view.max_seqs_per_batch
         self.blocks_left = view.num_free_blocks
 
     def __bool__(self) -> bool:
-        return bool(self._tokens)
+        return self._decode_all or bool(self._tokens)
+
+    def grant_all_decoding(self) -> bool:
+        """Give every decoding request its token, if there are any and all of them fit."""
+        assert not self._tokens, "decodes are packed first"
+        view = self._view
+        count = len(view.decoding)
+        if not count or count > self.tokens_left or count > self.seqs_left or view.num_decode_blocks > self.blocks_left:
+            return False
+        self._decode_all = True
+        self.tokens_left -= count
+        self.seqs_left -= count
+        self.blocks_left -= view.num_decode_blocks
+        return True
 
     def grant(self, request: RequestView, num_tokens: int) -> bool:
         """Give a request that has none yet `num_tokens`, if all of them fit."""
@@ -279,8 +332,16 @@ class Packing:
         self._preempted.append(request.id)
         self.blocks_left += request.num_private_blocks
 
-    def plan(self, reason: str) -> BatchPlan:
-        return BatchPlan(tokens=dict(self._tokens), preempt=tuple(self._preempted), reason=reason)
+    def plan(self, reason: str, *, repeats: bool = False) -> BatchPlan:
+        """The plan; `repeats` if one that only decodes would be made again until something changes."""
+        holds = repeats and self._decode_all and not self._tokens and not self._preempted
+        return BatchPlan(
+            tokens=self._tokens,
+            decode_all=self._decode_all,
+            preempt=tuple(self._preempted),
+            holds_for=UNTIL_SOMETHING_CHANGES if holds else 0,
+            reason=reason,
+        )
 
 
 def num_missing_tokens(request: RequestView) -> int:

@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-from xllm_lab.policies.api import BatchPlan, BatchView, RequestId, RequestView, blocks_to_take, num_missing_tokens
+from xllm_lab.policies.api import BatchPlan, BatchView, blocks_to_take, is_decoding, num_missing_tokens
 
 
 def batch_violations(view: BatchView, plan: BatchPlan) -> list[str]:
     """Every rule the plan breaks, one sentence each; none if it is legal.
 
-    A legal plan schedules known requests only, each at least one token and at most its missing ones; preempts only
-    running requests and schedules none of those; and keeps the step's tokens, sequences and KV blocks.
+    A legal plan schedules known requests only, each once, at least one token and at most its missing ones; preempts
+    only running requests and schedules none of those; keeps the step's tokens, sequences and KV blocks; and holds for
+    further steps only if it does nothing but decode everything.
     """
-    running = {r.id: r for r in view.running}
-    known = {r.id: r for r in (*view.running, *view.waiting)}
     broken: list[str] = []
+    blocks = 0
     for request_id, num_tokens in plan.tokens.items():
-        request = known.get(request_id)
+        request = view.find(request_id)
         if request is None:
             broken.append(f"schedules request {request_id}, which is neither running nor waiting")
         elif not 1 <= num_tokens <= num_missing_tokens(request):
             missing = num_missing_tokens(request)
             broken.append(f"gives request {request_id} {num_tokens} tokens, 1 to {missing} can be computed")
+        elif plan.decode_all and request.is_running and is_decoding(request):
+            broken.append(f"schedules request {request_id} twice, it is decoding")
+        else:
+            blocks += blocks_to_take(view, request, num_tokens)
+    if plan.preempt:
+        broken += _bad_preemptions(view, plan)
+    if plan.holds_for and (plan.tokens or plan.preempt or not plan.decode_all):
+        broken.append(f"holds for {plan.holds_for} more steps, only a plan that just decodes everything may")
+    return broken or _over_budget(view, plan, blocks)
+
+
+def _bad_preemptions(view: BatchView, plan: BatchPlan) -> list[str]:
+    broken: list[str] = []
     for request_id in plan.preempt:
-        if request_id not in running:
+        request = view.find(request_id)
+        if request is None or not request.is_running:
             broken.append(f"preempts request {request_id}, which is not running")
-        if request_id in plan.tokens:
+        elif request_id in plan.tokens or (plan.decode_all and is_decoding(request)):
             broken.append(f"both preempts and schedules request {request_id}")
     if len(set(plan.preempt)) != len(plan.preempt):
         broken.append(f"preempts a request twice: {plan.preempt}")
-    return broken or _over_budget(view, plan, known)
+    return broken
 
 
-def _over_budget(view: BatchView, plan: BatchPlan, known: dict[RequestId, RequestView]) -> list[str]:
-    blocks = sum(blocks_to_take(view, known[i], n) for i, n in plan.tokens.items())
-    free_blocks = view.num_free_blocks + sum(known[i].num_private_blocks for i in plan.preempt)
+def _over_budget(view: BatchView, plan: BatchPlan, blocks: int) -> list[str]:
+    tokens, seqs, free_blocks = sum(plan.tokens.values()), len(plan.tokens), view.num_free_blocks
+    if plan.decode_all:
+        tokens += len(view.decoding)
+        seqs += len(view.decoding)
+        blocks += view.num_decode_blocks
+    for request_id in plan.preempt:
+        request = view.find(request_id)
+        assert request is not None, "checked before"
+        free_blocks += request.num_private_blocks
+    # Three comparisons on every step of every simulation: sentences are made only for the guilty.
+    if tokens <= view.max_tokens_per_batch and seqs <= view.max_seqs_per_batch and blocks <= free_blocks:
+        return []
     amounts = (
-        ("tokens", sum(plan.tokens.values()), view.max_tokens_per_batch),
-        ("sequences", len(plan.tokens), view.max_seqs_per_batch),
+        ("tokens", tokens, view.max_tokens_per_batch),
+        ("sequences", seqs, view.max_seqs_per_batch),
         ("KV blocks", blocks, free_blocks),
     )
     return [f"takes {taken} {what}, {left} are left" for what, taken, left in amounts if taken > left]

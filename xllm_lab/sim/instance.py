@@ -1,17 +1,46 @@
-"""One serving instance as a SimPy process: it answers the serving loop with simulated time and placeholder tokens."""
+"""One serving instance as a SimPy process: it answers the serving loop with simulated time.
+
+Exact fast-forward: a step that would repeat itself is run as often as nothing changes, in one event. Every step's time
+is computed, and if something comes in the middle, the stretch is cut at the end of the step it falls into:
+
+    ends of a stretch    |----|----|----|----|----|----|        one event, at the last end
+    an arrival at t                    ^ t
+    cut                  |----|----|----|                       the plan after this end sees it
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from typing import Any, Protocol
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
 import simpy
 
 from xllm_lab.scheduler import Sampled, Step
-from xllm_lab.serving import Completion, Conversation, Idle, Woke
-from xllm_lab.sim.cost import CostModel, batch_of
+from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
+from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.step_time import Chunk
 from xllm_lab.workload import RequestId
+
+# Steps of a stretch that are priced at once: an arrival usually cuts it, and what lies behind is thrown away.
+_MOST_STEPS = 256
+# Fewer are faster one by one.
+_FEWEST_STEPS = 4
+# At equal times: what comes from outside, then instances in order of id.
+FROM_OUTSIDE, FIRST_INSTANCE = 0, 1
+
+
+class Stretch(NamedTuple):
+    """The ends of a step and of its repeats, microseconds, and which of them the cost model extrapolated."""
+
+    ends_us: Sequence[int]
+    is_extrapolated: npt.NDArray[np.bool_] | tuple[bool, ...]
+
+    def until(self, now_us: int) -> Stretch:
+        """Up to the first end at or after `now_us`."""
+        num_steps = int(np.searchsorted(np.asarray(self.ends_us), now_us)) + 1
+        return Stretch(self.ends_us[:num_steps], self.is_extrapolated[:num_steps])
 
 
 class Timing(Protocol):
@@ -21,12 +50,16 @@ class Timing(Protocol):
         """When an instance that has nothing to do before `until_us` looks again."""
         ...
 
-    def end_us(self, step: Step) -> int:
-        """When the step is over; after its start."""
+    def stretch(self, step: Step) -> Stretch:
+        """The ends of a step, and of as many of its repeats as one likes; each after the one before."""
         ...
 
-    def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
-        """A token for each chunk that samples."""
+    def ran(self, stretch: Stretch) -> None:
+        """Of a stretch, this much was run."""
+        ...
+
+    def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
+        """A token for each chunk that samples; None for placeholders."""
         ...
 
 
@@ -34,12 +67,13 @@ class Predicted:
     """A cost model's times. Tokens are placeholders that no other request shares, so no output is a prefix hit.
 
     Attributes:
-        num_steps: steps priced so far.
+        num_steps: steps run so far.
         num_extrapolated: those outside what the cost model was calibrated on.
     """
 
-    def __init__(self, cost: CostModel) -> None:
+    def __init__(self, cost: CostModel, *, fast_forward: bool = True) -> None:
         self._cost = cost
+        self._most_steps = _MOST_STEPS if fast_forward else 1
         self.num_steps = 0
         self.num_extrapolated = 0
 
@@ -50,28 +84,111 @@ class Predicted:
     def wake_us(self, until_us: int) -> int:
         return until_us
 
-    def end_us(self, step: Step) -> int:
-        chunks = (Chunk(c.num_tokens, c.num_computed_tokens) for c in step.chunks)
-        price = self._cost.step(batch_of(chunks, sum(c.samples for c in step.chunks)))
-        self.num_steps += 1
-        self.num_extrapolated += price.is_extrapolated
-        return step.start_us + max(1, round(price.us))
+    def stretch(self, step: Step) -> Stretch:
+        batch = batch_of_step(step)
+        num_steps = min(step.num_repeats + 1, self._most_steps)
+        if num_steps < _FEWEST_STEPS:
+            us, is_extrapolated = self._cost.step(batch)[:2]
+            return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
+        prices = self._cost.decode_steps(batch, num_steps)
+        times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
+        return Stretch((step.start_us + np.cumsum(times)).tolist(), prices.is_extrapolated)
 
-    def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
-        return {c.id: Sampled(-1 - c.id) for c in step.chunks if c.samples}
+    def ran(self, stretch: Stretch) -> None:
+        self.num_steps += len(stretch.ends_us)
+        self.num_extrapolated += int(sum(stretch.is_extrapolated))
+
+    def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
+        return None
 
 
-def instance(env: simpy.Environment, conversation: Conversation, timing: Timing) -> Generator[simpy.Event, Any, None]:
-    """The process. One event per step and one per idle gap; `env.now` is in integer microseconds."""
-    try:
-        command = next(conversation)
+def batch_of_step(step: Step) -> Batch:
+    """What a cost model sees of a step."""
+    ids, _, _, kv_tokens, max_kv_tokens = step.decodes
+    num_decodes = num_logits = len(ids)
+    prefills: list[Chunk] = []
+    for _, num_tokens, num_computed, samples in step.others:
+        num_logits += samples
+        if num_tokens > 1:
+            prefills.append(Chunk(num_tokens, num_computed))
+        else:
+            num_decodes += 1
+            kv_tokens += num_computed
+            max_kv_tokens = max(max_kv_tokens, num_computed)
+    return Batch(tuple(prefills), num_decodes, kv_tokens, max_kv_tokens, num_logits)
+
+
+class Instance:
+    """The process and what it is doing.
+
+    Attributes:
+        stretch: steps under way; None between them.
+    """
+
+    def __init__(
+        self, env: simpy.Environment, conversation: Conversation, timing: Timing, feed: Feed, *, index: int = 0
+    ) -> None:
+        self._env = env
+        self._conversation = conversation
+        self._timing = timing
+        self._feed = feed
+        self._priority = FIRST_INSTANCE + index
+        self._wake: simpy.Event | None = None
+        self.stretch: Stretch | None = None
+        self.process = env.process(self._run())
+
+    def notice(self) -> None:
+        """Something has come: wake up, or end the stretch with the step that is under way."""
+        if self._wake is not None:
+            self._wake.succeed()
+            self._wake = None
+        elif self.stretch is not None and len(self.stretch.ends_us) > 1:
+            cut = self.stretch.until(int(self._env.now))
+            if len(cut.ends_us) < len(self.stretch.ends_us):
+                self.stretch = cut
+                self.process.interrupt()
+
+    def _run(self) -> Generator[simpy.Event, Any, None]:
+        """One event per stretch and one per idle gap; `env.now` is in integer microseconds."""
+        env, conversation, timing = self._env, self._conversation, self._timing
+        try:
+            command = next(conversation)
+            while True:
+                if isinstance(command, Idle):
+                    yield from self._idle(command.until_us)
+                    command = conversation.send(Woke(int(env.now)))
+                    continue
+                stretch = timing.stretch(command)
+                if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
+                    stretch = stretch.until(next_us)
+                self.stretch = stretch
+                yield from self._work()
+                stretch, self.stretch = self.stretch, None
+                timing.ran(stretch)
+                command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
+        except StopIteration:
+            return
+
+    def _idle(self, until_us: int | None) -> Generator[simpy.Event, Any, None]:
+        if until_us is None:
+            self._wake = self._env.event()
+            yield self._wake
+        else:
+            yield at(self._env, self._timing.wake_us(until_us), self._priority)
+
+    def _work(self) -> Generator[simpy.Event, Any, None]:
         while True:
-            if isinstance(command, Idle):
-                yield env.timeout(timing.wake_us(command.until_us) - env.now)
-                command = conversation.send(Woke(int(env.now)))
-            else:
-                end_us = timing.end_us(command)
-                yield env.timeout(end_us - env.now)
-                command = conversation.send(Completion(end_us, timing.sampled(command)))
-    except StopIteration:
-        return
+            assert self.stretch is not None, "no work"
+            try:
+                yield at(self._env, self.stretch.ends_us[-1], self._priority)
+                return
+            except simpy.Interrupt:
+                continue  # the stretch is shorter now
+
+
+def at(env: simpy.Environment, when_us: int, priority: int) -> simpy.Event:
+    """An event at a time; of several at one time, lower priorities come first."""
+    event = simpy.Event(env)
+    event._ok, event._value = True, None  # as simpy.Timeout does, which knows no priorities
+    env.schedule(event, priority=cast(Any, priority), delay=when_us - env.now)
+    return event

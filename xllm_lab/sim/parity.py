@@ -11,6 +11,7 @@ from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled, Step
+from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.workload import RequestId, Workload
 
@@ -64,12 +65,15 @@ class Recorded:
         looked_us = self._steps[self._next].start_us if self._next < len(self._steps) else self._over_us
         return max(until_us, looked_us)
 
-    def end_us(self, step: Step) -> int:
+    def stretch(self, step: Step) -> Stretch:
         decided = _decision_of_step(step)
         if self._next == len(self._steps) or _decision_of_record(self._steps[self._next]) != decided:
             raise _DifferenceError(step.index, decided)
         self._next += 1
-        return self._steps[step.index].end_us
+        return Stretch((self._steps[step.index].end_us,), (False,))
+
+    def ran(self, stretch: Stretch) -> None:
+        """Recorded times extrapolate nothing."""
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
         return {c.id: self._draw(self._requests[c.id]) for c in step.chunks if c.samples}

@@ -13,10 +13,10 @@ from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Scheduler
-from xllm_lab.serving import serve
+from xllm_lab.serving import WorkloadFeed, serve
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.cost.fitted import FittedCost
-from xllm_lab.sim.instance import Predicted, Timing, instance
+from xllm_lab.sim.instance import Instance, Predicted, Timing
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
@@ -49,7 +49,8 @@ def run_simulation(
     records = Records()
     scheduler = Scheduler(config, policy, records, step_time=step_time)
     env = simpy.Environment(initial_time=0)
-    env.process(instance(env, serve(scheduler, workload, prompt_ids), timing))
+    feed = WorkloadFeed(workload)
+    Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
     env.run()
     return records.sort()
 

@@ -17,7 +17,6 @@ from xllm_lab.policies.api import (
     by_admission,
     by_arrival,
     ceil_div,
-    is_decoding,
     num_missing_tokens,
 )
 
@@ -48,12 +47,13 @@ def waiting_in_order(view: BatchView, order: str) -> Sequence[RequestView]:
     return by_arrival(view.waiting) if order == "fcfs" else sorted(view.waiting, key=queue_order(order))
 
 
-def running_in_order(view: BatchView, order: str) -> tuple[list[RequestView], list[RequestView]]:
-    """(chunk queue, decode queue): running requests with an unfinished prompt, and the others."""
-    running: Sequence[RequestView] = by_admission(view.running)
-    if order != "fcfs":
-        running = sorted(running, key=queue_order(order))
-    return [r for r in running if not is_decoding(r)], [r for r in running if is_decoding(r)]
+def prefilling_in_order(view: BatchView, order: str) -> list[RequestView]:
+    """The chunk queue: running requests with an unfinished prompt."""
+    return _running_in_order(view.prefilling, order)
+
+
+def _running_in_order(requests: Sequence[RequestView], order: str) -> list[RequestView]:
+    return list(by_admission(requests)) if order == "fcfs" else sorted(requests, key=queue_order(order))
 
 
 class Stopwatch:
@@ -65,6 +65,10 @@ class Stopwatch:
         self._model = view.step_time if budget_us is not None else None
         self.budget_us = inf if budget_us is None or self._model is None else budget_us
         self.spent_us = 0.0 if self._model is None else self._model.constant_us
+
+    @property
+    def is_unlimited(self) -> bool:
+        return self._model is None
 
     def has_time_for(self, request: RequestView, num_tokens: int, *, granted: int = 0) -> bool:
         """Whether `num_tokens` more for a request that has `granted` keep the step within its budget."""
@@ -82,13 +86,16 @@ class Stopwatch:
 
 
 def decode_with_preemption(
-    packing: Packing, chunking: list[RequestView], decoding: list[RequestView], watch: Stopwatch
+    view: BatchView, packing: Packing, chunking: list[RequestView], order: str, watch: Stopwatch
 ) -> None:
     """One token for each decoding request, oldest first, while the budget lasts; the first one whatever it takes.
 
-    When blocks run out, the youngest chunking request is preempted, then the youngest decoding one; a request never
-    preempts itself. Victims leave the lists.
+    When blocks run out, the youngest chunking request is preempted and leaves its list, then the youngest decoding
+    one; a request never preempts itself.
     """
+    if watch.is_unlimited and packing.grant_all_decoding():
+        return
+    decoding = _running_in_order(view.decoding, order)
     position = 0
     while position < len(decoding) and packing.tokens_left and packing.seqs_left:
         request = decoding[position]

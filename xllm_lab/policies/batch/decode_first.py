@@ -12,9 +12,9 @@ from xllm_lab.policies.batch.admission import (
     Admission,
     Stopwatch,
     decode_with_preemption,
+    prefilling_in_order,
     queue_order,
     refuse_below,
-    running_in_order,
     unblock_the_oldest,
     waiting_in_order,
 )
@@ -61,9 +61,9 @@ class DecodeFirst:
 
     def decide(self, view: BatchView) -> BatchPlan:
         packing = Packing(view)
-        chunking, decoding = running_in_order(view, self.order)
+        chunking = prefilling_in_order(view, self.order)
         decode_watch = Stopwatch(view, self.max_tpot_us)
-        decode_with_preemption(packing, chunking, decoding, decode_watch)
+        decode_with_preemption(view, packing, chunking, self.order, decode_watch)
         has_decodes = bool(packing)
         used_blocks = view.num_blocks - packing.blocks_left
         admission = Admission(
@@ -79,4 +79,5 @@ class DecodeFirst:
             admission.admit(waiting_in_order(view, self.order), fresh=True)
         admission.give_back_the_rest()
         unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
-        return packing.plan("decode first")
+        # What keeps a prompt out, keeps it out while blocks in use only grow; a time budget weighs the clock.
+        return packing.plan("decode first", repeats=decode_watch.is_unlimited)

@@ -19,7 +19,9 @@ class Fcfs:
 
     def decide(self, view: BatchView) -> BatchPlan:
         packing = Packing(view)
-        running = list(by_arrival(view.running))
+        # A prompt that is being computed may have come before a decoding request, and then goes before it.
+        all_decode = not view.prefilling and packing.grant_all_decoding()
+        running = [] if all_decode else list(by_arrival(view.running))
         position = 0
         while position < len(running) and packing.tokens_left and packing.seqs_left:
             request = running[position]
@@ -34,4 +36,5 @@ class Fcfs:
                 break
             if not packing.grant(request, min(packing.tokens_left, num_missing_tokens(request))):
                 break
-        return packing.plan("first come, first served")
+        # A prompt that does not fit now does not while blocks in use only grow.
+        return packing.plan("first come, first served", repeats=True)

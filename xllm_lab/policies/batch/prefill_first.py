@@ -12,9 +12,9 @@ from xllm_lab.policies.batch.admission import (
     Admission,
     Stopwatch,
     decode_with_preemption,
+    prefilling_in_order,
     queue_order,
     refuse_below,
-    running_in_order,
     unblock_the_oldest,
     waiting_in_order,
 )
@@ -50,7 +50,8 @@ class PrefillFirst:
 
     def decide(self, view: BatchView) -> BatchPlan:
         packing = Packing(view)
-        chunking, decoding = running_in_order(view, self.order)
+        chunking = prefilling_in_order(view, self.order)
+        decoding = view.decoding
         admission = Admission(
             view,
             packing,
@@ -65,9 +66,12 @@ class PrefillFirst:
             admission.admit(waiting_in_order(view, self.order), fresh=True)
         if packing:
             return packing.plan("prompts")
-        decode_with_preemption(packing, chunking, decoding, Stopwatch(view, self.max_tpot_us))
+        decode_watch = Stopwatch(view, self.max_tpot_us)
+        decode_with_preemption(view, packing, chunking, self.order, decode_watch)
         unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
-        return packing.plan("decodes")
+        # What keeps a prompt out, keeps it out while blocks in use only grow; a time budget weighs the clock.
+        is_timed = not (decode_watch.is_unlimited and Stopwatch(view, self.max_ttft_us).is_unlimited)
+        return packing.plan("decodes", repeats=not is_timed)
 
     def _is_nearly_full(self, view: BatchView) -> bool:
         return view.num_blocks - view.num_free_blocks >= self.watermark_frac * view.num_blocks

@@ -1,0 +1,104 @@
+"""Exact fast-forward: many steps in one event, and not a byte of the records differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from tests.laws import VOCAB_SIZE, obey_the_laws
+from tests.small_runs import (
+    STEP_TIME,
+    batch_policies,
+    busy_workloads,
+    instance_config,
+    request,
+    tight_configs,
+)
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
+from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.records import Records, request_table, step_table
+from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
+from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.workload import Workload
+
+
+class Uneven:
+    """Times that depend on everything a cost model sees; each third batch by context is extrapolated."""
+
+    def step(self, batch: Batch) -> Price:
+        us, is_extrapolated = self._price(batch, batch.decode_kv_tokens, batch.max_decode_kv_tokens)
+        return Price(float(us), bool(is_extrapolated))
+
+    def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
+        ahead = np.arange(num_steps)
+        kv = batch.decode_kv_tokens + batch.num_decodes * ahead
+        us, is_extrapolated = self._price(batch, kv, batch.max_decode_kv_tokens + ahead)
+        return Prices(us, is_extrapolated)
+
+    @staticmethod
+    def _price(batch: Batch, kv: Any, longest: Any) -> Any:
+        tokens = sum(c.num_tokens * (1 + 0.1 * c.num_computed_tokens) for c in batch.prefills)
+        return 3.7 + 0.9 * tokens + 0.3 * batch.num_decodes + 0.07 * kv + 0.011 * longest, kv % 3 == 0
+
+
+class Counting(Predicted):
+    """Counts events."""
+
+    num_events = 0
+
+    def ran(self, stretch: Any) -> None:
+        super().ran(stretch)
+        self.num_events += 1
+
+
+def simulated(
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, cost: CostModel, *, fast_forward: bool
+) -> tuple[Records, Counting]:
+    timing = Counting(cost, fast_forward=fast_forward)
+    records = run_simulation(work, config, policy, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
+    return records, timing
+
+
+@st.composite
+def long_answers(draw: st.DrawFn) -> Workload:
+    """Busy workloads whose requests decode for a while, so that there is something to skip."""
+    busy = draw(busy_workloads())
+    longer = [replace(r, output_tokens=draw(st.sampled_from((1, 3, 12, 30)))) for r in busy.requests]
+    return replace(busy, requests=tuple(longer))
+
+
+@given(
+    work=busy_workloads() | long_answers(),
+    config=tight_configs(),
+    policy=batch_policies(),
+    mode=st.sampled_from(ASYNC_SCHEDULING),
+)
+def test_skipping_steps_changes_nothing(work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str) -> None:
+    """Any workload, policy, and way of scheduling: the records are equal, on disk too, and so is what was counted."""
+    config = replace(config, async_scheduling=mode)
+    stepped, slow = simulated(work, config, policy, Uneven(), fast_forward=False)
+    skipped, fast = simulated(work, config, policy, Uneven(), fast_forward=True)
+    event(f"skips {(slow.num_events - fast.num_events) * 10 // slow.num_events if slow.num_events else 0}0 %")
+    assert skipped.requests == stepped.requests
+    assert skipped.steps == stepped.steps
+    assert step_table(skipped.spans).equals(step_table(stepped.spans))
+    assert request_table(skipped.requests).equals(request_table(stepped.requests))
+    assert (fast.num_steps, fast.num_extrapolated) == (slow.num_steps, slow.num_extrapolated)
+    obey_the_laws(work, config, skipped)
+
+
+@pytest.mark.parametrize("mode", ASYNC_SCHEDULING)
+def test_steps_are_skipped(mode: str) -> None:
+    """Or the law above would say nothing: two requests and fifty tokens each are a handful of events."""
+    work = Workload(requests=(request(0, prompt=8, output=50), request(1, 200, prompt=8, output=50)))
+    config = instance_config(num_kv_blocks=64, async_scheduling=mode)
+    records, timing = simulated(work, config, DecodeFirst(), Uneven(), fast_forward=True)
+    assert timing.num_steps == len(records.steps) > 60
+    assert timing.num_events < 20

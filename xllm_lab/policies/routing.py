@@ -143,6 +143,13 @@ def by_id(instances: Sequence[I]) -> Sequence[I]:
     return instances if isinstance(instances, ById) else sorted(instances, key=lambda i: i.id)
 
 
+def in_turn(view: RouteView) -> Sequence[InstanceView]:
+    """The instances, beginning with the one whose turn it is: whoever takes the first among equals takes turns."""
+    instances = by_id(view.instances)
+    turn = view.num_routed % len(instances)
+    return [*instances[turn:], *instances[:turn]]
+
+
 def num_outstanding(instance: InstanceView) -> int:
     """Requests there, as far as the router can know: at the last heartbeat, and sent since."""
     return instance.num_running + instance.num_waiting + instance.num_sent_since

@@ -1,4 +1,4 @@
-"""The interface of failover policies: what becomes of a request whose instance failed.
+"""What becomes of a request whose instance failed: the interface, and one file a policy beside it.
 
 Its KV is lost. Sent to another instance, it starts again from its prompt and the tokens it has produced; the client
 keeps those it was already given. A policy is a frozen, keyword-only dataclass whose annotated fields are its knobs.

@@ -53,7 +53,7 @@ class CacheAware:
             )
             if score > best_score:
                 best, best_score = instance, score
-        return RoutePlan(instance=best.id, reason=f"score {best_score:.3g} of {len(candidates)}")
+        return RoutePlan(instance=best.id, reason="best score as shipped")
 
     def _matched_blocks(self, view: RouteView) -> list[tuple[InstanceView, int]]:
         if not self.enable_cache_upload:

@@ -115,7 +115,7 @@ def repeatable(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
 
     def broken(view: Any) -> str | None:
         same = (view, view, copy.deepcopy(view), kind.drawn_view(view.number))
-        plans = {kind.answer(policy.decide(v)) for v in same}
+        plans = {kind.answer(v, policy.decide(v)) for v in same}
         return f"answers the same view with {len(plans)} plans" if len(plans) > 1 else None
 
     return _first_broken("repeatable", policy, broken, num_views)
@@ -126,7 +126,7 @@ def order_free(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     kind = _kind(policy)
 
     def broken(view: Any) -> str | None:
-        plans = {kind.answer(policy.decide(v)) for v in (view, *kind.relisted(view))}
+        plans = {kind.answer(v, policy.decide(v)) for v in (view, *kind.relisted(view))}
         return "plans otherwise when the view is listed otherwise" if len(plans) > 1 else None
 
     return _first_broken("order-free", policy, broken, num_views)
@@ -142,8 +142,8 @@ def identity_free(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     def broken(view: Any) -> str | None:
         other = copy.deepcopy(view)
         kind.rename(other, other_id)
-        expected = kind.renamed(kind.answer(policy.decide(view)), other_id)
-        same = kind.answer(policy.decide(other)) == expected
+        expected = kind.renamed(kind.answer(view, policy.decide(view)), other_id)
+        same = kind.answer(other, policy.decide(other)) == expected
         return None if same else "plans otherwise when the ids are others in the same order"
 
     return _first_broken("identity-free", policy, broken, num_views)
@@ -281,7 +281,8 @@ def _answers_of(name: str, values: str, num_views: str) -> list[Any]:
         cls = getattr(cls, part)
     policy = configured(cls, json.loads(values))
     kind = _kind(policy)
-    return [kind.answer(policy.decide(kind.drawn_view(number))) for number in range(int(num_views))]
+    views = map(kind.drawn_view, range(int(num_views)))
+    return [kind.answer(view, policy.decide(view)) for view in views]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Kind:
     Attributes:
         drawn_view: the view of a number, always the same one, in new objects.
         violations: what is wrong with a plan, one sentence each.
-        answer: what a plan says, as a value: two plans are equal only if these are.
+        answer: what a plan says of a view, as a value: two plans are equal only if these are.
         relisted: the same view with its sequences in other orders, and marked as hosts mark them.
         rename: gives everyone in a view another id.
         renamed: the answer expected then.
@@ -44,7 +44,7 @@ class Kind:
 
     drawn_view: Callable[[int], Any]
     violations: Callable[[Any, Any], list[str]]
-    answer: Callable[[Any], Any]
+    answer: Callable[[Any, Any], Any]
     relisted: Callable[[Any], list[Any]]
     rename: Callable[[Any, Rename], None]
     renamed: Callable[[Any, Rename], Any]
@@ -64,7 +64,7 @@ def _batch_violations(view: DrawnView, plan: BatchPlan) -> list[str]:
     return []
 
 
-def _batch_answer(plan: BatchPlan) -> _BatchAnswer:
+def _batch_answer(view: DrawnView, plan: BatchPlan) -> _BatchAnswer:
     return tuple(plan.tokens.items()), plan.preempt
 
 
@@ -89,7 +89,7 @@ def _renamed_batch(answer: _BatchAnswer, rename: Rename) -> _BatchAnswer:
     return tuple((rename(i), n) for i, n in tokens), tuple(map(rename, preempt))
 
 
-def _route_answer(plan: RoutePlan) -> int:
+def _route_answer(view: DrawnRouteView, plan: RoutePlan) -> int:
     return plan.instance
 
 
@@ -110,7 +110,7 @@ def _renamed_route(answer: int, rename: Rename) -> int:
     return name
 
 
-def _failover_answer(plan: FailoverPlan) -> str:
+def _failover_answer(view: DrawnFailoverView, plan: FailoverPlan) -> str:
     return plan.action
 
 

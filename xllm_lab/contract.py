@@ -1,18 +1,19 @@
-"""The contract of batch policies: laws that any policy must obey, ours or yours.
+"""The contract of policies: laws that any policy must obey, ours or yours, whatever it decides.
 
     from xllm_lab.contract import check_policy
     check_policy(MyPolicy())  # sentences, each beginning with the law that is broken; none if all is well
 
-    legal           its plans keep `policies.checks`, on every view, and are empty only if nothing can run
+    legal           its plans keep the checks of its kind, on every view; a batch is empty only if nothing can run
     repeatable      the same view, or an equal copy of it, gives the same plan
-    order-free      the order in which a view lists its requests means nothing
+    order-free      the order in which a view lists its requests or instances means nothing
     identity-free   ids break ties and mean nothing else
     pure            the view is left as it was
     clockless       no clock, no chance, no imports that could bring them
     hash-free       hash randomisation changes nothing
-    live            driving the real scheduler, every request is served within a bounded number of steps
+    live            a batch policy that drives the real scheduler serves every request in a bounded number of steps
 
-A view that breaks a law is drawn again by its number: `drawn_view(number)`.
+What a kind of policy may meet is in `policy_kinds`. A view that breaks a law is drawn again by its number:
+`KINDS["batch"].drawn_view(number)`.
 """
 
 from __future__ import annotations
@@ -31,26 +32,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
+from typing import Any, ClassVar, Protocol
 
-from xllm_lab.drawn_views import STEP_TIME, DrawnView, drawn_scene, drawn_view
-from xllm_lab.errors import PolicyError
+from xllm_lab.drawn_views import STEP_TIME, drawn_scene
+from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import (
-    BatchPlan,
-    BatchPolicy,
-    BatchView,
-    ByAdmission,
-    ByArrival,
-    RequestId,
-    admission_key,
-    arrival_key,
-    blocks_to_take,
-    by_admission,
-)
+from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, values_of
-from xllm_lab.policies.checks import batch_violations
+from xllm_lab.policy_kinds import KINDS, Kind
 from xllm_lab.records import Records
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
@@ -83,104 +73,106 @@ PURE_PACKAGES = ("xllm_lab.policies", "xllm_lab.errors")
 _CLOCKS = tuple(c + unit for c in ("time", "monotonic", "perf_counter", "process_time") for unit in ("", "_ns"))
 _DICE = ("random", "randint", "randrange", "uniform", "choice", "choices", "shuffle", "sample", "getrandbits")
 
-# What a plan says, packing order included: two plans are equal only if these are.
-_Answer = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
+
+class Policy(Protocol):
+    """A policy of any kind."""
+
+    decides: ClassVar[str]
+
+    def decide(self, view: Any) -> Any: ...
 
 
-def check_policy(policy: BatchPolicy, *, num_views: int = NUM_VIEWS) -> list[str]:
-    """Every law that the policy breaks, one sentence for each; none if it obeys them all."""
+def check_policy(policy: Policy, *, num_views: int = NUM_VIEWS) -> list[str]:
+    """Every law that the policy breaks, one sentence for each; none if it obeys them all.
+
+    Raises:
+        ConfigError: it decides something that nobody here knows.
+    """
     if broken := legal(policy, num_views):
         return broken  # the others would only say so again
     laws = (repeatable, order_free, identity_free, pure, clockless)
-    return [sentence for law in laws for sentence in law(policy, num_views)] + hash_free(policy) + live(policy)
+    found = [sentence for law in laws for sentence in law(policy, num_views)] + hash_free(policy)
+    return found + (live(policy) if policy.decides == "batch" else [])
 
 
-def legal(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
-    """Plans that the host would refuse, and idling while a request could run."""
+def legal(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Plans that the host would refuse, and for a batch policy idling while a request could run."""
+    kind = _kind(policy)
 
-    def broken(view: DrawnView) -> str | None:
+    def broken(view: Any) -> str | None:
         try:
             plan = policy.decide(view)
         except Exception as error:  # whatever an author's code may raise
             return f"raises {error!r}"
-        if sentences := batch_violations(view, plan):
-            return "; ".join(sentences)
-        could_run = [r.id for r in (*view.running, *view.waiting) if blocks_to_take(view, r, 1) <= view.num_free_blocks]
-        if could_run and plan.is_empty and not plan.preempt:
-            return f"plans nothing while requests {could_run} could run"
-        return None
+        return "; ".join(kind.violations(view, plan)) or None
 
-    return _first_broken("legal", broken, num_views)
+    return _first_broken("legal", policy, broken, num_views)
 
 
-def repeatable(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+def repeatable(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     """Memory between decisions, and decisions that depend on where objects lie."""
+    kind = _kind(policy)
 
-    def broken(view: DrawnView) -> str | None:
-        plans = {_answer(v, policy.decide(v)) for v in (view, view, copy.deepcopy(view), drawn_view(view.number))}
+    def broken(view: Any) -> str | None:
+        same = (view, view, copy.deepcopy(view), kind.drawn_view(view.number))
+        plans = {kind.answer(v, policy.decide(v)) for v in same}
         return f"answers the same view with {len(plans)} plans" if len(plans) > 1 else None
 
-    return _first_broken("repeatable", broken, num_views)
+    return _first_broken("repeatable", policy, broken, num_views)
 
 
-def order_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
-    """Orderings that leave equal requests in the order of the view, for want of an id at the end of the key."""
+def order_free(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Orderings that leave equals in the order of the view, for want of an id at the end of the key."""
+    kind = _kind(policy)
 
-    def broken(view: DrawnView) -> str | None:
-        shuffled = replace(view, running=view.running[::-1], waiting=view.waiting[::-1])
-        random.Random(view.number).shuffle(shuffled.waiting)
-        by_host = replace(
-            view,
-            running=ByAdmission(sorted(view.running, key=admission_key)),
-            waiting=ByArrival(sorted(view.waiting, key=arrival_key)),
-        )
-        plans = {_answer(v, policy.decide(v)) for v in (view, shuffled, by_host)}
-        return "plans otherwise when the view lists its requests otherwise" if len(plans) > 1 else None
+    def broken(view: Any) -> str | None:
+        plans = {kind.answer(v, policy.decide(v)) for v in (view, *kind.relisted(view))}
+        return "plans otherwise when the view is listed otherwise" if len(plans) > 1 else None
 
-    return _first_broken("order-free", broken, num_views)
+    return _first_broken("order-free", policy, broken, num_views)
 
 
-def identity_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+def identity_free(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     """Ids that are read for more than their order."""
+    kind = _kind(policy)
 
-    def renamed(request_id: int) -> RequestId:
-        return RequestId(1_000_003 * request_id + 17)
+    def other_id(some_id: int) -> int:
+        return 1_000_003 * some_id + 17
 
-    def broken(view: DrawnView) -> str | None:
+    def broken(view: Any) -> str | None:
         other = copy.deepcopy(view)
-        for request in (*other.running, *other.waiting):
-            request.id = renamed(request.id)
-        tokens, preempt = _answer(view, policy.decide(view))
-        expected = (tuple((renamed(i), n) for i, n in tokens), tuple(map(renamed, preempt)))
-        same = _answer(other, policy.decide(other)) == expected
+        kind.rename(other, other_id)
+        expected = kind.renamed(kind.answer(view, policy.decide(view)), other_id)
+        same = kind.answer(other, policy.decide(other)) == expected
         return None if same else "plans otherwise when the ids are others in the same order"
 
-    return _first_broken("identity-free", broken, num_views)
+    return _first_broken("identity-free", policy, broken, num_views)
 
 
-def pure(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+def pure(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     """Writing to what was shown."""
 
-    def broken(view: DrawnView) -> str | None:
+    def broken(view: Any) -> str | None:
         before = asdict(view)
         policy.decide(view)
         changed = [name for name, value in asdict(view).items() if value != before[name]]
         return f"writes to the view: {', '.join(changed)}" if changed else None
 
-    return _first_broken("pure", broken, num_views)
+    return _first_broken("pure", policy, broken, num_views)
 
 
-def clockless(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+def clockless(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     """Imports outside `PURE_MODULES` in the policy's module, and clocks read or numbers drawn while it decides."""
+    kind = _kind(policy)
     found = [f"imports {name}, which a decision has no use for" for name in _impure_imports(type(policy))]
     with _watching() as calls:
         for number in range(num_views):
-            policy.decide(drawn_view(number))
+            policy.decide(kind.drawn_view(number))
     found += [f"calls {name}" for name in sorted(set(calls))]
     return [f"clockless: {type(policy).__qualname__} {sentence}" for sentence in found]
 
 
-def hash_free(policy: BatchPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+def hash_free(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
     """Sets and dicts whose order reaches the plan: decided in two processes that hash strings differently."""
     cls = type(policy)
     name = f"{cls.__module__}:{cls.__qualname__}"
@@ -213,17 +205,18 @@ def live(policy: BatchPolicy, num_workloads: int = NUM_WORKLOADS) -> list[str]:
     return []
 
 
-def _first_broken(law: str, broken: Callable[[DrawnView], str | None], num_views: int) -> list[str]:
+def _kind(policy: Policy) -> Kind:
+    if policy.decides not in KINDS:
+        raise ConfigError(f"{type(policy).__qualname__} decides {policy.decides!r}, accepted: {', '.join(KINDS)}")
+    return KINDS[policy.decides]
+
+
+def _first_broken(law: str, policy: Policy, broken: Callable[[Any], str | None], num_views: int) -> list[str]:
     """One sentence is enough to mend a policy; the same flaw usually shows in half of all views."""
     for number in range(num_views):
-        if (sentence := broken(drawn_view(number))) is not None:
+        if (sentence := broken(_kind(policy).drawn_view(number))) is not None:
             return [f"{law}: view {number}: {sentence}"]
     return []
-
-
-def _answer(view: BatchView, plan: BatchPlan) -> _Answer:
-    decodes = ((r.id, 1) for r in by_admission(view.decoding)) if plan.decode_all else ()
-    return (*decodes, *plan.tokens.items()), plan.preempt
 
 
 def _impure_imports(cls: type[Any]) -> list[str]:
@@ -282,15 +275,16 @@ def _num_steps(policy: BatchPolicy, config: InstanceConfig, workload: Workload, 
     return steps
 
 
-def _plans_of(name: str, values: str, num_views: str) -> list[_Answer]:
+def _answers_of(name: str, values: str, num_views: str) -> list[Any]:
     module, _, qualname = name.partition(":")
     cls: Any = importlib.import_module(module)
     for part in qualname.split("."):
         cls = getattr(cls, part)
     policy = configured(cls, json.loads(values))
-    views = map(drawn_view, range(int(num_views)))
-    return [_answer(view, policy.decide(view)) for view in views]
+    kind = _kind(policy)
+    views = map(kind.drawn_view, range(int(num_views)))
+    return [kind.answer(view, policy.decide(view)) for view in views]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{_plans_of(*sys.argv[1:])}\n")
+    sys.stdout.write(f"{_answers_of(*sys.argv[1:])}\n")

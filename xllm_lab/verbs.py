@@ -232,9 +232,9 @@ def report(
     )
 
 
-def catalogue() -> dict[str, dict[str, Any]]:
-    """Every batch policy with its first docstring line, and its knobs with default and range, as found."""
-    from xllm_lab.policies.catalog import knobs
+def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
+    """By what they decide: every policy with its first docstring line, and its knobs with default and range."""
+    from xllm_lab.policies.catalog import decisions, knobs
 
     def told(cls: type[Any], name: str, note: Knob | Choice) -> str:
         default = getattr(cls(), name)
@@ -243,11 +243,14 @@ def catalogue() -> dict[str, dict[str, Any]]:
         return f"{default}; {note.low:g} to {note.high:g}{', log scale' if note.log else ''}"
 
     return {
-        name: {
-            "what": (cls.__doc__ or "").strip().splitlines()[0],
-            "knobs": {knob: told(cls, knob, note) for knob, note in knobs(cls).items()},
+        decides: {
+            name: {
+                "what": (cls.__doc__ or "").strip().splitlines()[0],
+                "knobs": {knob: told(cls, knob, note) for knob, note in knobs(cls).items()},
+            }
+            for name, cls in policies(decides).items()
         }
-        for name, cls in policies("batch").items()
+        for decides in decisions()
     }
 
 

@@ -12,32 +12,42 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.policies import clock_sins, sins
+from tests.policies import clock_sins, fleet_sins, sins
 from xllm_lab import contract
-from xllm_lab.contract import check_policy
+from xllm_lab.contract import Policy, check_policy
+from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_route_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
-from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, Choice, Knob, ceil_div, num_missing_tokens
+from xllm_lab.errors import ConfigError
+from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, ceil_div, num_missing_tokens
 from xllm_lab.policies.batch.fcfs import Fcfs
-from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
+from xllm_lab.policies.catalog import decisions, knobs, make_batch_policy, make_policy, policies
+from xllm_lab.policy_kinds import KINDS
 
-NAMES = tuple(policies("batch"))
+NAMES = [(decides, name) for decides in decisions() for name in policies(decides)]
 IN_PROCESS = (contract.legal, contract.repeatable, contract.order_free, contract.identity_free, contract.pure)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_catalogued_policy_keeps_the_contract(name: str) -> None:
+def test_every_decision_has_its_laws() -> None:
+    """Whatever is in the catalog can be checked, and nothing is checked that nobody decides."""
+    assert tuple(sorted(KINDS)) == decisions()
+
+
+@pytest.mark.parametrize(("decides", "name"), NAMES)
+def test_every_catalogued_policy_keeps_the_contract(decides: str, name: str) -> None:
     """With the values of its knobs that it comes with."""
-    assert check_policy(make_batch_policy(name), num_views=100) == []
+    assert check_policy(make_policy(decides, name), num_views=100) == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("decides", "name"), NAMES)
 @pytest.mark.parametrize("seed", range(3))
-def test_every_catalogued_policy_keeps_it_with_any_values(name: str, seed: int) -> None:
+def test_every_catalogued_policy_keeps_it_with_any_values(decides: str, name: str, seed: int) -> None:
     """A tuner will try them all."""
     rng = random.Random(f"{name} {seed}")
-    policy = make_batch_policy(name, {k: drawn(rng, knob) for k, knob in knobs(policies("batch")[name]).items()})
+    values = {k: drawn(rng, knob) for k, knob in knobs(policies(decides)[name]).items()}
+    policy = make_policy(decides, name, values)
     assert [s for law in IN_PROCESS for s in law(policy, 60)] == []
-    assert contract.live(policy, 10) == []
+    if decides == "batch":
+        assert contract.live(policy, 10) == []
 
 
 @pytest.mark.parametrize("name", ["decode-first", "prefill-first"])
@@ -49,17 +59,32 @@ def test_time_budgets_keep_the_contract(name: str, budget_us: int) -> None:
     assert contract.live(policy, 10) == []
 
 
-SINS: dict[str, tuple[BatchPolicy, ...]] = {
-    "legal": (sins.OverBudget(), sins.Idler(), sins.RunsIntoErrors()),
-    "repeatable": (sins.Remembers(), sins.SetOfObjects()),
-    "order-free": (sins.NoTieBreak(),),
-    "identity-free": (sins.EvenIdsFirst(),),
-    "pure": (sins.SortsTheView(), sins.MarksRequests()),
-    "clockless": (clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
-    "hash-free": (sins.SetOfNames(),),
+SINS: dict[str, tuple[Policy, ...]] = {
+    "legal": (
+        *(sins.OverBudget(), sins.Idler(), sins.RunsIntoErrors()),
+        *(fleet_sins.CountsFromNought(), fleet_sins.DividesByQueues(), fleet_sins.Shrugs()),
+    ),
+    "repeatable": (
+        *(sins.Remembers(), sins.SetOfObjects()),
+        *(fleet_sins.Remembers(), fleet_sins.SetOfObjects(), fleet_sins.EverySecond()),
+    ),
+    "order-free": (sins.NoTieBreak(), fleet_sins.NoTieBreak()),
+    "identity-free": (
+        sins.EvenIdsFirst(),
+        *(fleet_sins.IdsByRemainder(), fleet_sins.RequestsByRemainder(), fleet_sins.EvenIds()),
+    ),
+    "pure": (
+        *(sins.SortsTheView(), sins.MarksRequests()),
+        *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
+    ),
+    "clockless": (
+        *(clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
+        *(clock_sins.RoutesByDice(), clock_sins.FailsOverByTheClock()),
+    ),
+    "hash-free": (sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
     "live": (sins.Thrashes(), sins.Starves()),
 }
-LAWS: dict[str, Callable[[BatchPolicy], list[str]]] = {
+LAWS: dict[str, Callable[[Any], list[str]]] = {
     "legal": contract.legal,
     "repeatable": contract.repeatable,
     "order-free": contract.order_free,
@@ -72,17 +97,38 @@ LAWS: dict[str, Callable[[BatchPolicy], list[str]]] = {
 
 
 @pytest.mark.parametrize(("law", "sin"), [(law, sin) for law, planted in SINS.items() for sin in planted])
-def test_a_planted_sin_is_caught_by_its_law(law: str, sin: BatchPolicy) -> None:
+def test_a_planted_sin_is_caught_by_its_law(law: str, sin: Policy) -> None:
     """And the sentence begins with the law's name."""
     sentences = LAWS[law](sin)
     assert sentences
     assert all(s.startswith(f"{law}: ") for s in sentences)
 
 
-@pytest.mark.parametrize("sin", [sins.OverBudget(), sins.EvenIdsFirst(), clock_sins.ThrowsDice(), sins.Starves()])
-def test_the_whole_check_tells_of_the_sin(sin: BatchPolicy) -> None:
+@pytest.mark.parametrize(
+    "sin",
+    [
+        *(sins.OverBudget(), sins.EvenIdsFirst(), clock_sins.ThrowsDice(), sins.Starves()),
+        *(fleet_sins.CountsFromNought(), fleet_sins.NoTieBreak(), clock_sins.RoutesByDice(), fleet_sins.EvenIds()),
+    ],
+)
+def test_the_whole_check_tells_of_the_sin(sin: Policy) -> None:
     """Whichever law it breaks."""
     assert check_policy(sin, num_views=60)
+
+
+def test_a_decision_that_nobody_knows_is_refused() -> None:
+    """With what is known."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Seer:
+        decides: ClassVar[str] = "weather"
+
+        def decide(self, view: Any) -> Any:
+            return view
+
+    with pytest.raises(ConfigError) as refused:
+        check_policy(Seer())
+    assert str(refused.value).endswith("Seer decides 'weather', accepted: batch, failover, route")
 
 
 @pytest.mark.parametrize("watched", ["time.monotonic_ns", "random.random"])
@@ -147,6 +193,38 @@ def test_drawn_views_are_unkind() -> None:
     assert some(lambda v: any(0 < r.num_idle_blocks < r.num_blocks for r in v.waiting))
     assert some(lambda v: any(r.num_private_blocks < r.num_blocks for r in v.running))
     assert any(not v.running and not v.waiting for v in views)
+
+
+def test_drawn_fleets_are_what_a_router_could_show() -> None:
+    """Ids are unique, matches are whole blocks of the prompt, and heartbeats are of the past."""
+    for number in range(500):
+        view = drawn_route_view(number)
+        assert len({i.id for i in view.instances}) == len(view.instances) >= 1
+        for instance in view.instances:
+            assert instance.num_matched_tokens % view.block_size == 0
+            assert 0 <= instance.num_matched_tokens <= view.request.num_prompt_tokens
+            assert instance.num_running <= instance.max_seqs_per_batch
+            assert instance.as_of_us <= view.now_us
+            assert instance.num_outstanding_tokens >= instance.num_running + instance.num_waiting
+
+
+def test_drawn_fleets_are_unkind() -> None:
+    """Fleets of one, equal loads and matches, prompts cached whole or too short for a block, full pools, no way out."""
+    views = [drawn_route_view(number) for number in range(contract.NUM_VIEWS)]
+
+    def some(told: Callable[[DrawnRouteView], bool]) -> bool:
+        return sum(map(told, views)) >= 10
+
+    assert some(lambda v: len(v.instances) == 1)
+    assert some(lambda v: len({i.num_running + i.num_waiting for i in v.instances}) < len(v.instances))
+    assert some(lambda v: sum(i.num_matched_tokens == v.request.num_prompt_tokens for i in v.instances) > 1)
+    assert some(lambda v: all(i.num_matched_tokens == 0 for i in v.instances))
+    assert some(lambda v: v.request.num_prompt_tokens < v.block_size)
+    assert some(lambda v: all(i.num_waiting == 0 for i in v.instances))
+    assert some(lambda v: any(i.kv_used_frac == 1 for i in v.instances))
+    failures = [drawn_failover_view(number) for number in range(contract.NUM_VIEWS)]
+    assert {0, 1} < {v.num_up_instances for v in failures}
+    assert {0, 1} < {v.request.num_failovers for v in failures}
 
 
 def drawn(rng: random.Random, knob: Knob | Choice) -> Any:

@@ -215,9 +215,11 @@ def _report(o: argparse.Namespace) -> int:
 def _policies(o: argparse.Namespace) -> int:
     found = verbs.catalogue()
     lines = []
-    for name, entry in found.items():
-        lines.append(f"{name}: {entry['what']}")
-        lines += [f"    {knob:<24}{note}" for knob, note in entry["knobs"].items()]
+    for decides, entries in found.items():
+        lines.append(f"{decides} policies")
+        for name, entry in entries.items():
+            lines.append(f"  {name}: {entry['what']}")
+            lines += [f"      {knob:<24}{note}" for knob, note in entry["knobs"].items()]
     return _print(o, found, "\n".join(lines))
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import xllm_lab.policies as package
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPolicy, Choice, Flag, Knob
+from xllm_lab.policies.failover import FailoverPolicy
+from xllm_lab.policies.routing import RoutePolicy
 
 ENTRY_POINT_GROUP = "xllm_lab.policies"
 
@@ -32,18 +34,40 @@ def policies(decides: str = "batch") -> dict[str, type[Any]]:
     return dict(sorted(found.items()))
 
 
+def decisions() -> tuple[str, ...]:
+    """Every kind of decision that some policy makes, in order of name."""
+    return tuple(sorted({c.decides for c in _classes()}))
+
+
 def policy_name(policy: type[Any] | object) -> str:
     """`DecodeFirst` -> `decode-first`."""
     cls = policy if isinstance(policy, type) else type(policy)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
 
-def make_batch_policy(name: str, values: Mapping[str, Any] | None = None) -> BatchPolicy:
-    """Build a batch policy; ConfigError names an unknown policy or knob and what is accepted."""
-    known = policies("batch")
+def make_policy(decides: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
+    """Build a policy for one decision; ConfigError names an unknown policy or knob and what is accepted."""
+    known = policies(decides)
     if name not in known:
-        raise ConfigError(f"unknown batch policy {name!r}; accepted: {', '.join(known)}")
-    policy: BatchPolicy = configured(known[name], values or {})
+        raise ConfigError(f"unknown {decides} policy {name!r}; accepted: {', '.join(known)}")
+    return configured(known[name], values or {})
+
+
+def make_batch_policy(name: str, values: Mapping[str, Any] | None = None) -> BatchPolicy:
+    """`make_policy` for batches."""
+    policy: BatchPolicy = make_policy("batch", name, values)
+    return policy
+
+
+def make_route_policy(name: str, values: Mapping[str, Any] | None = None) -> RoutePolicy:
+    """`make_policy` for routing."""
+    policy: RoutePolicy = make_policy("route", name, values)
+    return policy
+
+
+def make_failover_policy(name: str, values: Mapping[str, Any] | None = None) -> FailoverPolicy:
+    """`make_policy` for failover."""
+    policy: FailoverPolicy = make_policy("failover", name, values)
     return policy
 
 

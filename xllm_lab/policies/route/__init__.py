@@ -1,0 +1,1 @@
+"""Which instance of a fleet takes a request. One file a policy; the interface is `policies.routing`."""

@@ -1,0 +1,156 @@
+"""What the laws of `contract` need to know of a kind of policy: what it may meet, what it must obey, what it says.
+
+A new kind of decision is a new entry of `KINDS`; the laws themselves stay as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_failover_view, drawn_route_view
+from xllm_lab.drawn_views import DrawnView, drawn_view
+from xllm_lab.policies.api import (
+    BatchPlan,
+    ByAdmission,
+    ByArrival,
+    admission_key,
+    arrival_key,
+    blocks_to_take,
+    by_admission,
+)
+from xllm_lab.policies.checks import batch_violations
+from xllm_lab.policies.failover import FailoverPlan
+from xllm_lab.policies.fleet_checks import failover_violations, route_violations
+from xllm_lab.policies.routing import ById, RoutePlan
+
+# Other ids in the same order.
+Rename = Callable[[int], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One kind of decision.
+
+    Attributes:
+        drawn_view: the view of a number, always the same one, in new objects.
+        violations: what is wrong with a plan, one sentence each.
+        answer: what a plan says of a view, as a value: two plans are equal only if these are.
+        relisted: the same view with its sequences in other orders, and marked as hosts mark them.
+        rename: gives everyone in a view another id.
+        renamed: the answer expected then.
+    """
+
+    drawn_view: Callable[[int], Any]
+    violations: Callable[[Any, Any], list[str]]
+    answer: Callable[[Any, Any], Any]
+    relisted: Callable[[Any], list[Any]]
+    rename: Callable[[Any, Rename], None]
+    renamed: Callable[[Any, Rename], Any]
+
+
+# The packing order is part of the answer.
+_BatchAnswer = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
+
+
+def _batch_violations(view: DrawnView, plan: BatchPlan) -> list[str]:
+    """And idling while a request could run."""
+    if broken := batch_violations(view, plan):
+        return broken
+    could_run = [r.id for r in (*view.running, *view.waiting) if blocks_to_take(view, r, 1) <= view.num_free_blocks]
+    if could_run and plan.is_empty and not plan.preempt:
+        return [f"plans nothing while requests {could_run} could run"]
+    return []
+
+
+def _batch_answer(view: DrawnView, plan: BatchPlan) -> _BatchAnswer:
+    decodes = ((r.id, 1) for r in by_admission(view.decoding)) if plan.decode_all else ()
+    return (*decodes, *plan.tokens.items()), plan.preempt
+
+
+def _relisted_batch(view: DrawnView) -> list[DrawnView]:
+    shuffled = replace(view, running=view.running[::-1], waiting=view.waiting[::-1])
+    random.Random(view.number).shuffle(shuffled.waiting)
+    by_host = replace(
+        view,
+        running=ByAdmission(sorted(view.running, key=admission_key)),
+        waiting=ByArrival(sorted(view.waiting, key=arrival_key)),
+    )
+    return [shuffled, by_host]
+
+
+def _rename_batch(view: DrawnView, rename: Rename) -> None:
+    for request in (*view.running, *view.waiting):
+        request.id = rename(request.id)
+
+
+def _renamed_batch(answer: _BatchAnswer, rename: Rename) -> _BatchAnswer:
+    tokens, preempt = answer
+    return tuple((rename(i), n) for i, n in tokens), tuple(map(rename, preempt))
+
+
+def _route_answer(view: DrawnRouteView, plan: RoutePlan) -> int:
+    return plan.instance
+
+
+def _relisted_route(view: DrawnRouteView) -> list[DrawnRouteView]:
+    shuffled = replace(view, instances=view.instances[::-1])
+    by_host = replace(view, instances=ById(sorted(view.instances, key=lambda i: i.id)))
+    return [shuffled, by_host]
+
+
+def _rename_route(view: DrawnRouteView, rename: Rename) -> None:
+    view.request.id = rename(view.request.id)
+    for instance in view.instances:
+        instance.id = rename(instance.id)
+
+
+def _renamed_route(answer: int, rename: Rename) -> int:
+    name: int = rename(answer)
+    return name
+
+
+def _failover_answer(view: DrawnFailoverView, plan: FailoverPlan) -> str:
+    return plan.action
+
+
+def _relisted_failover(view: DrawnFailoverView) -> list[DrawnFailoverView]:
+    return []  # it lists nothing
+
+
+def _rename_failover(view: DrawnFailoverView, rename: Rename) -> None:
+    view.request.id = rename(view.request.id)
+
+
+def _renamed_failover(answer: str, rename: Rename) -> str:
+    return answer
+
+
+KINDS = {
+    "batch": Kind(
+        drawn_view=drawn_view,
+        violations=_batch_violations,
+        answer=_batch_answer,
+        relisted=_relisted_batch,
+        rename=_rename_batch,
+        renamed=_renamed_batch,
+    ),
+    "failover": Kind(
+        drawn_view=drawn_failover_view,
+        violations=failover_violations,
+        answer=_failover_answer,
+        relisted=_relisted_failover,
+        rename=_rename_failover,
+        renamed=_renamed_failover,
+    ),
+    "route": Kind(
+        drawn_view=drawn_route_view,
+        violations=route_violations,
+        answer=_route_answer,
+        relisted=_relisted_route,
+        rename=_rename_route,
+        renamed=_renamed_route,
+    ),
+}

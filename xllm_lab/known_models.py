@@ -1,6 +1,7 @@
 """Shapes of well-known models: the fields of their published `config.json` that decide cost.
 
-Source: the `config.json` of each model's own repository on huggingface.co, under the name in `_name_or_path`, as of 2026-08. Facts only; for any other model give its `config.json` to `model_spec.read_model_spec`.
+Source: `config.json` in each model's own repository on huggingface.co, named in `_name_or_path`, as of 2026-08. Facts
+only; for any other model give its `config.json` to `model_spec.read_model_spec`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from typing import Any
 
 from xllm_lab.errors import ModelError
 from xllm_lab.model_spec import ModelSpec, model_spec
-
 
 # Hidden size, layers, heads, key-value heads, feed-forward size.
 _Shape = tuple[int, int, int, int, int]

@@ -16,6 +16,36 @@ from xllm_lab.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
+class Precision:
+    """How numbers are stored and multiplied.
+
+    Attributes:
+        weight_bytes: of a number of a quantised matrix; the others take 2.
+        matrix_dtype: format in which quantised matrices are multiplied; the others in bf16.
+        kv_bytes: of a number in KV.
+    """
+
+    weight_bytes: float = 2.0
+    matrix_dtype: str = "bf16"
+    kv_bytes: float = 2.0
+
+    @property
+    def activation_bytes(self) -> float:
+        """Of a number that enters a quantised matrix."""
+        return 1.0 if self.matrix_dtype in ("int8", "fp8") else 2.0
+
+
+# As engines name them: weights, then activations.
+PRECISIONS = {
+    "bf16": Precision(),
+    "w8a8": Precision(weight_bytes=1.0, matrix_dtype="int8"),
+    "w4a8": Precision(weight_bytes=0.5, matrix_dtype="int8"),
+    "w4a16": Precision(weight_bytes=0.5),
+    "fp8": Precision(weight_bytes=1.0, matrix_dtype="fp8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Matmul:
     """A weight matrix of shape [inputs, outputs], once in each of `count` layers.
 
@@ -156,6 +186,13 @@ class ModelSpec:
         """Parameters that one token meets, embedding and head included."""
         e = self.experts
         return self._resident_params + (e.params_per_expert * e.num_per_token * e.num_layers if e else 0)
+
+    def weight_bytes(self, precision: Precision = PRECISIONS["bf16"]) -> float:
+        """All weights, as stored."""
+        quantized = sum(m.num_params for m in self.matmuls if m.is_quantized)
+        e = self.experts
+        quantized += e.params_per_expert * e.num_experts * e.num_layers if e else 0
+        return quantized * precision.weight_bytes + (self.num_params - quantized) * 2.0
 
     def kv_bytes_per_token(self, kv_bytes: float = 2) -> float:
         """KV of one token in all layers, at `kv_bytes` a number; before any division over devices."""

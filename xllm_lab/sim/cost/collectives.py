@@ -1,7 +1,8 @@
 """How long devices take to exchange data: a kernel's time and a latency each round, and bytes over a link's bandwidth.
 
-A round ends when every device has what it waits for, which costs as much as starting a kernel. The counts are those of algorithms that are optimal in bandwidth on a full mesh: every device sends to every other at
-once. (Thakur, Rabenseifner and Gropp, Optimization of Collective Communication Operations in MPICH, 2005.)
+A round ends when every device has what it waits for, which costs as much as starting a kernel. The counts are those of
+algorithms that are optimal in bandwidth on a full mesh: every device sends to every other at once. (Thakur,
+Rabenseifner and Gropp, Optimization of Collective Communication Operations in MPICH, 2005.)
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ HOST = HostOverhead(step_us=2000.0)
 _GRAPHS = vllm_graph_buckets(256)
 _BLOCK_SIZE = 128  # the only one of vLLM-Ascend's kernels
 _MTP_ACCEPTANCE_FRAC = 0.7  # CloudMatrix384, arXiv 2506.12708
-_REQUESTS_PER_CLIENT = 4
+_REQUESTS_PER_CLIENT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,47 +43,84 @@ class Point:
     Attributes:
         predicted: `None` if it cannot be modelled; `note` says why.
         is_fitted: the figure helped to fit the constants, so its error is a residual and no prediction's.
+        note: what the reader of this row must know.
+        assumed: what the source of the table does not say.
     """
 
     table: str
     what: str
     published: float
     predicted: float | None
+    source: str
     is_fitted: bool = False
     note: str = ""
+    assumed: str = ""
 
     @property
     def error_frac(self) -> float | None:
         return None if self.predicted is None else self.predicted / self.published - 1.0
 
 
-def validate_npu() -> list[Point]:
-    """Every published figure beside ours, table by table. Deterministic; takes under a minute."""
-    return [
-        point for name, of_row in _TABLES.items() for row in points(name).rows for point in of_row(row, points(name))
-    ]
+@dataclass(frozen=True, slots=True)
+class NpuValidation:
+    """All points, table by table."""
+
+    points: tuple[Point, ...]
+
+    @property
+    def tables(self) -> dict[str, tuple[Point, ...]]:
+        """The points of each table, in order."""
+        names = dict.fromkeys(point.table for point in self.points)
+        return {name: tuple(point for point in self.points if point.table == name) for name in names}
+
+    def mean_error_frac(self, table: str, *, is_fitted: bool) -> float | None:
+        """Mean of |error| over the rows of a table that were fitted to, or that were not; `None` without any."""
+        points = self.tables[table]
+        errors = [abs(p.error_frac) for p in points if p.error_frac is not None and p.is_fitted == is_fitted]
+        return sum(errors) / len(errors) if errors else None
 
 
-def mean_errors(found: list[Point]) -> dict[str, float]:
-    """Mean of |error| of each table, over the rows that can be modelled."""
-    tables: dict[str, list[float]] = {}
-    for point in found:
-        if point.error_frac is not None:
-            tables.setdefault(point.table, []).append(abs(point.error_frac))
-    return {table: sum(errors) / len(errors) for table, errors in tables.items()}
+def validate_npu() -> NpuValidation:
+    """Every published figure beside ours. Deterministic; takes under a minute."""
+    found = (of_row(row, points(name)) for name, of_row in _TABLES.items() for row in points(name).rows)
+    return NpuValidation(tuple(point for some in found for point in some))
 
 
 _Row = Mapping[str, Any]
 
 
+def _point(
+    row: _Row,
+    table: Points,
+    *,
+    name: str,
+    what: str,
+    published: float,
+    predicted: float | None,
+    is_fitted: bool = False,
+) -> Point:
+    note = f"not modelled: {row['not_modelled']}" if "not_modelled" in row else row.get("assumed", "")
+    return Point(
+        table=name,
+        what=what,
+        published=published,
+        predicted=predicted,
+        source=row["source"],
+        is_fitted=is_fitted,
+        note=note,
+        assumed=table.assumed,
+    )
+
+
 def _collective(row: _Row, table: Points) -> Iterator[Point]:
-    yield Point(
-        table="HCCL on an A3 node, us",
+    yield _point(
+        row,
+        table,
+        name="HCCL on an A3 node, us",
         what=f"{row['op']} of {row['devices']}, {_size(row['num_bytes'])}",
         published=row["us"],
         predicted=collective_us(hardware(FITTED_DEVICE), row["op"], row["devices"], row["num_bytes"]),
         is_fitted=table.is_fitted,
-        note=f"alone {row['alone_us']:g}",
     )
 
 
@@ -97,12 +134,14 @@ def _step(row: _Row, table: Points) -> Iterator[Point]:
         "step_ms": compute + communication + free,
     }
     for key, predicted in ours.items():
-        yield Point(
-            table="Qwen3-32B bf16 TP16 step, ms",
+        yield _point(
+            row,
+            table,
+            name="Qwen3-32B bf16 TP16 step, ms",
             what=f"{key.removesuffix('_ms')}, {row['clients']} clients",
             published=row[key],
             predicted=predicted,
-            is_fitted=table.is_fitted and key in ("compute_ms", "communication_ms"),
+            is_fitted=table.is_fitted and key != "free_ms",
         )
 
 
@@ -111,23 +150,25 @@ def _nightly(row: _Row, table: Points) -> Iterator[Point]:
     if "not_modelled" not in row:
         cost = _cost(row, drafts=_drafts(row.get("mtp", False)))
         per_s = output_throughput_per_s(_serve(row, cost, 3584, 1536)) * row.get("data", 1)
-    yield Point(
-        table="vllm-ascend nightly, output tokens/s",
+    yield _point(
+        row,
+        table,
+        name="vllm-ascend nightly, output tokens/s",
         what=_layout(row),
         published=row["per_s"],
         predicted=per_s,
-        note=_note(row, table),
     )
 
 
 def _prefix(row: _Row, table: Points) -> Iterator[Point]:
     records = _serve(row, _cost(row), 3584, 1, cached_frac=row["cached_frac"])
-    yield Point(
-        table="vllm-ascend nightly, prompts/s",
+    yield _point(
+        row,
+        table,
+        name="vllm-ascend nightly, prompts/s",
         what=f"{_layout(row)}, {row['cached_frac']:.0%} cached",
         published=row["per_s"],
         predicted=request_throughput_per_s(records) * row.get("data", 1),
-        note=_note(row, table),
     )
 
 
@@ -149,12 +190,13 @@ def _share(row: _Row, table: Points) -> Iterator[Point]:
     total_us = parts.compute_us + parts.communication_us + HOST.step_us
     ours = {"compute": parts.compute_us, "communication": parts.communication_us, "free": HOST.step_us}
     for key, us in ours.items():
-        yield Point(
-            table="DeepSeek-V3 w8a8 TP8 DP2 EP16, % of the time",
+        yield _point(
+            row,
+            table,
+            name="DeepSeek-V3 w8a8 TP8 DP2 EP16, % of the time",
             what=f"{row['stage']}, {row['clients']} clients, {key}",
             published=100 * row[f"{key}_ms"] / row["window_ms"],
             predicted=100 * us / total_us,
-            note=_note(row, table),
         )
 
 
@@ -163,12 +205,13 @@ def _iteration(row: _Row, table: Points) -> Iterator[Point]:
     if "not_modelled" not in row:
         cost = _cost({"precision": "w8a8", **row}, drafts=_drafts("acceptance_frac" in row, row.get("acceptance_frac")))
         predicted = cost.step(_iterated(row)).us / 1e3
-    yield Point(
-        table="steps of DeepSeek and others, ms",
+    yield _point(
+        row,
+        table,
+        name="steps of DeepSeek and others, ms",
         what=row["what"],
-        published=row.get("tpot_ms", row.get("step_ms")),
+        published=row["tpot_ms"] if "tpot_ms" in row else row["step_ms"],
         predicted=predicted,
-        note=_note(row, table),
     )
 
 
@@ -180,27 +223,29 @@ def _iterated(row: _Row) -> Batch:
 
 
 def _dispatch(row: _Row, table: Points) -> Iterator[Point]:
-    yield Point(
-        table="CloudMatrix384 dispatch and combine, us",
+    yield _point(
+        row,
+        table,
+        name="CloudMatrix384 dispatch and combine, us",
         what=f"{row['op']}, EP{row['devices']}, 128 tokens a die",
         published=row["us"],
         predicted=collectives(hardware(FITTED_DEVICE), row["devices"]).all_to_all_us(row["num_bytes"]),
-        note=_note(row, table),
     )
 
 
 def _mtp(row: _Row, table: Points) -> Iterator[Point]:
-    layout = {"model": "deepseek-r1", "precision": "w8a8", "tensor": 16, "clients": row["clients"]}
+    layout = {"model": "deepseek-r1", "precision": "w8a8", "tensor": 16, "clients": row["clients"], "is_eager": True}
     for key, is_on in (("tpot_ms", False), ("mtp_tpot_ms", True)):
         cost = _cost(layout, drafts=_drafts(is_on))
         records = _serve(layout, cost, 2500, 1500, policy="prefill-first", at_most=80)
         times = [tpot for request in records.requests if (tpot := tpot_us(request)) is not None]
-        yield Point(
-            table="DeepSeek-R1 TPOT with and without MTP, ms",
+        yield _point(
+            row,
+            table,
+            name="DeepSeek-R1 TPOT with and without MTP, ms",
             what=f"{'MTP' if is_on else 'base'}, {row['clients']} clients",
             published=row[key],
             predicted=sum(times) / len(times) / 1e3,
-            note=_note(row, table),
         )
 
 
@@ -277,13 +322,8 @@ def _serve(
 def _layout(row: _Row) -> str:
     groups = f"TP{row['tensor']}" + (f" DP{row['data']}" if "data" in row else "")
     mtp = " MTP" if row.get("mtp") else ""
-    return f"{row['model']} {row['precision']}{mtp} {groups} {row['device'].removeprefix('ascend-')}, {row['clients']} clients"
-
-
-def _note(row: _Row, table: Points) -> str:
-    if "not_modelled" in row:
-        return f"not modelled: {row['not_modelled']}"
-    return str(row.get("assumed", table.assumed))
+    device = row["device"].removeprefix("ascend-")
+    return f"{row['model']} {row['precision']}{mtp} {groups} {device}, {row['clients']} clients"
 
 
 def _size(num_bytes: int) -> str:

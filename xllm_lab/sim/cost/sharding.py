@@ -113,8 +113,8 @@ def kv_blocks_that_fit(
     block_bytes = sharding.kv_bytes_per_token(spec, precision) * block_size
     if usable - weights < block_bytes:
         raise ConfigError(
-            f"{spec.name} needs {weights / GIB:.1f} GiB of weights and {block_bytes / GIB:.3f} GiB for one KV block on "
-            f"each of {tensor_parallel * data_parallel} {device.name}: "
+            f"{spec.name} needs {weights / GIB:.1f} GiB of weights and {block_bytes / 2**20:.2f} MiB for one KV block "
+            f"on each of {tensor_parallel * data_parallel} {device.name}: "
             f"{(weights + block_bytes - usable) / GIB:.1f} GiB more than {memory_frac:.0%} of its memory; more devices "
             f"or fewer bytes a weight are accepted"
         )

@@ -53,6 +53,7 @@ def test_the_fit_is_a_minimum() -> None:
         assert squares(best[0], best[1] * change) > squares(*best)
 
 
+@pytest.mark.slow
 def test_only_the_hccl_and_the_step_table_are_fitted_to(found: NpuValidation) -> None:
     fitted = {point.table for point in found.points if point.is_fitted}
     assert fitted == {"HCCL on an A3 node, us", "Qwen3-32B bf16 TP16 step, ms"}
@@ -60,6 +61,7 @@ def test_only_the_hccl_and_the_step_table_are_fitted_to(found: NpuValidation) ->
     assert {name for name in tables if name != "sources" and points(name).is_fitted} == {"collectives", "steps"}
 
 
+@pytest.mark.slow
 def test_every_published_row_is_shown(found: NpuValidation) -> None:
     """A step row has four figures, a share row three, an MTP row two, the others one each."""
     tables = tomllib.loads(FILE.read_text(encoding="utf-8"))
@@ -81,6 +83,7 @@ def test_the_split_of_a_step_adds_up() -> None:
         assert row["compute_ms"] + row["communication_ms"] + row["free_ms"] == pytest.approx(row["step_ms"], abs=0.11)
 
 
+@pytest.mark.slow
 def test_published_orders_are_predicted(found: NpuValidation) -> None:
     """Whatever the errors: more clients make longer steps, MTP and cached prefixes help."""
 

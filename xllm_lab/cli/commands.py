@@ -248,7 +248,10 @@ def _demo(o: argparse.Namespace) -> int:
 def _validate_options(parser: argparse.ArgumentParser) -> None:
     against = parser.add_subparsers(required=True, dest="against", metavar="AGAINST")
     for name, (what, options, _) in VALIDATIONS.items():
-        options(against.add_parser(name, help=what, description=what))
+        sub = against.add_parser(name, help=what, description=what)
+        # As before the name; a default here would undo what was said there.
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON")
+        options(sub)
 
 
 def _validate(o: argparse.Namespace) -> int:

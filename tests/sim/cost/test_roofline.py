@@ -17,7 +17,7 @@ from xllm_lab.model_spec import PRECISIONS, Precision
 from xllm_lab.sim.cost import Batch
 from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets
 from xllm_lab.sim.cost.host import HostOverhead
-from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
+from xllm_lab.sim.cost.roofline import Ceilings, Operator, RooflineCost, roofline_cost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.cost.speculative import Drafts, draft_spec
 from xllm_lab.step_time import Chunk
@@ -83,6 +83,16 @@ def test_parts_make_the_step(cost: RooflineCost, batch: Batch) -> None:
     assert cost.step(batch).us == pytest.approx(whole)
     assert cost.step(batch).us > 0
     assert not cost.step(batch).is_extrapolated
+
+
+rates = st.floats(0, 1e3)
+operators = st.lists(st.builds(Operator, st.just("any"), rates, rates, rates), min_size=1, max_size=20)
+
+
+@given(operators, st.integers(1, 100_000))
+def test_each_operator_takes_the_longer_of_arithmetic_and_bytes(made: list[Operator], tokens: int) -> None:
+    one_by_one = sum(max(op.flops_us * tokens, op.weights_us + op.bytes_us * tokens) for op in made)
+    assert Ceilings(made).us(tokens) == pytest.approx(one_by_one)
 
 
 @given(costs(), decode_batches(), st.integers(1, 5000))

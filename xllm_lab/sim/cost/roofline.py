@@ -10,7 +10,9 @@ decodes is linear in their context; so a step costs a few additions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,8 @@ from xllm_lab.sim.cost.speculative import Drafts, Speculative, draft_spec
 # Bytes a vector operator moves per number of a token: of 2 bytes, so many times read or written.
 _NORM_BYTES = 2 * 4  # the residual and its update in, their sum and its norm out
 _ACTIVATION_BYTES = 2 * 3  # gate and up in, their product out
+# Vector operations per number: squared, summed, scaled, weighted; negated, exponentiated, added, divided, multiplied.
+_NORM_FLOPS, _ACTIVATION_FLOPS = 4, 5
 _SAMPLER_BYTES = 2 + 4 * 3  # a logit is read once as it comes, then as fp32: scaled, exponentiated, drawn from
 _MEMO_SIZE = 1 << 16
 
@@ -44,6 +48,30 @@ class Operator(NamedTuple):
     flops_us: float
     weights_us: float
     bytes_us: float
+
+
+class Ceilings:
+    """The sum over operators of the longer of arithmetic and bytes: convex and piecewise linear in the tokens.
+
+    Sorted by the number of tokens from which arithmetic decides, so that one look-up replaces the loop.
+    """
+
+    def __init__(self, operators: Sequence[Operator]) -> None:
+        def turn(op: Operator) -> float:
+            return op.weights_us / (op.flops_us - op.bytes_us) if op.flops_us > op.bytes_us else math.inf
+
+        ordered = sorted(operators, key=turn)
+        self._turns = [turn(op) for op in ordered]
+        self._lines = []
+        for k in range(len(ordered) + 1):
+            computing, reading = ordered[:k], ordered[k:]
+            slope = math.fsum((*(op.flops_us for op in computing), *(op.bytes_us for op in reading)))
+            self._lines.append((math.fsum(op.weights_us for op in reading), slope))
+
+    def us(self, tokens: int) -> float:
+        """Microseconds for so many tokens."""
+        constant, slope = self._lines[bisect_right(self._turns, tokens)]
+        return constant + slope * tokens
 
 
 class StepParts(NamedTuple):
@@ -80,7 +108,9 @@ class RooflineCost:
         self._hbm_us = 1e6 / (device.hbm_bytes_per_s * device.hbm_frac)
         *body, self._head = self._matmuls()
         self._operators = (*body, *self._vectors())
-        self._num_kernels = _num_kernels(spec, precision)
+        self._body, self._tail = Ceilings(self._operators), Ceilings((self._head,))
+        num_kernels = _num_kernels(spec, precision)
+        self._kernels_us, self._launches_us = num_kernels * device.kernel_us, num_kernels * device.launch_us
         self._tensor_group = collectives(device, sharding.tensor)
         self._expert_group = collectives(device, sharding.expert)
         self._set_attention()
@@ -131,16 +161,12 @@ class RooflineCost:
         # eagerly.
         is_replayed = is_decode and self._graphs.is_replayed(tokens)
         padded = self._graphs.padded(tokens) if is_replayed else tokens
-        compute = self._num_kernels * self._device.kernel_us
-        for op in self._operators:
-            compute += max(op.flops_us * padded, op.weights_us + op.bytes_us * padded)
-        compute += self._experts_us(padded)
+        compute = self._kernels_us
+        compute += self._body.us(padded) + self._experts_us(padded)
         if logits:
-            rows = max(logits, padded) if is_replayed else logits
-            head = self._head
-            compute += max(head.flops_us * rows, head.weights_us + head.bytes_us * rows)
+            compute += self._tail.us(max(logits, padded) if is_replayed else logits)
         communication = self._communication_us(padded, logits)
-        launch = 0.0 if is_replayed else self._num_kernels * self._device.launch_us
+        launch = 0.0 if is_replayed else self._launches_us
         return StepParts(compute, communication, launch)
 
     def _matmuls(self) -> Iterator[Operator]:
@@ -162,14 +188,18 @@ class RooflineCost:
         return Operator(m.name, flops_us, params * size * self._hbm_us, moved * self._hbm_us)
 
     def _vectors(self) -> Iterator[Operator]:
-        """Norms and activations, which move bytes only."""
+        """Norms and activations, on the vector units."""
         spec, s = self._spec, self._sharding
-        norms = spec.num_layers * 2 * spec.hidden_size * _NORM_BYTES
-        yield Operator("norms", 0.0, 0.0, norms * self._hbm_us)
-        ups = sum(m.outputs * m.count for m in spec.matmuls if m.name.endswith("gate_up_proj")) / 2 / s.tensor
+        normed = spec.num_layers * 2 * spec.hidden_size
+        gated = sum(m.outputs * m.count for m in spec.matmuls if m.name.endswith("gate_up_proj")) / 2
         if e := spec.experts:
-            ups += e.num_per_token * e.intermediate_size * e.num_layers / s.tensor
-        yield Operator("activations", 0.0, 0.0, ups * _ACTIVATION_BYTES * self._hbm_us)
+            gated += e.num_per_token * e.intermediate_size * e.num_layers
+        flops_us = 1e6 / self._device.vector_flops_per_s
+        yield Operator("norms", normed * _NORM_FLOPS * flops_us, 0.0, normed * _NORM_BYTES * self._hbm_us)
+        gated /= s.tensor
+        yield Operator(
+            "activations", gated * _ACTIVATION_FLOPS * flops_us, 0.0, gated * _ACTIVATION_BYTES * self._hbm_us
+        )
 
     def _experts_us(self, tokens: int) -> float:
         """Routed experts with uniform routing: those that get a token are read, each token is computed k times."""

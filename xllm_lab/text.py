@@ -88,7 +88,10 @@ def npu_validation_table(found: NpuValidation) -> str:
         told = dict.fromkeys((*(p.assumed and f"assumed: {p.assumed}" for p in points), *(p.source for p in points)))
         lines = (table([name, "published", "predicted", "error"], rows), ", ".join(means), *filter(None, told))
         blocks.append("\n  ".join(lines))
-    blocks.append("[in brackets] residuals of rows that the two constants were fitted to; all others are predictions")
+    blocks.append(
+        "[in brackets] residuals of rows to which two constants were fitted, kernel_us and link.frac of hardware.toml; "
+        "all others are predictions"
+    )
     return "\n\n".join(blocks)
 
 

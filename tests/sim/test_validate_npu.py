@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from xllm_lab.cli import run
 from xllm_lab.errors import ConfigError
 from xllm_lab.hardware import hardware
 from xllm_lab.sim import npu_fit
@@ -22,11 +24,12 @@ def found() -> NpuValidation:
 
 
 def test_the_two_constants_are_what_the_fit_finds() -> None:
-    """To the digits that hardware.toml gives."""
+    """To the digits that hardware.toml gives; Ascend parts of which nothing better is known have the same."""
     kernel_us, link_frac = npu_fit.fit()
-    device = hardware(npu_fit.FITTED_DEVICE)
-    assert device.kernel_us == round(kernel_us, 1)
-    assert device.link.frac == round(link_frac, 2)
+    for name in (npu_fit.FITTED_DEVICE, "ascend-910b1", "ascend-910b2", "ascend-910b3", "ascend-910b4", "ascend-950dt"):
+        device = hardware(name)
+        assert device.kernel_us == round(kernel_us, 1)
+        assert device.link.frac == device.far_link.frac == round(link_frac, 2)
 
 
 def test_the_fit_is_a_minimum() -> None:
@@ -112,6 +115,20 @@ def test_means_keep_residuals_and_predictions_apart() -> None:
     assert "−50 %" in text
     assert "[+100 %]" in text
     assert "mean of |error| 38 %, mean of |residual| 100 %\n  assumed: a\n  s\n" in text
+
+
+@pytest.mark.slow
+def test_the_command_prints_what_it_found(found: NpuValidation, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same in another run, as JSON wherever the option stands."""
+    assert run(["validate", "npu", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["predicted"] for row in printed] == [point.predicted for point in found.points]
+    assert [row["error_frac"] for row in printed] == [point.error_frac for point in found.points]
+
+
+def test_other_targets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["validate", "abacus"]) == 2
+    assert "invalid choice: 'abacus'" in capsys.readouterr().err
 
 
 def test_rows_without_a_source_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from xllm_lab.wording import compact, metric_label, metric_text, percent, signed
 
 if TYPE_CHECKING:
     from xllm_lab.sim.compare import Row
+    from xllm_lab.sim.validate_npu import NpuValidation
     from xllm_lab.tuning.verify import Gain
 
 
@@ -66,6 +67,37 @@ def gain_line(gain: Gain) -> str:
 def left_out_line(target: str, left_out: Mapping[str, Any]) -> str:
     """What an export could not say."""
     return f"{target} has no flag for {', '.join(f'{name}={value}' for name, value in left_out.items())}"
+
+
+def npu_validation_table(found: NpuValidation) -> str:
+    """Published figures beside predicted ones, table by table, with their errors and means of them."""
+    blocks = []
+    for name, points in found.tables.items():
+        rows = [
+            [
+                f"{point.what} ({point.note})" if point.note else point.what,
+                compact(point.published),
+                "-" if point.predicted is None else compact(point.predicted),
+                "-" if point.error_frac is None else _error_text(point.error_frac, point.is_fitted),
+            ]
+            for point in points
+        ]
+        residual, error = (found.mean_error_frac(name, is_fitted=fitted) for fitted in (True, False))
+        means = [f"mean of |error| {percent(error)}"] if error is not None else []
+        means += [f"mean of |residual| {percent(residual)}"] if residual is not None else []
+        told = dict.fromkeys((*(p.assumed and f"assumed: {p.assumed}" for p in points), *(p.source for p in points)))
+        lines = (table([name, "published", "predicted", "error"], rows), ", ".join(means), *filter(None, told))
+        blocks.append("\n  ".join(lines))
+    blocks.append(
+        "[in brackets] residuals of rows to which two constants were fitted, kernel_us and link.frac of hardware.toml; "
+        "all others are predictions"
+    )
+    return "\n\n".join(blocks)
+
+
+def _error_text(error_frac: float, is_fitted: bool) -> str:
+    text = signed_percent(error_frac)
+    return f"[{text}]" if is_fitted else text
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

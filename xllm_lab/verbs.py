@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xllm_lab.sim.calibrate import Calibration
     from xllm_lab.sim.compare import Row
     from xllm_lab.sim.parity import Parity
+    from xllm_lab.sim.validate_npu import NpuValidation
     from xllm_lab.tuning.export import Export
     from xllm_lab.tuning.study import Study
     from xllm_lab.tuning.verify import Verification
@@ -278,3 +279,10 @@ def _calibration(calibration: Calibration | PathLike) -> Calibration:
     from xllm_lab.sim.calibrate import read_calibration
 
     return read_calibration(Path(calibration)) if isinstance(calibration, Path | str) else calibration
+
+
+def validate_npu() -> NpuValidation:
+    """The roofline model beside published measurements on Ascend NPUs, its error as it is."""
+    from xllm_lab.sim.validate_npu import validate_npu as validate
+
+    return validate()

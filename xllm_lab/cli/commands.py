@@ -23,7 +23,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.metrics import summarize
 from xllm_lab.progress import tell
 from xllm_lab.runs import Run, new_file, read_run, write_json
-from xllm_lab.text import comparison_table, gain_line, left_out_line, summary_table
+from xllm_lab.text import comparison_table, gain_line, left_out_line, npu_validation_table, summary_table
 
 
 class Command(NamedTuple):
@@ -247,6 +247,25 @@ def _demo(o: argparse.Namespace) -> int:
     return _print(o, done.as_dict(), done.as_text())
 
 
+def _validate_options(parser: argparse.ArgumentParser) -> None:
+    against = parser.add_subparsers(required=True, dest="against", metavar="AGAINST")
+    for name, (what, options, _) in VALIDATIONS.items():
+        sub = against.add_parser(name, help=what, description=what)
+        # As before the name; a default here would undo what was said there.
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON")
+        options(sub)
+
+
+def _validate(o: argparse.Namespace) -> int:
+    return VALIDATIONS[o.against].run(o)
+
+
+def _validate_npu(o: argparse.Namespace) -> int:
+    found = verbs.validate_npu()
+    value = [{**asdict(point), "error_frac": point.error_frac} for point in found.points]
+    return _print(o, value, npu_validation_table(found))
+
+
 def _print_run(run: Run, o: argparse.Namespace) -> int:
     summary = summarize(run.records)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
@@ -266,6 +285,9 @@ def _print(o: argparse.Namespace, value: Any, text: str) -> int:
     return 0
 
 
+VALIDATIONS = {
+    "npu": Command("the roofline model beside published Ascend figures", lambda parser: None, _validate_npu),
+}
 COMMANDS = {
     "replay": Command("serve a trace on the engine", _replay_options, _replay),
     "calibrate": Command("learn step times from engine runs", _calibrate_options, _calibrate),
@@ -277,5 +299,6 @@ COMMANDS = {
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
+    "validate": Command("the simulator beside measurements of others", _validate_options, _validate),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

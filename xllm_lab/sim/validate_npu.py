@@ -1,0 +1,330 @@
+"""The roofline model beside published measurements on Ascend NPUs. Errors are reported as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xllm_lab.hardware import Device, hardware
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.known_models import known_model
+from xllm_lab.metrics import output_throughput_per_s, request_throughput_per_s, tpot_us
+from xllm_lab.model_spec import PRECISIONS
+from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.records import Records
+from xllm_lab.sim.cost import Batch, CostModel
+from xllm_lab.sim.cost.collectives import collectives
+from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets
+from xllm_lab.sim.cost.host import HostOverhead
+from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
+from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
+from xllm_lab.sim.cost.speculative import Drafts
+from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.npu_fit import FITTED_DEVICE, collective_us, mean_step
+from xllm_lab.sim.npu_points import Points, points
+from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.step_time import Chunk
+from xllm_lab.workload import ClosedLoop, Prompt, Request, RequestId, Workload
+
+# Between two steps of vLLM-Ascend and xDeepServe the device waits about 2 ms for the host (Ascend/msmodeling's serving
+# overhead, 2026-08; arXiv 2508.02520).
+HOST = HostOverhead(step_us=2000.0)
+_GRAPHS = vllm_graph_buckets(256)
+_BLOCK_SIZE = 128  # the only one of vLLM-Ascend's kernels
+_MTP_ACCEPTANCE_FRAC = 0.7  # CloudMatrix384, arXiv 2506.12708
+_REQUESTS_PER_CLIENT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One published figure and ours.
+
+    Attributes:
+        predicted: `None` if it cannot be modelled; `note` says why.
+        is_fitted: the figure helped to fit the constants, so its error is a residual and no prediction's.
+        note: what the reader of this row must know.
+        assumed: what the source of the table does not say.
+    """
+
+    table: str
+    what: str
+    published: float
+    predicted: float | None
+    source: str
+    is_fitted: bool = False
+    note: str = ""
+    assumed: str = ""
+
+    @property
+    def error_frac(self) -> float | None:
+        return None if self.predicted is None else self.predicted / self.published - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class NpuValidation:
+    """All points, table by table."""
+
+    points: tuple[Point, ...]
+
+    @property
+    def tables(self) -> dict[str, tuple[Point, ...]]:
+        """The points of each table, in order."""
+        names = dict.fromkeys(point.table for point in self.points)
+        return {name: tuple(point for point in self.points if point.table == name) for name in names}
+
+    def mean_error_frac(self, table: str, *, is_fitted: bool) -> float | None:
+        """Mean of |error| over the rows of a table that were fitted to, or that were not; `None` without any."""
+        points = self.tables[table]
+        errors = [abs(p.error_frac) for p in points if p.error_frac is not None and p.is_fitted == is_fitted]
+        return sum(errors) / len(errors) if errors else None
+
+
+def validate_npu() -> NpuValidation:
+    """Every published figure beside ours. Deterministic; takes under a minute."""
+    found = (of_row(row, points(name)) for name, of_row in _TABLES.items() for row in points(name).rows)
+    return NpuValidation(tuple(point for some in found for point in some))
+
+
+_Row = Mapping[str, Any]
+
+
+def _point(
+    row: _Row,
+    table: Points,
+    *,
+    name: str,
+    what: str,
+    published: float,
+    predicted: float | None,
+    is_fitted: bool = False,
+) -> Point:
+    note = f"not modelled: {row['not_modelled']}" if "not_modelled" in row else row.get("assumed", "")
+    return Point(
+        table=name,
+        what=what,
+        published=published,
+        predicted=predicted,
+        source=row["source"],
+        is_fitted=is_fitted,
+        note=note,
+        assumed=table.assumed,
+    )
+
+
+def _collective(row: _Row, table: Points) -> Iterator[Point]:
+    yield _point(
+        row,
+        table,
+        name="HCCL on an A3 node, us",
+        what=f"{row['op']} of {row['devices']}, {_size(row['num_bytes'])}",
+        published=row["us"],
+        predicted=collective_us(hardware(FITTED_DEVICE), row["op"], row["devices"], row["num_bytes"]),
+        is_fitted=table.is_fitted,
+    )
+
+
+def _step(row: _Row, table: Points) -> Iterator[Point]:
+    parts = mean_step(hardware(FITTED_DEVICE), row["clients"])
+    compute, communication, free = parts.compute_us / 1e3, parts.communication_us / 1e3, HOST.step_us / 1e3
+    ours = {
+        "compute_ms": compute,
+        "communication_ms": communication,
+        "free_ms": free,
+        "step_ms": compute + communication + free,
+    }
+    for key, predicted in ours.items():
+        yield _point(
+            row,
+            table,
+            name="Qwen3-32B bf16 TP16 step, ms",
+            what=f"{key.removesuffix('_ms')}, {row['clients']} clients",
+            published=row[key],
+            predicted=predicted,
+            is_fitted=table.is_fitted and key != "free_ms",
+        )
+
+
+def _nightly(row: _Row, table: Points) -> Iterator[Point]:
+    per_s = None
+    if "not_modelled" not in row:
+        cost = _cost(row, drafts=_drafts(row.get("mtp", False)))
+        per_s = output_throughput_per_s(_serve(row, cost, 3584, 1536)) * row.get("data", 1)
+    yield _point(
+        row,
+        table,
+        name="vllm-ascend nightly, output tokens/s",
+        what=_layout(row),
+        published=row["per_s"],
+        predicted=per_s,
+    )
+
+
+def _prefix(row: _Row, table: Points) -> Iterator[Point]:
+    records = _serve(row, _cost(row), 3584, 1, cached_frac=row["cached_frac"])
+    yield _point(
+        row,
+        table,
+        name="vllm-ascend nightly, prompts/s",
+        what=f"{_layout(row)}, {row['cached_frac']:.0%} cached",
+        published=row["per_s"],
+        predicted=request_throughput_per_s(records) * row.get("data", 1),
+    )
+
+
+def _share(row: _Row, table: Points) -> Iterator[Point]:
+    sharding = Sharding(tensor=8, data=2, expert=16)
+    cost = RooflineCost(
+        hardware(FITTED_DEVICE),
+        known_model("deepseek-v3"),
+        sharding=sharding,
+        precision=PRECISIONS["w8a8"],
+        graphs=_GRAPHS,
+    )
+    if row["stage"] == "prefill":
+        batch = Batch((Chunk(2048, 0),), 0, 0, 0, 1)
+    else:
+        seqs = -(-row["clients"] // sharding.data)
+        batch = Batch((), seqs, seqs * 2048, 2048, seqs)
+    parts = cost.parts(batch)
+    total_us = parts.compute_us + parts.communication_us + HOST.step_us
+    ours = {"compute": parts.compute_us, "communication": parts.communication_us, "free": HOST.step_us}
+    for key, us in ours.items():
+        yield _point(
+            row,
+            table,
+            name="DeepSeek-V3 w8a8 TP8 DP2 EP16, % of the time",
+            what=f"{row['stage']}, {row['clients']} clients, {key}",
+            published=100 * row[f"{key}_ms"] / row["window_ms"],
+            predicted=100 * us / total_us,
+        )
+
+
+def _iteration(row: _Row, table: Points) -> Iterator[Point]:
+    predicted = None
+    if "not_modelled" not in row:
+        cost = _cost({"precision": "w8a8", **row}, drafts=_drafts("acceptance_frac" in row, row.get("acceptance_frac")))
+        predicted = cost.step(_iterated(row)).us / 1e3
+    yield _point(
+        row,
+        table,
+        name="steps of DeepSeek and others, ms",
+        what=row["what"],
+        published=row["tpot_ms"] if "tpot_ms" in row else row["step_ms"],
+        predicted=predicted,
+    )
+
+
+def _iterated(row: _Row) -> Batch:
+    if "prompts" in row:
+        return Batch((Chunk(row["prompt_tokens"], 0),) * row["prompts"], 0, 0, 0, row["prompts"])
+    seqs, context = row["seqs"], row["context"]
+    return Batch((), seqs, seqs * context, context, seqs)
+
+
+def _dispatch(row: _Row, table: Points) -> Iterator[Point]:
+    yield _point(
+        row,
+        table,
+        name="CloudMatrix384 dispatch and combine, us",
+        what=f"{row['op']}, EP{row['devices']}, 128 tokens a die",
+        published=row["us"],
+        predicted=collectives(hardware(FITTED_DEVICE), row["devices"]).all_to_all_us(row["num_bytes"]),
+    )
+
+
+def _mtp(row: _Row, table: Points) -> Iterator[Point]:
+    layout = {"model": "deepseek-r1", "precision": "w8a8", "tensor": 16, "clients": row["clients"], "is_eager": True}
+    for key, is_on in (("tpot_ms", False), ("mtp_tpot_ms", True)):
+        cost = _cost(layout, drafts=_drafts(is_on))
+        records = _serve(layout, cost, 2500, 1500, policy="prefill-first", at_most=80)
+        times = [tpot for request in records.requests if (tpot := tpot_us(request)) is not None]
+        yield _point(
+            row,
+            table,
+            name="DeepSeek-R1 TPOT with and without MTP, ms",
+            what=f"{'MTP' if is_on else 'base'}, {row['clients']} clients",
+            published=row[key],
+            predicted=sum(times) / len(times) / 1e3,
+        )
+
+
+_TABLES: dict[str, Callable[[_Row, Points], Iterator[Point]]] = {
+    "collectives": _collective,
+    "steps": _step,
+    "nightly": _nightly,
+    "prefix": _prefix,
+    "deepseek_shares": _share,
+    "iterations": _iteration,
+    "dispatch": _dispatch,
+    "mtp": _mtp,
+}
+
+
+def _device(row: _Row) -> Device:
+    return hardware(row.get("device", FITTED_DEVICE))
+
+
+def _groups(row: _Row) -> dict[str, int]:
+    tensor, data = row.get("tensor", 1), row.get("data", 1)
+    expert = tensor * data if known_model(row["model"]).experts else 1
+    return {"tensor_parallel": tensor, "data_parallel": data, "expert_parallel": expert}
+
+
+def _cost(row: _Row, drafts: Drafts | None = None) -> CostModel:
+    return roofline_cost(
+        _device(row),
+        known_model(row["model"]),
+        **_groups(row),
+        precision=PRECISIONS[row["precision"]],
+        graphs=GraphBuckets() if row.get("is_eager") else _GRAPHS,
+        host=HOST,
+        drafts=drafts,
+    )
+
+
+def _drafts(is_on: bool, acceptance_frac: float | None = None) -> Drafts | None:
+    return Drafts(num_tokens=1, acceptance_frac=acceptance_frac or _MTP_ACCEPTANCE_FRAC) if is_on else None
+
+
+def _serve(
+    row: _Row,
+    cost: CostModel,
+    prompt_tokens: int,
+    output_tokens: int,
+    *,
+    cached_frac: float = 0.0,
+    policy: str = "decode-first",
+    at_most: int | None = None,
+) -> Records:
+    """One of the data-parallel instances, with its part of the clients, in simulated time."""
+    clients = -(-row["clients"] // row.get("data", 1))
+    num = min(clients * _REQUESTS_PER_CLIENT, at_most or clients * _REQUESTS_PER_CLIENT)
+    spec, precision = known_model(row["model"]), PRECISIONS[row["precision"]]
+    blocks = kv_blocks_that_fit(_device(row), spec, **_groups(row), precision=precision, block_size=_BLOCK_SIZE)
+    config = InstanceConfig(
+        max_tokens_per_batch=40_960,
+        max_seqs_per_batch=max(80, clients),
+        block_size=_BLOCK_SIZE,
+        num_kv_blocks=blocks,
+        enable_prefix_cache=cached_frac > 0,
+        max_model_len=40_960,
+    )
+    shared = tuple(range(round(prompt_tokens * cached_frac) // _BLOCK_SIZE))
+    prompt = Prompt(num_tokens=prompt_tokens, block_hashes=shared, hash_block_tokens=_BLOCK_SIZE)
+    requests = tuple(
+        Request(id=RequestId(i), arrival_us=0, prompt=prompt, output_tokens=output_tokens) for i in range(num)
+    )
+    workload = Workload(requests=requests, closed_loop=ClosedLoop(num_clients=clients))
+    return run_simulation(workload, config, make_batch_policy(policy), Predicted(cost), vocab_size=spec.vocab_size)
+
+
+def _layout(row: _Row) -> str:
+    groups = f"TP{row['tensor']}" + (f" DP{row['data']}" if "data" in row else "")
+    mtp = " MTP" if row.get("mtp") else ""
+    device = row["device"].removeprefix("ascend-")
+    return f"{row['model']} {row['precision']}{mtp} {groups} {device}, {row['clients']} clients"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 1e3:.0f} KB"

@@ -51,7 +51,8 @@ class Ledger:
         self.version = 0  # changes whenever a lookup may answer differently
         self._clean = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._num_users = [0] * num_blocks
+        # Of indexed blocks only: any other has one user, the table that lists it, or none.
+        self._num_users: dict[int, int] = {}
         self._tables: dict[RequestId, list[int]] = {}
         self._block_of: dict[BlockKey, int] = {}
         self._key_of: list[BlockKey | None] = [None] * num_blocks
@@ -82,7 +83,8 @@ class Ledger:
 
     def num_private_blocks(self, request: RequestId) -> int:
         """Blocks that nobody else uses."""
-        return sum(self._num_users[b] == 1 for b in self.block_table(request))
+        users = self._num_users
+        return sum(users.get(b, 1) == 1 for b in self.block_table(request))
 
     def lookup(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
         """(length of the longest cached run of `keys` from the start, how many of its blocks are idle). No effect."""
@@ -116,11 +118,13 @@ class Ledger:
 
     def extend(self, request: RequestId, num_blocks: int) -> None:
         """Give a request more blocks, clean ones first. The caller has checked that they are there."""
-        table, clean, num_users = self._tables[request], self._clean, self._num_users
+        table, clean = self._tables[request], self._clean
+        if num_blocks <= len(clean):
+            table += clean[: -num_blocks - 1 : -1]
+            del clean[len(clean) - num_blocks :]
+            return
         for _ in range(num_blocks):
-            block = clean.pop() if clean else self._evict()
-            num_users[block] = 1
-            table.append(block)
+            table.append(clean.pop() if clean else self._evict())
 
     def publish(self, request: RequestId, first_block: int, keys: Sequence[BlockKey]) -> None:
         """Index computed blocks [first_block, first_block + len(keys)) of the request.
@@ -135,18 +139,24 @@ class Ledger:
             if key not in self._block_of and self._key_of[block] is None:
                 self._block_of[key] = block
                 self._key_of[block] = key
+                self._num_users[block] = 1
                 self.version += 1
 
     def release(self, request: RequestId) -> None:
         """Give all blocks of a request back, the last first, so that leaves are evicted before their roots."""
         self.version += 1
-        for block in reversed(self._tables.pop(request, [])):
+        table = self._tables.pop(request, [])
+        table.reverse()
+        if not self._block_of:
+            self._clean += table
+            return
+        for block in table:
+            if block not in self._num_users:
+                self._clean.append(block)
+                continue
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
-                if self._key_of[block] is None:
-                    self._clean.append(block)
-                else:
-                    self._idle[block] = None
+                self._idle[block] = None
 
     def audit(self) -> None:
         """Assert that every block is in exactly one state and every count is right."""
@@ -154,7 +164,9 @@ class Ledger:
         for table in self._tables.values():
             for block in table:
                 users[block] += 1
-        assert users == self._num_users, "a block's number of users differs from the tables that list it"
+        assert {b: users[b] for b in self._num_users} == self._num_users, "a block's users are not its tables"
+        assert set(self._num_users) == set(self._block_of.values()), "users are counted of blocks that are not indexed"
+        assert all(n <= 1 for b, n in enumerate(users) if b not in self._num_users), "a block without a key is shared"
         clean, idle = set(self._clean), set(self._idle)
         held = {b for b in range(self.num_blocks) if users[b]}
         assert len(clean) == len(self._clean), "a clean block is listed twice"
@@ -168,7 +180,7 @@ class Ledger:
         block, _ = self._idle.popitem(last=False)
         key = self._key_of[block]
         assert key is not None
-        del self._block_of[key]
+        del self._block_of[key], self._num_users[block]
         self._key_of[block] = None
         self.version += 1
         return block

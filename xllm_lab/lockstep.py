@@ -15,11 +15,13 @@ import bisect
 import heapq
 from array import array
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
-from xllm_lab.policies.api import ByAdmission, RequestId, admission_key
+from xllm_lab.policies.api import ByAdmission, RequestId
 from xllm_lab.request_state import RequestState
 
+_BY_ADMISSION = attrgetter("admission_order")
 # How many ends of ticks are kept before those that no member needs any more are dropped.
 _MOST_ENDS = 1 << 14
 
@@ -60,6 +62,8 @@ class Lockstep:
         "_ends",
         "_first_end",
         "_last_ticks",
+        "_member_ids",
+        "_member_offsets",
         "_num_joins",
         "_offset_sum",
         "_offsets",
@@ -75,6 +79,8 @@ class Lockstep:
         self._block_size = block_size
         # By offset modulo the block size: whose block is full at the same clock.
         self._phases: list[dict[RequestId, RequestState]] = [{} for _ in range(block_size)]
+        self._member_ids: list[RequestId] = []
+        self._member_offsets: list[int] = []
         self._offsets: list[int] = []
         self._offset_sum = 0
         self._last_ticks: list[tuple[int, RequestId, int, RequestState]] = []
@@ -96,7 +102,10 @@ class Lockstep:
         """A decoding request takes part from the next tick on."""
         offset = state.num_computed_tokens - self.clock
         state.join(self, offset)
-        bisect.insort(self.members, state, key=admission_key)
+        place = bisect.bisect_left(self.members, state.admission_order, key=_BY_ADMISSION)
+        self.members.insert(place, state)
+        self._member_ids.insert(place, state.id)
+        self._member_offsets.insert(place, offset)
         bisect.insort(self._offsets, offset)
         self._offset_sum += offset
         self._phases[offset % self._block_size][state.id] = state
@@ -116,7 +125,9 @@ class Lockstep:
 
     def retire(self, state: RequestState) -> None:
         """A request takes part in no further tick, and still waits for those that are not over."""
-        del self.members[bisect.bisect_left(self.members, admission_key(state), key=admission_key)]
+        place = bisect.bisect_left(self.members, state.admission_order, key=_BY_ADMISSION)
+        assert self.members[place] is state, f"request {state.id} is not where its order says"
+        del self.members[place], self._member_ids[place], self._member_offsets[place]
         del self._offsets[bisect.bisect_left(self._offsets, state.offset)]
         self._offset_sum -= state.offset
         del self._phases[state.offset % self._block_size][state.id]
@@ -130,7 +141,7 @@ class Lockstep:
     def decodes(self) -> Decodes:
         """The decodes of the next tick."""
         if self._cached is None:
-            self._cached = tuple([s.id for s in self.members]), tuple([s.offset for s in self.members])
+            self._cached = tuple(self._member_ids), tuple(self._member_offsets)
         ids, offsets = self._cached
         if not ids:
             return NO_DECODES
@@ -139,6 +150,8 @@ class Lockstep:
 
     def num_blocks(self, num_ticks: int = 1) -> int:
         """Blocks that the next `num_ticks` ticks take."""
+        if num_ticks == 1:
+            return len(self._phases[-self.clock % self._block_size])
         rounds, rest = divmod(num_ticks, self._block_size)
         count = rounds * len(self.members)
         for ahead in range(rest):

@@ -40,7 +40,9 @@ class RequestState:
         "_lockstep",
         "_lookup",
         "_lookup_version",
+        "admission_order",
         "admitted_us",
+        "arrival_order",
         "arrival_us",
         "id",
         "is_draining",
@@ -60,6 +62,9 @@ class RequestState:
         self.request = request
         self.id = request.id
         self.arrival_us = record.arrival_us
+        # `arrival_key` and `admission_key` of the policies' interface, made once.
+        self.arrival_order = (record.arrival_us, request.id)
+        self.admission_order = (0, *self.arrival_order)
         self.num_prompt_tokens = request.prompt.num_tokens
         self.prompt_ids = prompt_ids
         self.record = record
@@ -150,6 +155,7 @@ class RequestState:
         self._computed = num_cached_tokens
         self.num_published = num_cached_tokens // self._ledger.block_size
         self.admitted_us = now_us
+        self.admission_order = (now_us, *self.arrival_order)
 
     def compute(self, num_tokens: int) -> bool:
         """A step with its next tokens is planned; returns whether that reaches the end, so that one more is drawn."""

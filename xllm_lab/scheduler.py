@@ -18,6 +18,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple
 
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
@@ -81,6 +82,9 @@ class Step:
         return len(self.decodes.ids) + sum(c.samples for c in self.others)
 
 
+_BY_ARRIVAL, _BY_ADMISSION = attrgetter("arrival_order"), attrgetter("admission_order")
+
+
 class Sampled(NamedTuple):
     """A drawn token, and whether it ends the request."""
 
@@ -99,6 +103,8 @@ class _View:
         "max_tokens_per_batch",
         "now_us",
         "num_blocks",
+        "num_decode_blocks",
+        "num_free_blocks",
         "prefilling",
         "step_time",
         "waiting",
@@ -107,7 +113,7 @@ class _View:
     def __init__(self, scheduler: Scheduler, step_time: StepTimeView | None) -> None:
         config = scheduler.config
         self._scheduler = scheduler
-        self.now_us = 0
+        self.now_us = self.num_free_blocks = self.num_decode_blocks = 0
         self.block_size = config.block_size
         self.num_blocks = config.num_kv_blocks
         self.max_tokens_per_batch = config.max_tokens_per_batch
@@ -121,13 +127,10 @@ class _View:
     def running(self) -> ByAdmission[RequestState]:
         return ByAdmission(sorted((*self.decoding, *self.prefilling), key=admission_key))
 
-    @property
-    def num_free_blocks(self) -> int:
-        return self._scheduler.ledger.num_free_blocks
-
-    @property
-    def num_decode_blocks(self) -> int:
-        return self._scheduler.num_decode_blocks
+    def refresh(self) -> None:
+        """Look at the blocks again."""
+        self.num_free_blocks = self._scheduler.ledger.num_free_blocks
+        self.num_decode_blocks = self._scheduler.num_decode_blocks
 
     def find(self, request: RequestId) -> RequestState | None:
         state = self._scheduler.find(request)
@@ -327,12 +330,14 @@ class Scheduler:
 
     def _decide(self, now_us: int) -> BatchPlan:
         self._view.now_us = now_us
+        self._view.refresh()
         plan = self.policy.decide(self._view)
         if broken := batch_violations(self._view, plan):
             raise PolicyError(f"policy {policy_name(self.policy)} at step {self._num_steps}: {'; '.join(broken)}")
         return plan
 
     def _still_fits(self, plan: BatchPlan) -> bool:
+        self._view.refresh()
         return not batch_violations(self._view, replace(plan, preempt=()))
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
@@ -413,17 +418,16 @@ class Scheduler:
 
     def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[list[int], list[int]]:
         """(used, idle) after the plans of a step and its repeats; the last of them is `ahead`, if there is one."""
-        used, idle = [step.num_used_blocks], [step.num_idle_blocks]
-        if not num_more:
-            return used, idle
         latest = step if ahead is None else ahead
-        clean = self.ledger.num_clean_blocks
-        for taken in accumulate(self._lockstep.blocks_per_tick(num_more), initial=0):
-            used.append(latest.num_used_blocks + taken)
-            idle.append(latest.num_idle_blocks - max(0, taken - clean))
-        if ahead is None:  # the first of them is the step's own
-            return used[1:], idle[1:]
-        ahead.num_used_blocks, ahead.num_idle_blocks = used.pop(), idle.pop()
+        used = list(accumulate(self._lockstep.blocks_per_tick(num_more), initial=latest.num_used_blocks))
+        idle = [latest.num_idle_blocks] * len(used)
+        if latest.num_idle_blocks:
+            evicts_from = latest.num_used_blocks + self.ledger.num_clean_blocks
+            idle = [latest.num_idle_blocks - max(0, now - evicts_from) for now in used]
+        if ahead is not None:
+            used.insert(0, step.num_used_blocks)
+            idle.insert(0, step.num_idle_blocks)
+            ahead.num_used_blocks, ahead.num_idle_blocks = used.pop(), idle.pop()
         return used, idle
 
     def _preempt(self, state: RequestState) -> None:
@@ -481,16 +485,20 @@ class Scheduler:
                 state.num_published = num_full
 
     def _enter(self, queue: list[RequestState], state: RequestState) -> None:
-        key = arrival_key if queue is self._view.waiting else admission_key
-        bisect.insort(queue, state, key=key)
+        order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
+        # Who comes last usually goes last.
+        if queue and order(queue[-1]) > order(state):
+            bisect.insort(queue, state, key=order)
+        else:
+            queue.append(state)
         state.queue = queue
 
     def _leave_queue(self, state: RequestState) -> None:
         queue = state.queue
         if queue is NO_QUEUE:
             return
-        key = arrival_key if queue is self._view.waiting else admission_key
-        popped = queue.pop(bisect.bisect_left(queue, key(state), key=key))
+        order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
+        popped = queue.pop(bisect.bisect_left(queue, order(state), key=order))
         assert popped is state, f"request {state.id} is not where its queue's order says"
         state.queue = NO_QUEUE
 
@@ -511,7 +519,11 @@ class Scheduler:
         self._recorder.request(state.record)
 
     def _record(self, step: Step, ends_us: Sequence[int], ahead: Step | None) -> None:
-        used, idle = self._blocks_in_use(step, len(ends_us) - 1, ahead)
+        num_more = len(ends_us) - 1
+        used: Sequence[int] = (step.num_used_blocks,)
+        idle: Sequence[int] = (step.num_idle_blocks,)
+        if num_more:
+            used, idle = self._blocks_in_use(step, num_more, ahead)
         self._recorder.span(
             StepSpan(
                 step=step.index,

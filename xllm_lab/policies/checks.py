@@ -18,10 +18,9 @@ def batch_violations(view: BatchView, plan: BatchPlan) -> list[str]:
         request = view.find(request_id)
         if request is None:
             broken.append(f"schedules request {request_id}, which is neither running nor waiting")
-        elif not 1 <= num_tokens <= num_missing_tokens(request):
-            missing = num_missing_tokens(request)
+        elif not (missing := num_missing_tokens(request)) >= num_tokens >= 1:
             broken.append(f"gives request {request_id} {num_tokens} tokens, 1 to {missing} can be computed")
-        elif plan.decode_all and request.is_running and is_decoding(request):
+        elif plan.decode_all and missing == 1 and request.is_running and is_decoding(request):
             broken.append(f"schedules request {request_id} twice, it is decoding")
         else:
             blocks += blocks_to_take(view, request, num_tokens)

@@ -72,10 +72,11 @@ class Stopwatch:
 
     def has_time_for(self, request: RequestView, num_tokens: int, *, granted: int = 0) -> bool:
         """Whether `num_tokens` more for a request that has `granted` keep the step within its budget."""
-        return self.spent_us + self._request_us(request, num_tokens, granted) <= self.budget_us
+        return self._model is None or self.spent_us + self._request_us(request, num_tokens, granted) <= self.budget_us
 
     def add(self, request: RequestView, num_tokens: int, *, granted: int = 0) -> None:
-        self.spent_us += self._request_us(request, num_tokens, granted)
+        if self._model is not None:
+            self.spent_us += self._request_us(request, num_tokens, granted)
 
     def _request_us(self, request: RequestView, num_tokens: int, granted: int) -> float:
         if self._model is None:
@@ -139,16 +140,19 @@ class Admission:
 
     def admit(self, queue: Sequence[RequestView], *, fresh: bool) -> None:
         """`fresh` requests hold no KV yet; the others continue a prompt."""
+        packing, watch = self._packing, self._watch
         for request in queue:
+            if self._is_full():
+                return
             footprint = ceil_div(request.num_tokens, self._view.block_size)
-            if self._is_full() or (fresh and self._lacks_room_for(footprint)):
+            if fresh and self._lacks_room_for(footprint):
                 return
-            num_tokens = min(self._chunk, self._packing.tokens_left, num_missing_tokens(request))
-            if self._packing and not self._watch.has_time_for(request, num_tokens):
+            num_tokens = min(self._chunk, packing.tokens_left, num_missing_tokens(request))
+            if packing and not watch.has_time_for(request, num_tokens):
                 return
-            if not self._packing.grant(request, num_tokens):
+            if not packing.grant(request, num_tokens):
                 return
-            self._watch.add(request, num_tokens)
+            watch.add(request, num_tokens)
             self._reserved_blocks += footprint
             self.granted.append(request)
 
@@ -158,6 +162,8 @@ class Admission:
         A prompt gets all that it lacks, or all tokens that are left, or none: when time runs out nobody gets more.
         """
         for request in self.granted:
+            if not self._packing.tokens_left:
+                return
             granted = self._packing.granted(request)
             more = min(self._packing.tokens_left, num_missing_tokens(request) - granted)
             if more <= 0:

@@ -25,7 +25,7 @@ from xllm_lab.columns import BATCH_ROWS
 from xllm_lab.errors import RunError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.lives import lanes
-from xllm_lab.perfetto import Label, TraceWriter, encode
+from xllm_lab.perfetto import Fields, Label, TraceWriter, encode
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, FinishReason, Records, request_table, step_table
@@ -140,7 +140,7 @@ def tells_of_request(shown: Slice, request_id: int, records: Records) -> None:
 def running_is_who_holds_kv(trace: PerfettoTrace, records: Records) -> None:
     """Counted by hand, step by step."""
     samples = trace.named("running", trace.named("instance 0")).samples if records.steps else []
-    finish_us = {r.id: r.finish_us for r in records.requests}
+    finish_us = {int(r.id): r.finish_us for r in records.requests}
     holding: set[int] = set()
     for step in records.steps:
         holding = {i for i in holding - set(step.preempted) if (finish_us[i] or 0) > step.start_us} | set(step.admitted)
@@ -252,7 +252,7 @@ numbers = st.lists(st.integers(0, 2**62), min_size=1, max_size=5)
 @given(numbers, st.text(max_size=9), st.integers(0, 2**62))
 def test_what_is_encoded_is_decoded(values: list[int], text: str, constant: int) -> None:
     """By a reader that knows nothing of columns."""
-    inner = [(1, np.asarray(values)), (2, text), (3, Label("n", np.asarray(values), 19))]
+    inner: Fields = [(1, np.asarray(values)), (2, text), (3, Label("n", np.asarray(values), 19))]
     rows = encode([(9, constant), (15, inner), (16, [])], len(values))
     for value, row in zip(values, rows, strict=True):
         whole = message(row.tobytes())

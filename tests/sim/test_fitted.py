@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_decode_steps_are_steps(batch: Batch, num_steps: int) -> None:
     assert many.us.tolist() == [p.us for p in ones]
     assert many.is_extrapolated.tolist() == [p.is_extrapolated for p in ones]
     assert np.asarray(many.std_us).tolist() == [p.std_us for p in ones]
-    assert (many.us.dtype, many.is_extrapolated.dtype, many.us.shape) == (np.float64, np.bool_, (num_steps,))
+    assert many.us.shape == many.is_extrapolated.shape == (num_steps,)
 
 
 def test_the_edge_of_the_range_is_crossed_within_one_call() -> None:
@@ -174,7 +175,7 @@ def test_too_few_steps_are_refused() -> None:
         ({"num_logits": -1}, "num_logits of a step is -1"),
     ],
 )
-def test_samples_that_cannot_be_are_refused(change: dict[str, object], words: str) -> None:
+def test_samples_that_cannot_be_are_refused(change: dict[str, Any], words: str) -> None:
     """With the value, and what is accepted."""
     with pytest.raises(ConfigError, match=words):
         replace(StepSample(chunks=(Chunk(1, 1),), num_logits=1, step_us=5.0), **change)

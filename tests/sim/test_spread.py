@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -100,11 +101,12 @@ def test_more_steps_make_it_surer() -> None:
 def test_doubt_grows_with_the_distance() -> None:
     """From a batch of the calibrated kind, along contexts, sequences and tokens alike."""
     cost = FittedCost(Machine().calibrated(np.random.default_rng(0), 400))
-    for direction in (
+    directions: tuple[Callable[[int], list[Chunk]], ...] = (
         lambda k: [Chunk(1, 500 * k)] * 32,
         lambda k: [Chunk(1, 500)] * (32 * k),
         lambda k: [Chunk(500 * k, 0)],
-    ):
+    )
+    for direction in directions:
         prices = [cost.step(batch_of(direction(k), len(direction(k)))) for k in (1, 4, 16, 64)]
         doubts = [p.std_us / p.us for p in prices]
         assert not prices[0].is_extrapolated

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.perfetto_trace import PerfettoTrace, Slice, message
 from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, run, tight_configs
-from tests.tiny_loop import said
+from tests.tiny_loop import said, tiny_loop
 from xllm_lab.columns import BATCH_ROWS
 from xllm_lab.errors import RunError
 from xllm_lab.instance_config import InstanceConfig
@@ -318,6 +318,13 @@ def test_the_command_writes_beside_the_run(crowded_run: Run) -> None:
     tells_of(PerfettoTrace(crowded_run.path.with_name("run.pftrace.gz")), crowded_run.records)
     assert said("timeline", crowded_run.path, "--out", crowded_run.path.with_name("t.gz")).status == 0
     assert sorted(crowded_run.path.iterdir()) == before
+
+
+def test_an_engine_run_is_all_there(tmp_path: Path) -> None:
+    """On the tiny model, with its prefix hits."""
+    presented = read_run(tiny_loop() / "full")
+    tells_of(PerfettoTrace(write_timeline(presented, tmp_path / "timeline")), presented.records)
+    assert any(r.cached_tokens for r in presented.records.requests)
 
 
 def spoilt() -> Iterator[tuple[str, str, dict[str, list[object]], tuple[str, ...]]]:

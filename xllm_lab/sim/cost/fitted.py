@@ -43,9 +43,9 @@ class FittedCost:
         spread = calibration.spread
         self._weights = [calibration.step_time.weights[k] for k in ORDER]
         self._highest = [calibration.highest[k] for k in ORDER]
+        self._most_attention, self._most_kv_read = self._highest[:2]
         (std_00, std_01), (_, std_11) = (row[:2] for row in spread.weights_std[:2])
-        errors = (std_00, std_01, std_11, spread.bias_frac, spread.beyond_frac)
-        self._constants = (*self._weights[:2], *self._highest[:2], *errors)
+        self._constants = (*self._weights[:2], std_00, std_01, std_11, spread.bias_frac, spread.beyond_frac)
         # Row by row from the diagonal on: what is left of it is 0.
         self._std_of_shapes = [row[max(2, k) :] for k, row in enumerate(spread.weights_std)]
         self._shape = lru_cache(_NUM_SHAPES)(self._shape_of)
@@ -59,34 +59,45 @@ class FittedCost:
             attention += new * (computed + 0.5 * new)
             kv_read += computed + new
         shape = self._shape(tokens, decodes + len(prefills), logits)
-        return Price(*self._price(shape, attention, kv_read, max, math.sqrt))
+        if attention > self._most_attention or kv_read > self._most_kv_read:
+            excess_us, is_extrapolated = self._excess_us(shape.excess_us, attention, kv_read, max), True
+        else:
+            excess_us, is_extrapolated = shape.excess_us, shape.is_extrapolated
+        us, std_us = self._price(shape, attention, kv_read, excess_us, math.sqrt)
+        return Price(us, is_extrapolated, std_us)
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
         decodes = batch.num_decodes
-        kv = batch.decode_kv_tokens + decodes * np.arange(num_steps)
+        kv_read = decodes + batch.decode_kv_tokens + decodes * np.arange(num_steps)
+        attention = kv_read - 0.5 * decodes
         shape = self._shape(decodes, decodes, batch.num_logits)
-        return Prices(*self._price(shape, kv + 0.5 * decodes, decodes + kv, np.maximum, np.sqrt))
+        # Contexts only grow: where the last step is within the range, all are.
+        if attention[-1] > self._most_attention or kv_read[-1] > self._most_kv_read:
+            excess_us = self._excess_us(shape.excess_us, attention, kv_read, np.maximum)
+            flags = (attention > self._most_attention) | (kv_read > self._most_kv_read) | shape.is_extrapolated
+        else:
+            excess_us, flags = shape.excess_us, np.full(num_steps, shape.is_extrapolated)
+        us, std_us = self._price(shape, attention, kv_read, excess_us, np.sqrt)
+        return Prices(us, flags, std_us)
 
     def _price(
-        self,
-        shape: _Shape,
-        attention: Any,
-        kv_read: Any,
-        maximum: Callable[[Any, float], Any],
-        sqrt: Callable[[Any], Any],
-    ) -> tuple[Any, Any, Any]:
-        """(us, is_extrapolated, std_us) for two numbers, or for two arrays of shape [steps]: the same operations."""
-        attention_us, kv_read_us, most_attention, most_kv_read, std_00, std_01, std_11, bias, beyond = self._constants
-        shape_us, row_0, row_1, variance, excess_us, is_extrapolated = shape
-        us = shape_us + attention_us * attention + kv_read_us * kv_read
+        self, shape: _Shape, attention: Any, kv_read: Any, excess_us: Any, sqrt: Callable[[Any], Any]
+    ) -> tuple[Any, Any]:
+        """(us, std_us) of one step, or of many in arrays of shape [steps]: the same operations."""
+        attention_us, kv_read_us, std_00, std_01, std_11, bias, beyond = self._constants
+        us, row_0, row_1, variance, _, _ = shape
+        us = us + attention_us * attention + kv_read_us * kv_read
         row_0 = row_0 + std_00 * attention + std_01 * kv_read
         row_1 = row_1 + std_11 * kv_read
-        excess_us = excess_us + attention_us * maximum(attention - most_attention, 0.0)
-        excess_us = excess_us + kv_read_us * maximum(kv_read - most_kv_read, 0.0)
         shared_us, beyond_us = bias * us, beyond * excess_us
         variance = variance + row_0 * row_0 + row_1 * row_1 + shared_us * shared_us + beyond_us * beyond_us
-        is_beyond = (attention > most_attention) | (kv_read > most_kv_read) | is_extrapolated
-        return us, is_beyond, sqrt(variance)
+        return us, sqrt(variance)
+
+    def _excess_us(self, excess_us: float, attention: Any, kv_read: Any, maximum: Callable[[Any, float], Any]) -> Any:
+        """Cost beyond the range: of the shape, and what contexts add; within it they add 0 exactly."""
+        attention_us, kv_read_us = self._weights[:2]
+        added = excess_us + attention_us * maximum(attention - self._most_attention, 0.0)
+        return added + kv_read_us * maximum(kv_read - self._most_kv_read, 0.0)
 
     def _shape_of(self, tokens: int, sequences: int, logits: int) -> _Shape:
         factors = [1.0, *(float(min(tokens, m)) for m in SMALL_BATCHES), float(tokens), float(sequences), float(logits)]
@@ -98,10 +109,10 @@ class FittedCost:
             row_0=rows[0],
             row_1=rows[1],
             variance=sum(map(mul, rows[2:], rows[2:])),
-            excess_us=self._excess_us(factors) if is_extrapolated else 0.0,
+            excess_us=self._excess_of_shape_us(factors) if is_extrapolated else 0.0,
             is_extrapolated=is_extrapolated,
         )
 
-    def _excess_us(self, factors: Sequence[float]) -> float:
+    def _excess_of_shape_us(self, factors: Sequence[float]) -> float:
         terms = zip(self._weights[2:], factors, self._highest[2:], strict=True)
         return sum(weight * (factor - most) for weight, factor, most in terms if factor > most)

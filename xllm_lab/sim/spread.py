@@ -39,7 +39,8 @@ class Spread:
         scatter_us, scatter_frac: variance of a step of t us around its mean: scatter_us * t + (scatter_frac * t)^2.
         bias_frac: standard deviation of the relative error of a stretch of steps, beyond what scatter explains.
         beyond_frac: relative error of what a step costs beyond the largest factors seen: measured on the longer half
-            of the steps by a fit to the shorter one; 1 where that half is too small to fit, or reaches as far.
+            of the steps by a fit to the shorter one. At most 1, and 1 where that half is too small to fit or reaches as
+            far: what lies beyond may cost nothing, or double.
         weights_std: U, upper triangular, shape [terms][terms]; the weights' covariance is U^T U, terms in `ORDER`.
     """
 
@@ -123,7 +124,7 @@ def _beyond(rows: Floats, times: Floats, predicted: Floats, variance: Floats) ->
         return 1.0
     error = (times[~is_low] - high @ weights)[is_beyond]
     beyond = (error**2 - variance[~is_low][is_beyond]).sum() / (excess[is_beyond] ** 2).sum()
-    return math.sqrt(max(0.0, float(beyond)))
+    return math.sqrt(min(1.0, max(0.0, float(beyond))))
 
 
 def _weights_std(rows: Floats, times: Floats, predicted: Floats, variance: Floats) -> tuple[tuple[float, ...], ...]:

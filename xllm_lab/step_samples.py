@@ -1,0 +1,47 @@
+"""A measured step, wherever it was measured: an engine run's record, or a row of a profiler's per-step trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from xllm_lab.errors import ConfigError
+from xllm_lab.records import StepRecord
+from xllm_lab.step_time import Chunk, features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSample:
+    """What one step computed, and how long it took.
+
+    Attributes:
+        chunks: per sequence, in packing order: tokens computed in the step, tokens in KV before it.
+        num_logits: rows the model's head was asked for; traces that do not tell have one per sequence.
+        step_us: measured time, integer or not: a profiler's clock is finer than a record's.
+    """
+
+    chunks: tuple[Chunk, ...]
+    num_logits: int
+    step_us: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_us < float("inf"):
+            raise ConfigError(f"a step lasts {self.step_us} us, a finite time above 0 is accepted")
+        if not self.chunks:
+            raise ConfigError(f"a step of {self.step_us} us has no chunks, at least one is accepted")
+        for chunk in self.chunks:
+            if chunk.num_tokens < 1 or chunk.num_computed_tokens < 0:
+                raise ConfigError(f"{chunk} in a step; at least 1 token, and at least 0 before it are accepted")
+        if self.num_logits < 0:
+            raise ConfigError(f"num_logits of a step is {self.num_logits}, at least 0 is accepted")
+
+    def features(self) -> list[float]:
+        """The factors of `step_time.TERMS`."""
+        return features(self.chunks, self.num_logits)
+
+
+def samples(steps: Iterable[StepRecord]) -> Iterator[StepSample]:
+    """The recorded steps of a run as samples."""
+    for s in steps:
+        chunks = tuple(map(Chunk, s.num_tokens, s.num_computed_tokens))
+        yield StepSample(chunks=chunks, num_logits=s.num_logits, step_us=s.step_us)

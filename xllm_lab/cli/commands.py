@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xllm_lab import verbs
+from xllm_lab.cli import profile
 from xllm_lab.cli.options import (
     configuration_options,
     engine,
@@ -245,6 +246,11 @@ def _demo(o: argparse.Namespace) -> int:
     return _print(o, done.as_dict(), done.as_text())
 
 
+def _profile(o: argparse.Namespace) -> int:
+    found = profile.opened(o)
+    return _print(o, profile.as_dict(*found), profile.as_text(*found, top=o.top))
+
+
 def _print_run(run: Run, o: argparse.Namespace) -> int:
     summary = summarize(run.records)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
@@ -275,5 +281,6 @@ COMMANDS = {
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
+    "profile": Command("what a profiler recorded: operators, collectives, steps", profile.options, _profile),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

@@ -10,6 +10,7 @@ not record any. Written and read again, a table is equal.
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -116,6 +117,7 @@ def shapes_text(shapes: Shapes | None) -> str:
     return NO_SHAPES if shapes is None else ";".join(",".join(map(str, shape)) for shape in shapes)
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a million kernels have few hundred shapes
 def shapes_of(text: str) -> Shapes | None:
     """What `shapes_text` wrote, or a profiler: it may wrap the whole in quotes, or each shape in brackets.
 

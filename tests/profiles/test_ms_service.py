@@ -149,6 +149,21 @@ def test_columns_of_ranks_are_told(tmp_path: Path) -> None:
     assert "batch.csv: columns not used: dp0-rid, dp0-size, dp0-forward(ms)" in read_profile(tmp_path).notes
 
 
+def test_a_latency_without_a_unit_is_told(tmp_path: Path) -> None:
+    """Some releases write the first token's latency in microseconds and do not say so."""
+    header = [*OLD_REQUEST_HEADER, "first_token_latency"]
+    write_csv(tmp_path / "request.csv", header, [["r1", EPOCH_MS * 1000, 4096, 1536, 30_000_500, 2_500, 310_000]])
+    profile = read_profile(tmp_path)
+    assert profile.requests[0].ttft_us is None
+    assert "request.csv: columns not used: first_token_latency" in profile.notes
+
+
+def test_a_batch_cut_off_by_the_end_of_the_recording(tmp_path: Path) -> None:
+    row = batch_row(EXECUTED, ms=20, parts=PARTS)
+    row[BATCH_HEADER.index("end_time(ms)")] = ""
+    assert left_out(batches(tmp_path, [row])) == {"modelExec without a start, an end or a duration": (1, 0)}
+
+
 def test_a_duration_that_its_ends_deny_is_refused(tmp_path: Path) -> None:
     """Microseconds under a header that says milliseconds."""
     row = batch_row(EXECUTED, ms=20, parts=PARTS)

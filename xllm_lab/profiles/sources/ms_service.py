@@ -56,13 +56,13 @@ def read(path: Path) -> Profile:
         raise ProfileError(f"{path}: has none of {', '.join(_FILES)}; {HOLDS} is accepted")
     unused = Unused()
     notes = [f"{name} is not there" for name in _FILES if name not in there]
+    notes += [note for name in (_BATCH, _REQUEST) if name in there for note in _unread_columns(there[name])]
     batches: tuple[BatchRow, ...] = ()
     blocks: list[_Blocks] = []
     if _BATCH in there:
         events = list(_events(there[_BATCH], unused))
         batches = tuple(_executed(events, unused))
         blocks += [_Blocks(e.used_blocks, e.num_blocks) for e in events]
-        notes += _unread_columns(there[_BATCH])
     if _KVCACHE in there:
         blocks += _kvcache(there[_KVCACHE])
     return Profile(
@@ -145,7 +145,11 @@ class _BatchColumns:
 def _events(file: CsvFile, unused: Unused) -> Iterator[_Event]:
     columns = _BatchColumns.of(file)
     for row in file.rows():
-        name, ns = row.text(columns.name), row.ns(columns.duration, most=LONGEST_STEP_NS)
+        name = row.text(columns.name)
+        if not all(row.text(column) for column in (columns.start, columns.end, columns.duration)):
+            unused.add(_BATCH, f"{name} without a start, an end or a duration")
+            continue
+        ns = row.ns(columns.duration, most=LONGEST_STEP_NS)
         start_ns = row.ns(columns.start, most=LATEST_CLOCK_NS)
         _check_ends(row, columns, start_ns, ns)
         if name not in (*_SCHEDULED, _EXECUTED):
@@ -294,9 +298,9 @@ def _completed(row: BatchRow, scheduled: _Event | None) -> BatchRow:
 
 
 def _unread_columns(file: CsvFile) -> list[str]:
-    """Columns of data-parallel ranks: `dp0-rid`, `dp0-size`, `dp0-forward(ms)`."""
-    names = [name for name in file.header if name.startswith("dp") and "-" in name]
-    return [f"{_BATCH}: columns not used: {', '.join(names)}"] if names else []
+    """Columns of data-parallel ranks (`dp0-rid`, `dp0-size`, `dp0-forward(ms)`), and latencies without a unit."""
+    names = [n for n in file.header if (n.startswith("dp") and "-" in n) or n == "first_token_latency"]
+    return [f"{file.path.name}: columns not used: {', '.join(names)}"] if names else []
 
 
 def _forwards(file: CsvFile) -> Iterator[ForwardRow]:

@@ -54,6 +54,15 @@ def test_the_operator_table_is_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert read_operator_table(out) == read_profile(folder).operators
 
 
+def test_a_link_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """10 us and 100 GB/s, at two sizes."""
+    path = tmp_path / "all_reduce.txt"
+    header = "data_size(Bytes): | aveg_time(us): | alg_bandwidth(GB/s): | check_result:"
+    path.write_text(f"{header}\n1000000 | 20 | 50 | success\n9000000 | 100 | 90 | success\n")
+    assert run(["profile", str(path)]) == 0
+    assert "all_reduce      -        10.0                  100\n" in capsys.readouterr().out
+
+
 def test_batches_and_what_they_lack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The size of a block turns batches that could not be used into samples."""
     rows = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.profiles.folders import (
     BATCH_HEADER,
@@ -35,6 +37,34 @@ def left_out(profile: Profile) -> dict[str, tuple[int, float]]:
     return {left.reason: (left.num_rows, left.total_us) for left in profile.left_out}
 
 
+event = st.tuples(
+    st.sampled_from([SCHEDULED, EXECUTED, EXECUTED, "specDecoding"]),
+    st.sampled_from([PARTS, PARTS[:1], PARTS[1:], ""]),
+    st.integers(0, 4000),
+    st.integers(0, 50),
+    st.sampled_from("12"),
+)
+
+
+@given(st.lists(event, min_size=1, max_size=30))
+def test_every_row_is_a_batch_or_a_plan_or_left_out(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, object, int, int, str]]
+) -> None:
+    """And so is its time, to the nanosecond."""
+    rows = [
+        batch_row(name, ms=tenths / 10, parts=parts, at_ms=at_ms, device=device)
+        for name, parts, tenths, at_ms, device in drawn
+    ]
+    profile = batches(tmp_path_factory.mktemp("p"), rows)
+    unexecuted = "a scheduled batch that no execution names"
+    kept = [left for left in profile.left_out if left.reason != unexecuted]
+    ns = sum(round(b.step_us * 1000) for b in profile.batches) + sum(round(left.total_us * 1000) for left in kept)
+    assert ns == sum(tenths * 100_000 for name, _, tenths, _, _ in drawn if name != SCHEDULED)
+    assert len(profile.batches) + sum(left.num_rows for left in kept) == sum(row[0] != SCHEDULED for row in drawn)
+    num_plans = sum(row[0] == SCHEDULED for row in drawn) - left_out(profile).get(unexecuted, (0, 0.0))[0]
+    assert 0 <= num_plans <= len(profile.batches)
+
+
 def test_an_executed_batch_knows_what_was_scheduled(tmp_path: Path) -> None:
     """Blocks and tokens stand in the scheduling row; its own time is not the step's."""
     plan = batch_row(SCHEDULED, ms=0.8, parts=PARTS, prefills=(1, 512), decodes=(1, 1), used_blocks=100)
@@ -62,6 +92,17 @@ def test_the_same_requests_twice_on_a_device_are_two_batches(tmp_path: Path) -> 
     """A prompt in chunks keeps its iteration in some engines."""
     rows = [batch_row(EXECUTED, ms=20, parts=[{"rid": 7, "iter": 0}], at_ms=30 * k) for k in range(2)]
     assert len(batches(tmp_path, rows).batches) == 2
+
+
+def test_batches_of_the_same_requests_keep_their_order(tmp_path: Path) -> None:
+    """Two chunks of a prompt: the first execution is that of the first plan, wherever the rows stand."""
+    rows = []
+    for k in (1, 0):
+        rows.append(batch_row(EXECUTED, ms=20 + k, parts=[{"rid": "a", "iter": 0}], at_ms=30 * k + 1))
+        rows.append(batch_row(SCHEDULED, ms=0.5, parts=[vllm_part("a", 0, 512 + k, 512 * k, 4096)], at_ms=30 * k))
+    profile = batches(tmp_path, rows)
+    assert [(batch.step_us, batch.parts[0].num_tokens) for batch in profile.batches] == [(20_000, 512), (21_000, 513)]
+    assert not profile.left_out
 
 
 def test_rows_without_requests_are_counted_once_a_device(tmp_path: Path) -> None:

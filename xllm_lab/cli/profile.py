@@ -12,7 +12,9 @@ from typing import Any
 from xllm_lab.errors import ConfigError
 from xllm_lab.operator_table import write_operator_table
 from xllm_lab.profiles import Profile, read_profile
+from xllm_lab.profiles.profile import CollectiveRow
 from xllm_lab.profiles.steps import Steps, steps
+from xllm_lab.profiles.transfer_time import fit_collective
 from xllm_lab.text import table
 from xllm_lab.wording import compact, percent
 
@@ -66,6 +68,7 @@ def as_text(profile: Profile, found: Steps, top: int = TOP) -> str:
 def _sections(profile: Profile, found: Steps, top: int) -> Iterator[tuple[str, str]]:
     yield "operators", _operators(profile, top)
     yield "collectives", _collectives(profile, top)
+    yield "links", _links(profile)
     yield "where the time of a step goes", _splits(profile)
     yield "on the host", _host(profile, top)
     yield "batches", _batches(profile, found)
@@ -102,6 +105,20 @@ def _collectives(profile: Profile, top: int) -> str:
         for row in profile.collectives
     ]
     return _first(["", "device", "group", "ranks", "bytes", "calls", "ms", "mean us", "min", "max"], rows, top)
+
+
+def _links(profile: Profile) -> str:
+    """Of each collective that was measured at several sizes."""
+    kinds: dict[tuple[str, int | None], list[CollectiveRow]] = {}
+    for row in profile.collectives:
+        if row.message_bytes is not None:
+            kinds.setdefault((row.collective, row.num_ranks), []).append(row)
+    rows = []
+    for (collective, num_ranks), measured in kinds.items():
+        if len({row.message_bytes for row in measured}) > 1:
+            link = fit_collective(measured)
+            rows.append([collective, str(num_ranks or "-"), compact(link.latency_us), compact(link.bytes_per_s / 1e9)])
+    return table(["", "ranks", "latency us", "GB/s of the message"], rows) if rows else ""
 
 
 def _splits(profile: Profile) -> str:

@@ -61,6 +61,9 @@ def test_a_link_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path.write_text(f"{header}\n1000000 | 20 | 50 | success\n9000000 | 100 | 90 | success\n")
     assert run(["profile", str(path)]) == 0
     assert "all_reduce      -        10.0                  100\n" in capsys.readouterr().out
+    path.write_text(f"{header}\n1000000 | 20 | 50 | success\n9000000 | 10 | 900 | success\n")
+    assert run(["profile", str(path)]) == 0
+    assert "all_reduce      -           -                    -\n" in capsys.readouterr().out
 
 
 def test_batches_and_what_they_lack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,9 +116,16 @@ def _links(profile: Profile) -> str:
     rows = []
     for (collective, num_ranks), measured in kinds.items():
         if len({row.message_bytes for row in measured}) > 1:
-            link = fit_collective(measured)
-            rows.append([collective, str(num_ranks or "-"), compact(link.latency_us), compact(link.bytes_per_s / 1e9)])
+            rows.append([collective, str(num_ranks or "-"), *_link(measured)])
     return table(["", "ranks", "latency us", "GB/s of the message"], rows) if rows else ""
+
+
+def _link(measured: list[CollectiveRow]) -> tuple[str, str]:
+    try:
+        link = fit_collective(measured)
+    except ConfigError:  # the times are told above, and say why
+        return "-", "-"
+    return compact(link.latency_us), compact(link.bytes_per_s / 1e9)
 
 
 def _splits(profile: Profile) -> str:

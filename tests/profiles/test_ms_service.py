@@ -174,6 +174,23 @@ def test_forward_passes_and_the_idle_time_between_them(tmp_path: Path) -> None:
     assert (second.step_us, second.idle_us) == (19_500, 1_600)
 
 
+@pytest.mark.parametrize(("ms", "is_told"), [(1.5, True), (20.0, False)])
+def test_an_engine_that_did_not_wait_is_told(tmp_path: Path, ms: float, is_told: bool) -> None:
+    """Scheduling ahead, an engine hands a batch over in a fraction of the time that the model takes."""
+    row = ["forward", 0, "", "", 19.4, "", 16, "Decode", 1, 0, 3, "npu01", EPOCH_MS, EPOCH_MS + 19]
+    write_csv(tmp_path / "forward.csv", FORWARD_HEADER, [row])
+    notes = batches(tmp_path, [batch_row(EXECUTED, ms=ms, parts=PARTS)]).notes
+    assert any("these are no step times" in note for note in notes) == is_told
+
+
+def test_speculated_tokens_are_more_than_a_request_each(tmp_path: Path) -> None:
+    """The executed batch's size is tokens there."""
+    row = batch_row(EXECUTED, ms=20, parts=[{"rid": "a", "iter": 4}, {"rid": "b", "iter": 9}])
+    row[BATCH_HEADER.index("batch_type")], row[BATCH_HEADER.index("batch_size")] = "Decode", 4.0
+    (batch,) = batches(tmp_path, [row]).batches
+    assert (batch.num_decodes, batch.decode_tokens) == (2, 4)
+
+
 def test_kv_blocks_in_use(tmp_path: Path) -> None:
     rows: list[list[object]] = [["", "allocate", 1, 2048, used, 2048 - used, 1, 0, "", ""] for used in (10, 900, 500)]
     write_csv(tmp_path / "kvcache.csv", KVCACHE_HEADER, rows)

@@ -128,7 +128,7 @@ def _batch_row(row: Row, columns: _BatchColumns, ns: int) -> BatchRow:
     ]
     if not any(counts):
         # Zeros stand in rows whose requests were not told apart as well.
-        counts = _counts_by_type(row, columns)
+        counts = _counts_by_type(row, columns, len(parts))
     return BatchRow(
         line=row.line,
         step_us=ns / 1e3,
@@ -141,11 +141,15 @@ def _batch_row(row: Row, columns: _BatchColumns, ns: int) -> BatchRow:
     )
 
 
-def _counts_by_type(row: Row, columns: _BatchColumns) -> list[int | None]:
-    """A batch of decodes alone has a token a request; of others the type and the size do not say the tokens."""
+def _counts_by_type(row: Row, columns: _BatchColumns, num_parts: int) -> list[int | None]:
+    """A batch of decodes alone has a token a request; of others the type and the size do not say the tokens.
+
+    MindIE's size is requests, vLLM's executed batch says tokens, which are more where tokens are speculated.
+    """
     size = row.maybe_count(columns.size)
     if size and row.text(columns.type).lower() == "decode":
-        return [0, 0, size, size]
+        num_seqs = num_parts or size
+        return [0, 0, num_seqs, max(size, num_seqs)]
     return [None] * 4
 
 

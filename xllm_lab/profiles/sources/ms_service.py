@@ -26,6 +26,8 @@ HOLDS = "a folder of msServiceProfiler with batch.csv, forward.csv, request.csv 
 
 _BATCH, _FORWARD, _REQUEST, _KVCACHE = "batch.csv", "forward.csv", "request.csv", "kvcache.csv"
 _FILES = (_BATCH, _FORWARD, _REQUEST, _KVCACHE)
+# An execution contains its forward pass; one that is this much shorter cannot.
+_SHORT_FRAC = 0.8
 
 
 def recognises(path: Path) -> bool:
@@ -49,12 +51,14 @@ def read(path: Path) -> Profile:
         blocks += [_Blocks(e.row.used_blocks, e.num_blocks) for e in rows]
     if _KVCACHE in there:
         blocks += _kvcache(there[_KVCACHE])
+    forwards = tuple(_forwards(there[_FORWARD])) if _FORWARD in there else ()
+    notes += _unawaited(batches, forwards)
     return Profile(
         source=NAME,
         path=path,
         num_steps=len(batches),
         batches=batches,
-        forwards=tuple(_forwards(there[_FORWARD])) if _FORWARD in there else (),
+        forwards=forwards,
         requests=tuple(_requests(there[_REQUEST], unused)) if _REQUEST in there else (),
         peak_used_blocks=max((b.used for b in blocks if b.used is not None), default=None),
         num_blocks=max((b.total for b in blocks if b.total is not None), default=None),
@@ -67,6 +71,18 @@ def _unread_columns(file: CsvFile) -> list[str]:
     """Columns of data-parallel ranks (`dp0-rid`, `dp0-size`, `dp0-forward(ms)`), and latencies without a unit."""
     names = [n for n in file.header if (n.startswith("dp") and "-" in n) or n == "first_token_latency"]
     return [f"{file.path.name}: columns not used: {', '.join(names)}"] if names else []
+
+
+def _unawaited(batches: tuple[BatchRow, ...], forwards: tuple[ForwardRow, ...]) -> list[str]:
+    """An engine that schedules ahead hands a batch over and goes on: its executions end before the model does."""
+    if not batches or not forwards:
+        return []
+    executed_us = sum(batch.step_us for batch in batches) / len(batches)
+    forward_us = sum(forward.step_us for forward in forwards) / len(forwards)
+    if executed_us >= _SHORT_FRAC * forward_us:
+        return []
+    means = f"{executed_us:.0f} us in the mean, a forward pass {forward_us:.0f} us"
+    return [f"{_BATCH}: an executed batch lasts {means}; the engine did not wait for it, so these are no step times"]
 
 
 def _forwards(file: CsvFile) -> Iterator[ForwardRow]:

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from xllm_lab.metrics import summarize
     from xllm_lab.profiles import read_profile
     from xllm_lab.runs import read_run
-    from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, tune, verify
+    from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, timeline, tune, verify
 
 # Loaded when asked for: the simulator must not pull in torch, nor the engine SimPy or Optuna.
 _HOME = {
     **dict.fromkeys(
-        ("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "tune", "verify"), "verbs"
+        ("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline", "tune", "verify"),
+        "verbs",
     ),
     "read_profile": "profiles",
     "read_run": "runs",
@@ -50,6 +51,7 @@ __all__ = [
     "report",
     "simulate",
     "summarize",
+    "timeline",
     "tune",
     "verify",
 ]

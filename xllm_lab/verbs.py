@@ -232,6 +232,15 @@ def report(
     )
 
 
+def timeline(run: Run | PathLike, *, out: PathLike | None = None) -> Path:
+    """Write a run's timeline for https://ui.perfetto.dev, beside its folder unless `out` says where."""
+    from xllm_lab.timeline_file import write_timeline
+
+    opened = _run(run)
+    beside = opened.path.with_name(f"{opened.path.resolve().name}.pftrace.gz")
+    return write_timeline(opened, beside if out is None else Path(out))
+
+
 def catalogue() -> dict[str, dict[str, Any]]:
     """Every batch policy with its first docstring line, and its knobs with default and range, as found."""
     from xllm_lab.policies.catalog import knobs

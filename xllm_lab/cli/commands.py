@@ -213,6 +213,16 @@ def _report(o: argparse.Namespace) -> int:
     return _print(o, {"report": str(path)}, str(path))
 
 
+def _timeline_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, help="file; else RUN.pftrace.gz")
+
+
+def _timeline(o: argparse.Namespace) -> int:
+    path = verbs.timeline(o.run, out=o.out)
+    return _print(o, {"timeline": str(path)}, str(path))
+
+
 def _policies(o: argparse.Namespace) -> int:
     found = verbs.catalogue()
     lines = []
@@ -280,6 +290,7 @@ COMMANDS = {
     "verify": Command("measure a study's best against its default on the engine", _verify_options, _verify),
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),
+    "timeline": Command("what a run did and when, for https://ui.perfetto.dev", _timeline_options, _timeline),
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
     "profile": Command("what a profiler recorded: operators, collectives, steps", profile.options, _profile),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from tests.perfetto_trace import PerfettoTrace, Slice, message
 from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, run, tight_configs
 from tests.tiny_loop import said
+from xllm_lab.columns import BATCH_ROWS
 from xllm_lab.errors import RunError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.lives import BATCH_ROWS, lanes
+from xllm_lab.lives import lanes
 from xllm_lab.perfetto import Label, TraceWriter, encode
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst

@@ -9,22 +9,20 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from xllm_lab.columns import batches, instance_of, ints
 from xllm_lab.errors import RunError
 from xllm_lab.perfetto import Ints
 from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA
 
-BATCH_ROWS = 16_384
 WAITING, PREFILL, DECODE, PREEMPTED = range(4)
 PHASES = ("waiting", "prefill", "decode", "preempted")
 _NEVER = np.iinfo(np.int64).max
@@ -93,37 +91,6 @@ def read_lives(folder: Path) -> Lives:
     phases = _phases(table, kv_lost, token_times_us)
     del table["first_scheduled_us"], table["first_token_us"]
     return Lives(**table, phases=phases)
-
-
-def batches(path: Path, schema: pa.Schema, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Columns of a Parquet file, a bounded number of rows at a time, `instance` too if it is there.
-
-    RunError names what is wrong with the file.
-    """
-    accepted = "a Parquet file of a finished run"
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            there = file.schema_arrow
-            for name in names:
-                if name not in there.names or there.field(name).type != schema.field(name).type:
-                    raise RunError(f"{path}: has no column {name} of {schema.field(name).type}; accepted: {accepted}")
-            also = [n for n in ("instance",) if n in there.names and n not in names]
-            for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *also]):
-                yield dict(zip(batch.schema.names, batch.columns, strict=True))
-    except FileNotFoundError:
-        raise RunError(f"{path}: is not there; accepted: {accepted}") from None
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path}: cannot be read: {error}; accepted: {accepted}") from None
-
-
-def ints(column: Any) -> Ints:
-    """A column of integers, none of them null."""
-    return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def instance_of(batch: Mapping[str, Any]) -> Ints:
-    """Of each row; 0 where the records know of one instance only."""
-    return ints(batch["instance"]) if "instance" in batch else np.zeros(len(next(iter(batch.values()))), np.int64)
 
 
 def lanes(start_us: Ints, end_us: Ints) -> Ints:

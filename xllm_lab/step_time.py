@@ -33,6 +33,7 @@ TERMS = (
     "attention_us",
     "kv_read_us",
 )
+_MOST_ROUNDS = 20
 
 
 class Chunk(NamedTuple):
@@ -53,6 +54,28 @@ def features(chunks: Iterable[Chunk], num_logits: int) -> list[float]:
         attention += new * (computed + 0.5 * new)
     small = (float(min(tokens, m)) for m in SMALL_BATCHES)
     return [1.0, *small, tokens, sequences, num_logits, attention, kv_read]
+
+
+def feature_rows(
+    num_chunks: npt.NDArray[np.int64],
+    num_tokens: npt.NDArray[np.int64],
+    num_computed_tokens: npt.NDArray[np.int64],
+    num_logits: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float64]:
+    """The factors of many steps at once, shape [steps, terms]; what `features` says of each.
+
+    Args:
+        num_chunks, num_logits: shape [steps].
+        num_tokens, num_computed_tokens: of all the steps' chunks in one line, shape [chunks].
+    """
+    step = np.repeat(np.arange(len(num_chunks)), num_chunks)
+    new, kv = num_tokens.astype(np.float64), (num_computed_tokens + num_tokens).astype(np.float64)
+    tokens, kv_read, attention = (
+        np.bincount(step, of_chunk, len(num_chunks)) for of_chunk in (new, kv, new * (kv - 0.5 * new))
+    )
+    small = (np.minimum(tokens, m) for m in SMALL_BATCHES)
+    columns = (np.ones_like(tokens), *small, tokens, num_chunks, num_logits, attention, kv_read)
+    return np.column_stack(columns).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +108,33 @@ class StepTime:
 
 
 def fit(rows: Sequence[Sequence[float]], step_us: Sequence[float]) -> StepTime:
-    """Non-negative least squares, each step weighted by 1 / its time.
+    """Non-negative least squares, each step weighted by 1 / its predicted time.
 
     Unweighted, the longest steps alone would decide; weighted by 1 / time^2, the sum over all steps drifts, and with it
-    every queue. Raises ConfigError for too few steps.
+    every queue. With predicted times in the weights the fitted sum is the measured one; with measured times, steps that
+    were short by chance would count for more, and the sum fall short by the square of the scatter. Weights and times
+    are found in turn. Raises ConfigError for too few steps.
     """
-    from scipy.optimize import nnls
-
     if len(rows) < 2 * len(TERMS):
         raise ConfigError(f"{len(rows)} steps to fit step times to, at least {2 * len(TERMS)} are accepted")
     times = np.maximum(np.asarray(step_us, dtype=np.float64), 1.0)
-    root = np.sqrt(times)
-    matrix: npt.NDArray[np.float64] = np.asarray(rows, dtype=np.float64) / root[:, None]
-    scale = np.maximum(matrix.max(axis=0), 1e-300)
-    weights, _ = nnls(matrix / scale, root)
-    return StepTime(tuple(float(w) for w in weights / scale))
+    matrix = np.asarray(rows, dtype=np.float64)
+    weights = _weighted_fit(matrix, times, times)
+    for _ in range(_MOST_ROUNDS):
+        predicted = np.maximum(matrix @ weights, 1.0)
+        weights = _weighted_fit(matrix, times, predicted)
+        if np.abs(matrix @ weights - predicted).max() <= 1e-6 * predicted.max():
+            break
+    return StepTime(tuple(float(w) for w in weights))
+
+
+def _weighted_fit(
+    matrix: npt.NDArray[np.float64], times: npt.NDArray[np.float64], variance: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    from scipy.optimize import nnls
+
+    root = np.sqrt(variance)
+    scaled = matrix / root[:, None]
+    scale = np.maximum(scaled.max(axis=0), 1e-300)
+    weights, _ = nnls(scaled / scale, times / root)
+    return np.asarray(weights / scale, dtype=np.float64)

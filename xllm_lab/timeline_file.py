@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from xllm_lab.columns import BATCH_ROWS, batches, instance_of, ints
 from xllm_lab.errors import RunError
-from xllm_lab.lives import BATCH_ROWS, DECODE, PHASES, PREFILL, Lives, batches, instance_of, ints, lanes, read_lives
+from xllm_lab.lives import DECODE, PHASES, PREFILL, Lives, lanes, read_lives
 from xllm_lab.perfetto import Ints, Label, Sink, Slices, TraceWriter, Word
 from xllm_lab.records import STEP_SCHEMA
 from xllm_lab.runs import Run, new_file

@@ -1,4 +1,4 @@
-"""Learn step times from engine runs, and how far to trust them."""
+"""Learn step times from engine runs or other measured steps, and how far to trust them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_lab.errors import ConfigError, RunError
-from xllm_lab.records import StepRecord
 from xllm_lab.runs import Run, new_file, read_json, write_json
-from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
+from xllm_lab.sim.spread import NUM_FOLDS, UNKNOWN, RunSpread, Spread, held_out, spread_of
+from xllm_lab.step_samples import StepSample, samples
+from xllm_lab.step_time import TERMS, StepTime, fit
 
-NUM_FOLDS = 5
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
-FORMAT = 1
+# 1 had no spread, and says nothing of the error away from the calibrated steps: such a file is refused.
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,10 @@ class Calibration:
         step_time: the weights.
         highest: largest value of each term's factor in the calibrated steps; beyond it the model extrapolates.
         residual: held-out error of step times.
+        spread: how that error adds up, and grows away from the calibrated steps.
         model: the served model, as in the runs' manifests.
         hardware: where it was measured.
-        runs: names of the runs.
+        runs: names of the runs, or of other sources of steps.
     """
 
     step_time: StepTime
@@ -56,6 +58,11 @@ class Calibration:
     model: dict[str, Any]
     hardware: dict[str, Any]
     runs: tuple[str, ...]
+    spread: Spread = UNKNOWN
+
+    def run_spread(self) -> RunSpread:
+        """Of a run whose steps are added to it."""
+        return RunSpread(self.step_time, self.highest, self.spread)
 
 
 def calibrate(runs: Sequence[Run]) -> Calibration:
@@ -71,24 +78,41 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
             raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted: engine runs")
         if run.manifest.model != runs[0].manifest.model:
             raise ConfigError(f"{run.path}: model differs from that of {runs[0].path}; accepted: runs of one model")
-    steps = [step for run in runs for step in run.records.steps]
-    if len(steps) < MIN_STEPS:
-        raise ConfigError(f"the runs have {len(steps)} steps, at least {MIN_STEPS} are accepted")
-    rows = np.asarray([step_features(s) for s in steps], dtype=np.float64)
-    times = np.asarray([s.step_us for s in steps], dtype=np.float64)
-    return Calibration(
-        step_time=fit(rows.tolist(), times.tolist()),
-        highest=tuple(float(h) for h in rows.max(axis=0)),
-        residual=_held_out_residual(rows, times),
+    return calibrate_on(
+        [sample for run in runs for sample in samples(run.records.steps)],
         model=runs[0].manifest.model,
         hardware=runs[0].manifest.hardware,
-        runs=tuple(run.path.name for run in runs),
+        sources=tuple(run.path.name for run in runs),
     )
 
 
-def step_features(step: StepRecord) -> list[float]:
-    """The factors of `step_time.TERMS` of a recorded step."""
-    return features(map(Chunk, step.num_tokens, step.num_computed_tokens), step.num_logits)
+def calibrate_on(
+    steps: Sequence[StepSample], *, model: dict[str, Any], hardware: dict[str, Any], sources: tuple[str, ...]
+) -> Calibration:
+    """Fit step times to measured steps, in the order in which they ran: neighbours are not independent.
+
+    Args:
+        model: as in a run's manifest; a simulated run reads `vocab_size` from it.
+        hardware: where the steps were measured.
+        sources: names of the files or runs they came from.
+
+    Raises:
+        ConfigError: there are too few steps.
+    """
+    if len(steps) < MIN_STEPS:
+        raise ConfigError(f"{', '.join(sources)}: {len(steps)} steps, at least {MIN_STEPS} are accepted")
+    rows = np.asarray([s.features() for s in steps], dtype=np.float64)
+    times = np.asarray([s.step_us for s in steps], dtype=np.float64)
+    predicted = held_out(rows, times)
+    return Calibration(
+        step_time=fit(rows.tolist(), times.tolist()),
+        highest=tuple(float(h) for h in rows.max(axis=0)),
+        residual=_residual(times, predicted),
+        spread=spread_of(rows, times, predicted),
+        model=model,
+        hardware=hardware,
+        runs=sources,
+    )
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
@@ -110,6 +134,7 @@ def read_calibration(path: Path) -> Calibration:
             step_time=StepTime(tuple(float(value["step_time"][term]) for term in TERMS)),
             highest=tuple(float(value["highest"][k]) for k in range(len(TERMS))),
             residual=Residual(**{name: value["residual"][name] + 0 for name in Residual.__slots__}),
+            spread=_spread(value["spread"]),
             model=value["model"],
             hardware=value["hardware"],
             runs=tuple(value["runs"]),
@@ -118,13 +143,15 @@ def read_calibration(path: Path) -> Calibration:
         raise RunError(f"{path}: {error!r}; accepted: {accepted}") from None
 
 
-def _held_out_residual(rows: npt.NDArray[np.float64], times: npt.NDArray[np.float64]) -> Residual:
-    # Neighbouring steps resemble one another, so folds are contiguous: a shuffled split would flatter the fit.
-    fold = np.arange(len(times)) * NUM_FOLDS // len(times)
-    predicted = np.empty_like(times)
-    for k in range(NUM_FOLDS):
-        weights = np.asarray(fit(rows[fold != k].tolist(), times[fold != k].tolist()).weights)
-        predicted[fold == k] = rows[fold == k] @ weights
+def _spread(value: dict[str, Any]) -> Spread:
+    rows = value["weights_std"]
+    if [len(row) for row in rows] != [len(TERMS)] * len(TERMS):
+        raise ValueError(f"weights_std has rows of {[len(row) for row in rows]}, {len(TERMS)} of {len(TERMS)} accepted")
+    numbers = {name: float(value[name]) for name in Spread.__slots__ if name != "weights_std"}
+    return Spread(**numbers, weights_std=tuple(tuple(float(u) for u in row) for row in rows))
+
+
+def _residual(times: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> Residual:
     error = np.abs(predicted - times) / times
     return Residual(
         mape_frac=float(error.mean()),

@@ -65,17 +65,26 @@ def batch_of(chunks: Iterable[Chunk], num_logits: int) -> Batch:
 
 
 class Price(NamedTuple):
-    """Predicted time of a step, and whether the batch lies outside what the model was calibrated on."""
+    """Predicted time of a step.
+
+    Attributes:
+        us: the mean over steps like this one.
+        is_extrapolated: the batch lies outside what the model was calibrated on.
+        std_us: standard error of `us`, which grows away from what was calibrated; 0 from a model that knows none. Not
+            the scatter of single steps around their mean: that averages out over a run, and this does not.
+    """
 
     us: float
     is_extrapolated: bool = False
+    std_us: float = 0.0
 
 
 class Prices(NamedTuple):
-    """Predicted times of consecutive steps, both of shape [steps]."""
+    """Predicted times of consecutive steps, as `Price` has them; arrays of shape [steps]."""
 
     us: npt.NDArray[np.float64]
     is_extrapolated: npt.NDArray[np.bool_]
+    std_us: npt.NDArray[np.float64] | float = 0.0
 
 
 class CostModel(Protocol):
@@ -87,6 +96,7 @@ class CostModel(Protocol):
         """Prices of `batch.later(0), ... batch.later(num_steps - 1)`, a batch of decodes only.
 
         Bit for bit what `step` says of each: use the same additions, multiplications, divisions, minima and maxima in
-        the same order, and nothing else that numpy may round its own way (no sums over an axis, no exp, no powers).
+        the same order, and nothing else that numpy may round its own way (no sums over an axis, no exp, no powers;
+        square roots are exact enough everywhere).
         """
         ...

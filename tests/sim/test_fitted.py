@@ -1,0 +1,200 @@
+"""The fitted cost model: many steps at once are bit for bit single ones, files keep all, odd input is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.report_inputs import CONFIG, POLICY, as_engine, calibration, workload
+from tests.sim.synthetic_machine import Machine, mixed_steps
+from tests.tiny_loop import said
+from xllm_lab.columns import step_feature_rows
+from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.formats import own
+from xllm_lab.runs import Run, read_run
+from xllm_lab.sim.calibrate import (
+    FORMAT,
+    MIN_STEPS,
+    Calibration,
+    calibrate,
+    calibrate_on,
+    read_calibration,
+    write_calibration,
+)
+from xllm_lab.sim.cost import Batch, batch_of
+from xllm_lab.sim.cost.fitted import FittedCost
+from xllm_lab.sim.simulator import simulate
+from xllm_lab.sim.spread import UNKNOWN
+from xllm_lab.step_samples import StepSample, samples
+from xllm_lab.step_time import Chunk, feature_rows, features, fit
+
+
+@cache
+def fitted() -> Calibration:
+    return Machine(drift_frac=0.02).calibrated(np.random.default_rng(5), 300)
+
+
+chunks = st.builds(Chunk, st.integers(1, 3000) | st.just(1), st.integers(0, 200_000))
+
+
+@st.composite
+def decoding_batches(draw: st.DrawFn) -> Batch:
+    """Around the edge of the calibrated range, and far from it."""
+    contexts = draw(st.lists(st.integers(0, 1500) | st.integers(0, 300_000), min_size=1, max_size=64))
+    return batch_of([Chunk(1, c) for c in contexts], draw(st.integers(0, 70)))
+
+
+@given(decoding_batches(), st.integers(1, 300))
+def test_decode_steps_are_steps(batch: Batch, num_steps: int) -> None:
+    """Bit for bit: times, flags and standard errors."""
+    cost = FittedCost(fitted())
+    many = cost.decode_steps(batch, num_steps)
+    ones = [cost.step(batch.later(k)) for k in range(num_steps)]
+    assert many.us.tolist() == [p.us for p in ones]
+    assert many.is_extrapolated.tolist() == [p.is_extrapolated for p in ones]
+    assert np.asarray(many.std_us).tolist() == [p.std_us for p in ones]
+    assert (many.us.dtype, many.is_extrapolated.dtype, many.us.shape) == (np.float64, np.bool_, (num_steps,))
+
+
+def test_the_edge_of_the_range_is_crossed_within_one_call() -> None:
+    """Or the law above would not tell of it."""
+    flags = FittedCost(fitted()).decode_steps(batch_of([Chunk(1, 300)] * 32, 32), 20_000).is_extrapolated
+    assert not flags[0]
+    assert flags[-1]
+    assert (np.diff(flags.astype(int)) >= 0).all()
+
+
+@given(st.lists(chunks, min_size=1, max_size=40), st.integers(0, 50))
+def test_a_price_is_the_weighted_sum(drawn: list[Chunk], num_logits: int) -> None:
+    """As `StepTime`, which policies see, says; and it is extrapolated if any factor is beyond the largest seen."""
+    price = FittedCost(fitted()).step(batch_of(drawn, num_logits))
+    assert price.us == pytest.approx(fitted().step_time.step_us(drawn, num_logits))
+    factors = features(drawn, num_logits)
+    assert price.is_extrapolated == any(f > m for f, m in zip(factors, fitted().highest, strict=True))
+    assert price.std_us > 0
+
+
+@given(st.lists(st.lists(chunks, min_size=1, max_size=9), min_size=1, max_size=9))
+def test_factors_of_many_steps_are_those_of_each(drawn: list[list[Chunk]]) -> None:
+    flat = [c for step in drawn for c in step]
+    lengths = np.asarray([len(step) for step in drawn])
+    rows = feature_rows(
+        lengths, np.asarray([c.num_tokens for c in flat]), np.asarray([c.num_computed_tokens for c in flat]), lengths
+    )
+    assert rows.tolist() == [features(step, len(step)) for step in drawn]
+
+
+def test_the_fitted_total_is_the_measured_one() -> None:
+    """However much single steps scatter: queues grow with the sum, and a shortfall would never show in them alone."""
+    rng = np.random.default_rng(2)
+    steps = mixed_steps(rng, 400)
+    times = Machine(scatter_frac=0.3).step_us(rng, steps)
+    rows = [features(chunks, len(chunks)) for chunks in steps]
+    assert float((np.asarray(rows) @ fit(rows, times.tolist()).weights).sum()) == pytest.approx(times.sum(), rel=1e-4)
+
+
+def test_without_a_spread_nothing_is_claimed() -> None:
+    """A calibration made by hand has no error to tell."""
+    cost = FittedCost(replace(fitted(), spread=UNKNOWN))
+    assert cost.step(batch_of([Chunk(1, 10)], 1)).std_us == 0.0
+
+
+def test_a_file_keeps_everything(tmp_path: Path) -> None:
+    write_calibration(fitted(), tmp_path / "machine.json")
+    assert read_calibration(tmp_path / "machine.json") == fitted()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 1}, (f"format is 1, {FORMAT} is accepted",)),
+        ({"spread": None}, ("accepted: a calibration",)),
+        ({"spread": {"scatter_us": 1.0}}, ("weights_std",)),
+        ({"spread": {"scatter_us": 1.0, "weights_std": [[1.0]]}}, ("weights_std has rows of [1]",)),
+    ],
+)
+def test_files_of_other_forms_are_refused(change: dict[str, object], words: tuple[str, ...], tmp_path: Path) -> None:
+    """A file from before spreads too: the runs it came from are still there to learn from."""
+    path = tmp_path / "machine.json"
+    write_calibration(fitted(), path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RunError) as refusal:
+        read_calibration(path)
+    for word in (str(path), *words):
+        assert word in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def engine_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("engine")
+    return as_engine(simulate(workload(), CONFIG, POLICY, calibration(), out=folder / "raw"), folder / "engine")
+
+
+def test_a_run_and_its_samples_teach_the_same(engine_run: Run) -> None:
+    """Per-step rows need not come from an engine run of ours."""
+    steps = list(samples(engine_run.records.steps))
+    from_run = calibrate([engine_run])
+    manifest = engine_run.manifest
+    from_rows = calibrate_on(steps, model=manifest.model, hardware=manifest.hardware, sources=("engine",))
+    assert from_run == from_rows
+
+
+def test_a_runs_error_is_read_from_its_folder(engine_run: Run) -> None:
+    """Batch by batch, as `simulate` does it."""
+    learnt, by_hand = fitted().run_spread(), fitted().run_spread()
+    for rows in step_feature_rows(engine_run.path / "steps.parquet"):
+        learnt.add(rows)
+    by_hand.add(np.asarray([s.features() for s in samples(engine_run.records.steps)]))
+    assert learnt.us == pytest.approx(by_hand.us)
+    assert learnt.half_width_frac() == pytest.approx(by_hand.half_width_frac())
+
+
+def test_too_few_steps_are_refused() -> None:
+    sample = StepSample(chunks=(Chunk(1, 1),), num_logits=1, step_us=5.0)
+    with pytest.raises(ConfigError, match=f"trace.csv: 3 steps, at least {MIN_STEPS} are accepted"):
+        calibrate_on([sample] * 3, model={}, hardware={}, sources=("trace.csv",))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step_us": 0.0}, "lasts 0.0 us"),
+        ({"step_us": float("nan")}, "lasts nan us"),
+        ({"step_us": float("inf")}, "lasts inf us"),
+        ({"chunks": ()}, "no chunks"),
+        ({"chunks": (Chunk(0, 5),)}, "num_tokens=0"),
+        ({"chunks": (Chunk(1, -5),)}, "num_computed_tokens=-5"),
+        ({"num_logits": -1}, "num_logits of a step is -1"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused(change: dict[str, object], words: str) -> None:
+    """With the value, and what is accepted."""
+    with pytest.raises(ConfigError, match=words):
+        replace(StepSample(chunks=(Chunk(1, 1),), num_logits=1, step_us=5.0), **change)
+
+
+@pytest.mark.parametrize(("highest", "is_warned"), [(1e9, False), (300.0, True)])
+def test_a_run_beyond_the_range_warns(highest: float, is_warned: bool, tmp_path: Path) -> None:
+    """Above 5 % of the steps; the fraction is in the manifest either way, and is that of the steps."""
+    own.write(workload(), tmp_path / "trace.jsonl")
+    machine = calibration(highest=highest)
+    write_calibration(machine, tmp_path / "machine.json")
+    told = said(
+        "simulate", tmp_path / "trace.jsonl", "--calibration", tmp_path / "machine.json", "--out", tmp_path / "r"
+    )
+    assert told.status == 0
+    done = read_run(tmp_path / "r")
+    cost = FittedCost(machine)
+    flags = [cost.step(batch_of(s.chunks, s.num_logits)).is_extrapolated for s in samples(done.records.steps)]
+    frac = sum(flags) / len(flags)
+    assert done.manifest.timing["extrapolated_frac"] == frac
+    assert (frac > 0.05) == is_warned
+    assert ("outside the calibrated range" in told.err) == is_warned
+    assert not is_warned or f"{frac:.0%} of the steps" in told.err

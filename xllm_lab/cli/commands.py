@@ -57,12 +57,14 @@ def _replay(o: argparse.Namespace) -> int:
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="engine runs, or profiles of a server's batches")
     parser.add_argument("--out", type=Path, required=True, help="calibration file")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="of a profiled model")
+    parser.add_argument("--kv-block-tokens", type=int, metavar="N", help="of a profiled server; to estimate lengths")
 
 
 def _calibrate(o: argparse.Namespace) -> int:
-    fitted = verbs.calibrate(o.runs, out=o.out)
+    fitted = verbs.calibrate(o.runs, out=o.out, vocab_size=o.vocab_size, kv_block_tokens=o.kv_block_tokens)
     r = fitted.residual
     line = (
         f"{o.out}: {r.num_steps} steps; held-out error of a step {r.mape_frac:.1%} (90 % under {r.p90_frac:.1%}), "
@@ -282,7 +284,7 @@ def _print(o: argparse.Namespace, value: Any, text: str) -> int:
 
 COMMANDS = {
     "replay": Command("serve a trace on the engine", _replay_options, _replay),
-    "calibrate": Command("learn step times from engine runs", _calibrate_options, _calibrate),
+    "calibrate": Command("learn step times from engine runs or profiles", _calibrate_options, _calibrate),
     "simulate": Command("serve a trace in simulated time", _simulate_options, _simulate),
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),

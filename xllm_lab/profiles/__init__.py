@@ -17,7 +17,7 @@ from xllm_lab.errors import ProfileError
 from xllm_lab.profiles.profile import Profile
 from xllm_lab.profiles.sources import sources
 
-__all__ = ["Profile", "read_profile", "sources"]
+__all__ = ["Profile", "is_profile", "read_profile", "sources"]
 
 
 def read_profile(path: str | Path, *, source: str | None = None) -> Profile:
@@ -40,3 +40,8 @@ def read_profile(path: str | Path, *, source: str | None = None) -> Profile:
         found = " and ".join(reader.NAME for reader in meant) or "none"
         raise ProfileError(f"{path}: looks like {found} of the known profiles ({accepted}); name its source")
     return meant[0].read(path)
+
+
+def is_profile(path: str | Path) -> bool:
+    """Whether some reader takes this for its own."""
+    return any(reader.recognises(Path(path)) for reader in sources().values())

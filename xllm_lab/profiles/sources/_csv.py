@@ -68,10 +68,10 @@ class Row:
     def ns(self, column: TimeColumn, *, most: int) -> int:
         """The time in whole nanoseconds, 0 to `most`: sums of integers come out the same in any order."""
         value = self._number(column, f"a time from 0 to {most / column.unit_ns:g}")
-        ns = round(value * column.unit_ns)
+        ns = value * column.unit_ns
         if not 0 <= ns <= most:
             raise self.refusal(column, f"a time from 0 to {most / column.unit_ns:g} (or another unit in the header)")
-        return ns
+        return round(ns)
 
     def maybe_ns(self, column: TimeColumn | None, *, most: int) -> int | None:
         """As `ns`, or None where there is no such column or nothing in the cell."""
@@ -192,7 +192,7 @@ class CsvFile:
         return self.header.index(name)
 
     def _missing(self, wanted: str) -> NoReturn:
-        found = ", ".join(self.header)
+        found = " ".join(", ".join(self.header).split())
         raise refusal(self.path, self._header_line, f"column {wanted} is missing (columns: {found})", wanted)
 
 

@@ -23,6 +23,7 @@ from tests.profiles.folders import (
 )
 from tests.profiles.refused import assert_refused
 from xllm_lab.profiles import Profile, read_profile
+from xllm_lab.profiles.sources._ms_batches import _literal
 
 SCHEDULED, EXECUTED = "batchFrameworkProcessing", "modelExec"
 PARTS = [vllm_part("a", 3, 1, 4098, 4096), vllm_part("b", 0, 512, 1024, 4096)]
@@ -275,3 +276,11 @@ def test_empty_files_are_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path, f"{path}: is empty; a header and at least one row are accepted")
     write_csv(path, BATCH_HEADER, [])
     assert_refused(tmp_path, f"{path}: has a header and no rows; at least one row is accepted")
+
+
+part = st.fixed_dictionaries({"rid": st.text(max_size=6) | st.integers(0, 99), "iter": st.none() | st.integers(0, 9)})
+
+
+@given(st.lists(part, max_size=4))
+def test_requests_are_read_as_python_wrote_them(drawn: list[dict[str, object]]) -> None:
+    assert _literal(repr(drawn)) == drawn

@@ -88,6 +88,7 @@ def test_imports_are_seen_wherever_they_stand() -> None:
         ("xllm_lab.sim", ("xllm_lab.engine", "xllm_lab.tuning", "torch", "transformers", "optuna", *SURFACE)),
         ("xllm_lab.tuning", SURFACE),
         ("xllm_lab.formats", (*HOSTS, *SURFACE, "torch", "simpy", "optuna")),
+        ("xllm_lab.profiles", (*HOSTS, *SURFACE, "torch", "simpy", "optuna")),
     ],
 )
 def test_a_layer_imports_nothing_beside_or_above_it(layer: str, forbidden: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xllm_lab.formats import read_trace
     from xllm_lab.metrics import summarize
+    from xllm_lab.profiles import read_profile
     from xllm_lab.runs import read_run
     from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, timeline, tune, verify
 
@@ -32,6 +33,7 @@ _HOME = {
         ("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline", "tune", "verify"),
         "verbs",
     ),
+    "read_profile": "profiles",
     "read_run": "runs",
     "read_trace": "formats",
     "summarize": "metrics",
@@ -42,6 +44,7 @@ __all__ = [
     "compare",
     "export",
     "parity",
+    "read_profile",
     "read_run",
     "read_trace",
     "replay",

@@ -6,6 +6,7 @@
     │   ├── ConfigError          an unknown or impossible option, knob, policy or fit
     │   ├── RequestTooLargeError a request that could never run on this configuration
     │   ├── ModelError           a model that cannot be loaded
+    │   ├── ProfileError         a profiler's output that cannot be read
     │   └── RunError             a run folder that is missing, unfinished, or cannot be written
     └── PolicyError              a policy returned an illegal plan; its author is to blame, not the user
 
@@ -37,6 +38,10 @@ class RequestTooLargeError(UserError):
 
 class ModelError(UserError):
     """A model that cannot be loaded: unknown name, unsupported architecture, or corrupt weights."""
+
+
+class ProfileError(UserError):
+    """A profiler's output that cannot be read; the message names file, line, column and value."""
 
 
 class RunError(UserError):

@@ -16,7 +16,8 @@ from xllm_lab.formats import read_trace
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
 from xllm_lab.policies.catalog import configured, make_batch_policy, policies, policy_name, values_of
-from xllm_lab.progress import bar, watched
+from xllm_lab.profiles import is_profile, read_profile
+from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
 from xllm_lab.workload import Workload
 
@@ -83,12 +84,30 @@ def replay(
         return host.replay(workload, chosen.instance, chosen.policy, out=Path(out), step_time=fitted, recorder=records)
 
 
-def calibrate(runs: Iterable[Run | PathLike], *, out: PathLike | None = None) -> Calibration:
-    """Fit step times to engine runs, and write them to `out` if given."""
+def calibrate(
+    runs: Iterable[Run | PathLike],
+    *,
+    out: PathLike | None = None,
+    vocab_size: int | None = None,
+    kv_block_tokens: int | None = None,
+) -> Calibration:
+    """Fit step times to engine runs, or to profiles of a server's batches, and write them to `out` if given.
+
+    Args:
+        vocab_size: of the profiled model.
+        kv_block_tokens: tokens of a KV block of the profiled server, for batches that name no lengths.
+    """
     from xllm_lab.sim.calibrate import calibrate as fit
     from xllm_lab.sim.calibrate import write_calibration
 
-    fitted = fit([_run(run) for run in runs])
+    given = list(runs)
+    profiles = [path for path in given if not isinstance(path, Run) and is_profile(path)]
+    if profiles and len(profiles) < len(given):
+        raise ConfigError(f"{profiles[0]} is a profile and others are runs; runs alone or profiles alone are accepted")
+    if profiles:
+        fitted = _calibrate_profiles(profiles, vocab_size, kv_block_tokens)
+    else:
+        fitted = fit([_run(run) for run in given])
     if out is not None:
         write_calibration(fitted, Path(out))
     return fitted
@@ -295,3 +314,15 @@ def validate_npu() -> NpuValidation:
     from xllm_lab.sim.validate_npu import validate_npu as validate
 
     return validate()
+
+
+def _calibrate_profiles(paths: Iterable[PathLike], vocab_size: int | None, kv_block_tokens: int | None) -> Calibration:
+    from xllm_lab.sim.calibrate_profiles import calibrate_profiles
+
+    profiles = [read_profile(path) for path in paths]
+    done = calibrate_profiles(profiles, vocab_size=vocab_size, kv_block_tokens=kv_block_tokens)
+    for basis, num in sorted(done.num_by_basis.items()):
+        tell(f"xllm-lab: {num} steps: {basis}")
+    for left in done.left_out:
+        tell(f"xllm-lab: {left.num_rows} rows of {left.file} not used: {left.reason}")
+    return done.calibration

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xllm_lab import verbs
+from xllm_lab.cli import profile
 from xllm_lab.cli.options import (
     configuration_options,
     engine,
@@ -56,12 +57,14 @@ def _replay(o: argparse.Namespace) -> int:
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="engine runs, or profiles of a server's batches")
     parser.add_argument("--out", type=Path, required=True, help="calibration file")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="of a profiled model")
+    parser.add_argument("--kv-block-tokens", type=int, metavar="N", help="of a profiled server; to estimate lengths")
 
 
 def _calibrate(o: argparse.Namespace) -> int:
-    fitted = verbs.calibrate(o.runs, out=o.out)
+    fitted = verbs.calibrate(o.runs, out=o.out, vocab_size=o.vocab_size, kv_block_tokens=o.kv_block_tokens)
     r = fitted.residual
     line = (
         f"{o.out}: {r.num_steps} steps; held-out error of a step {r.mape_frac:.1%} (90 % under {r.p90_frac:.1%}), "
@@ -276,6 +279,11 @@ def _validate_npu(o: argparse.Namespace) -> int:
     return _print(o, value, npu_validation_table(found))
 
 
+def _profile(o: argparse.Namespace) -> int:
+    found = profile.opened(o)
+    return _print(o, profile.as_dict(*found), profile.as_text(*found, top=o.top))
+
+
 def _print_run(run: Run, o: argparse.Namespace) -> int:
     summary = summarize(run.records)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
@@ -300,7 +308,7 @@ VALIDATIONS = {
 }
 COMMANDS = {
     "replay": Command("serve a trace on the engine", _replay_options, _replay),
-    "calibrate": Command("learn step times from engine runs", _calibrate_options, _calibrate),
+    "calibrate": Command("learn step times from engine runs or profiles", _calibrate_options, _calibrate),
     "simulate": Command("serve a trace in simulated time", _simulate_options, _simulate),
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
@@ -311,5 +319,6 @@ COMMANDS = {
     "timeline": Command("what a run did and when, for https://ui.perfetto.dev", _timeline_options, _timeline),
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
     "validate": Command("the simulator beside measurements of others", _validate_options, _validate),
+    "profile": Command("what a profiler recorded: operators, collectives, steps", profile.options, _profile),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

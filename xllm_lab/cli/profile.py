@@ -1,0 +1,189 @@
+"""The verb `profile`: what a profiler recorded, for a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xllm_lab.errors import ConfigError
+from xllm_lab.operator_table import write_operator_table
+from xllm_lab.profiles import Profile, read_profile
+from xllm_lab.profiles.profile import CollectiveRow
+from xllm_lab.profiles.steps import Steps, steps
+from xllm_lab.profiles.transfer_time import fit_collective
+from xllm_lab.text import table
+from xllm_lab.wording import compact, percent
+
+TOP = 20
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a profiler's folder, or hccl_test's output")
+    parser.add_argument("--source", help="which profiler; else found from what is there")
+    parser.add_argument("--top", type=int, default=TOP, metavar="N", help="operators and collectives to show")
+    parser.add_argument("--kv-block-tokens", type=int, metavar="N", help="of the profiled engine; to estimate lengths")
+    parser.add_argument("--out", type=Path, help="write the operator table as CSV")
+
+
+def opened(o: argparse.Namespace) -> tuple[Profile, Steps]:
+    """The profile that the options name, its table written where they say."""
+    if o.top < 1:
+        raise ConfigError(f"--top is {o.top}, at least 1 is accepted")
+    profile = read_profile(o.path, source=o.source)
+    found = steps(profile, kv_block_tokens=o.kv_block_tokens)
+    if o.out is not None:
+        if not profile.operators.rows:
+            raise ConfigError(f"{o.path}: has no operators to write to {o.out}; a profile of kernels is accepted")
+        write_operator_table(profile.operators, o.out)
+    return profile, found
+
+
+def as_dict(profile: Profile, found: Steps) -> dict[str, Any]:
+    """All that was read, as JSON holds it; batches by how many there are."""
+    value = asdict(profile)
+    del value["batches"], value["forwards"], value["requests"]
+    return {
+        **value,
+        "operators": [asdict(row) for row in profile.operators.rows],
+        "num_batches": len(profile.batches),
+        "num_forwards": len(profile.forwards),
+        "num_requests": len(profile.requests),
+        "num_samples": dict(found.num_by_basis),
+        "left_out": [asdict(left) for left in (*profile.left_out, *found.left_out)],
+    }
+
+
+def as_text(profile: Profile, found: Steps, top: int = TOP) -> str:
+    """The sections that the profile has something for."""
+    marked = f", {profile.num_steps:,} steps" if profile.num_steps else ""
+    parts = [f"{profile.path}: {profile.source}{marked}"]
+    parts += [f"{title}\n{body}" for title, body in _sections(profile, found, top) if body]
+    return "\n\n".join(parts)
+
+
+def _sections(profile: Profile, found: Steps, top: int) -> Iterator[tuple[str, str]]:
+    yield "operators", _operators(profile, top)
+    yield "collectives", _collectives(profile, top)
+    yield "links", _links(profile)
+    yield "where the time of a step goes", _splits(profile)
+    yield "on the host", _host(profile, top)
+    yield "batches", _batches(profile, found)
+    yield "requests", _requests(profile)
+    left = [
+        [f"{left.file}: {left.reason}", f"{left.num_rows:,}", compact(left.total_us / 1e3)]
+        for left in (*profile.left_out, *found.left_out)
+    ]
+    yield "not used", table(["", "rows", "ms"], left) if left else ""
+    yield "notes", "\n".join(profile.notes)
+
+
+def _operators(profile: Profile, top: int) -> str:
+    by_operator = profile.operators.by_operator()
+    whole = by_operator.total_us + math.fsum(row.total_us for row in profile.collectives)
+    rows = [
+        [
+            *(row.operator, row.core, f"{row.num_calls:,}", compact(row.total_us / 1e3), percent(row.total_us / whole)),
+            *map(compact, (row.mean_us, row.min_us, row.max_us)),
+        ]
+        for row in by_operator.rows
+        if whole > 0
+    ]
+    return _first(["", "core", "calls", "ms", "of time", "mean us", "min", "max"], rows, top)
+
+
+def _collectives(profile: Profile, top: int) -> str:
+    rows = [
+        [
+            *(row.collective, row.device or "-", row.group or "-", str(row.num_ranks or "-")),
+            "-" if row.message_bytes is None else f"{row.message_bytes:,}",
+            *(f"{row.num_calls:,}", compact(row.total_us / 1e3), *map(compact, (row.mean_us, row.min_us, row.max_us))),
+        ]
+        for row in profile.collectives
+    ]
+    return _first(["", "device", "group", "ranks", "bytes", "calls", "ms", "mean us", "min", "max"], rows, top)
+
+
+def _links(profile: Profile) -> str:
+    """Of each collective that was measured at several sizes."""
+    kinds: dict[tuple[str, int | None], list[CollectiveRow]] = {}
+    for row in profile.collectives:
+        if row.message_bytes is not None:
+            kinds.setdefault((row.collective, row.num_ranks), []).append(row)
+    rows = []
+    for (collective, num_ranks), measured in kinds.items():
+        if len({row.message_bytes for row in measured}) > 1:
+            rows.append([collective, str(num_ranks or "-"), *_link(measured)])
+    return table(["", "ranks", "latency us", "GB/s of the message"], rows) if rows else ""
+
+
+def _link(measured: list[CollectiveRow]) -> tuple[str, str]:
+    try:
+        link = fit_collective(measured)
+    except ConfigError:  # the times are told above, and say why
+        return "-", "-"
+    return compact(link.latency_us), compact(link.bytes_per_s / 1e9)
+
+
+def _splits(profile: Profile) -> str:
+    """Means over steps and devices."""
+    splits = profile.splits
+    whole = math.fsum(split.step_us for split in splits)
+    if not whole:
+        return ""
+    sums = {
+        "computing": math.fsum(split.computing_us for split in splits),
+        "communication not overlapped": math.fsum(split.not_overlapped_us for split in splits),
+        "free": math.fsum(split.free_us for split in splits),
+    }
+    rows = [[name, compact(us / 1e3 / len(splits)), percent(us / whole)] for name, us in sums.items()]
+    rows.append(["step", compact(whole / 1e3 / len(splits)), f"{len(splits)} rows"])
+    hidden = math.fsum(split.overlapped_us for split in splits)
+    return table(["", "mean ms", ""], [*rows, ["communication overlapped", compact(hidden / 1e3 / len(splits)), ""]])
+
+
+def _host(profile: Profile, top: int) -> str:
+    rows = [
+        [row.operator, f"{row.num_calls:,}", compact(row.host_us / 1e3), compact(row.device_us / 1e3)]
+        for row in profile.host_operators
+    ]
+    return _first(["", "calls", "host ms", "device ms"], rows, top)
+
+
+def _batches(profile: Profile, found: Steps) -> str:
+    lines = []
+    if profile.batches:
+        mean_us = math.fsum(batch.step_us for batch in profile.batches) / len(profile.batches)
+        lines.append(f"{len(profile.batches):,} executed, {compact(mean_us / 1e3)} ms in the mean")
+        lines += [f"{num:,} to learn step times from: {basis}" for basis, num in sorted(found.num_by_basis.items())]
+    if profile.forwards:
+        busy_us = math.fsum(forward.step_us for forward in profile.forwards)
+        idle_us = math.fsum(forward.idle_us or 0 for forward in profile.forwards)
+        told = (
+            f"{len(profile.forwards):,} forward passes, {compact(busy_us / 1e3 / len(profile.forwards))} ms in the mean"
+        )
+        lines.append(f"{told}, {compact(idle_us / 1e3)} ms idle between them")
+    if profile.peak_used_blocks is not None:
+        lines.append(f"{profile.peak_used_blocks:,} of {profile.num_blocks or '?'} KV blocks in use at most")
+    return "\n".join(lines)
+
+
+def _requests(profile: Profile) -> str:
+    if not profile.requests:
+        return ""
+    num = len(profile.requests)
+    prompt, output = (
+        sum(getattr(r, f"{kind}_tokens") for r in profile.requests) / num for kind in ("prompt", "output")
+    )
+    e2e_us = math.fsum(request.e2e_us for request in profile.requests) / num
+    return f"{num:,}, in the mean {compact(prompt)} tokens in, {compact(output)} out, {compact(e2e_us / 1e6)} s"
+
+
+def _first(head: list[str], rows: list[list[str]], top: int) -> str:
+    if not rows:
+        return ""
+    more = f"\n{len(rows) - top} more" if len(rows) > top else ""
+    return table(head, rows[:top]) + more

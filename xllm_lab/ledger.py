@@ -73,6 +73,10 @@ class Ledger:
     def num_clean_blocks(self) -> int:
         return len(self._clean)
 
+    def keys(self) -> frozenset[BlockKey]:
+        """What the prefix cache knows, at this moment."""
+        return frozenset(self._block_of)
+
     def block_table(self, request: RequestId) -> Sequence[int]:
         """Block ids in token order; empty for a request that holds none."""
         return self._tables.get(request, ())

@@ -26,6 +26,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # produced a stop token
     CANCELLED = "cancelled"  # its client went away
     REJECTED = "rejected"  # could never run here
+    FAILED = "failed"  # its instance failed, and it was given up
 
 
 def _int64s() -> array[int]:

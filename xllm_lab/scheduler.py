@@ -168,6 +168,7 @@ class Scheduler:
         self._singles: dict[RequestId, RequestState] = {}
         self._owed: list[tuple[RequestState, int]] = []
         self._view = _View(self, step_time)
+        self.is_index_watched = False  # somebody reads the prefix index from outside
         self._foresees_length = config.async_scheduling == "length_aware"
 
     @property
@@ -178,6 +179,17 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._view.waiting)
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Known tokens that are not in KV: one for a decoding request, more for a prompt."""
+        view = self._view
+        missing = sum(s.num_tokens - s.num_computed_tokens for s in view.prefilling)
+        return len(view.decoding) + missing + sum(s.num_tokens for s in view.waiting)
+
+    def num_used_blocks_after(self, num_repeats: int) -> int:
+        """KV blocks in use when the step under way has been repeated so often."""
+        return self.ledger.num_used_blocks + self._lockstep.num_blocks(num_repeats)
 
     @property
     def num_decode_blocks(self) -> int:
@@ -273,7 +285,7 @@ class Scheduler:
         if most < 1:
             return 0
         # Evicting what a waiting request would have found may change the plan.
-        is_watched = bool(self._view.waiting) and ledger.enable_prefix_cache
+        is_watched = (bool(self._view.waiting) or self.is_index_watched) and ledger.enable_prefix_cache
         free = ledger.num_clean_blocks if is_watched else ledger.num_free_blocks
         return min(most, latest.holds_for, lockstep.most_ticks(free))
 

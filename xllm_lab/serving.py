@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 
 from xllm_lab.errors import PolicyError
 from xllm_lab.policies.catalog import policy_name
+from xllm_lab.records import RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler, Step
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload
 
@@ -60,6 +61,14 @@ Conversation = Generator[Step | Idle, Completion | Woke, None]
 _ARRIVES, _CANCELS = 0, 1
 
 
+class Event(NamedTuple):
+    """A request arrives, or else its client goes away. A `record` is of one that begins anew, its instance failed."""
+
+    arrives: bool
+    request: Request
+    record: RequestRecord | None = None
+
+
 class Feed(Protocol):
     """What happens to one instance, as far as is known."""
 
@@ -73,8 +82,8 @@ class Feed(Protocol):
         """Whether nothing will ever happen again."""
         ...
 
-    def pop_due(self, now_us: int) -> tuple[bool, Request] | None:
-        """The next event at or before `now_us`: (whether it is an arrival, else its client goes away; the request)."""
+    def pop_due(self, now_us: int) -> Event | None:
+        """The next event at or before `now_us`."""
         ...
 
     def on_end(self, request: RequestId, now_us: int) -> None:
@@ -106,12 +115,12 @@ class WorkloadFeed:
     def is_over(self) -> bool:
         return not self._events
 
-    def pop_due(self, now_us: int) -> tuple[bool, Request] | None:
+    def pop_due(self, now_us: int) -> Event | None:
         if not self._events or self._events[0][0] > now_us:
             return None
         _, kind, _, request = heapq.heappop(self._events)
         self._forget_the_ended()
-        return kind == _ARRIVES, request
+        return Event(kind == _ARRIVES, request)
 
     def on_end(self, request: RequestId, now_us: int) -> None:
         """A request ended; in a closed loop its client thinks and sends the next one."""
@@ -175,9 +184,9 @@ def serve(
 
 def _deliver(feed: Feed, scheduler: Scheduler, prompt_ids: Callable[[Request], TokenIds], now_us: int) -> None:
     while (event := feed.pop_due(now_us)) is not None:
-        arrives, request = event
+        arrives, request, record = event
         if arrives:
-            scheduler.add(request, prompt_ids(request), now_us)
+            scheduler.add(request, prompt_ids(request), now_us, record=record)
             ended = not scheduler.is_live(request.id)
         else:
             ended = scheduler.cancel(request.id, now_us)

@@ -10,6 +10,7 @@ is computed, and if something comes in the middle, the stretch is cut at the end
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -134,8 +135,9 @@ class Instance:
         self._feed = feed
         self._priority = FIRST_INSTANCE + index
         self._wake: simpy.Event | None = None
+        self._step: Step | None = None
         self.stretch: Stretch | None = None
-        self.process = env.process(self._run())
+        self._process = env.process(self._run())
 
     def notice(self) -> None:
         """Something has come: wake up, or end the stretch with the step that is under way."""
@@ -146,7 +148,30 @@ class Instance:
             cut = self.stretch.until(int(self._env.now))
             if len(cut.ends_us) < len(self.stretch.ends_us):
                 self.stretch = cut
-                self.process.interrupt()
+                self._process.interrupt()
+
+    @property
+    def started_us(self) -> int:
+        """Start of the stretch under way, or now."""
+        return int(self._env.now) if self.stretch is None or self._step is None else self._step.start_us
+
+    def num_steps_over(self) -> int:
+        """Of the stretch under way, the steps that ended before now."""
+        return 0 if self.stretch is None else bisect.bisect_left(self.stretch.ends_us, self._env.now)
+
+    def stop(self) -> None:
+        """The instance fails: steps that are over are completed, the one under way never was."""
+        num_over = self.num_steps_over()
+        if num_over:
+            assert self.stretch is not None, "steps are over and there were none"
+            assert self._step is not None, "steps are over and there were none"
+            done = Stretch(self.stretch.ends_us[:num_over], self.stretch.is_extrapolated[:num_over])
+            self._timing.ran(done)
+            self._conversation.send(Completion(done.ends_us, self._timing.sampled(self._step)))
+        self._conversation.close()
+        self.stretch = self._wake = None
+        if self._process.is_alive:
+            self._process.interrupt(_STOP)
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
         """One event per stretch and one per idle gap; `env.now` is in integer microseconds."""
@@ -161,20 +186,23 @@ class Instance:
                 stretch = timing.stretch(command)
                 if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
                     stretch = stretch.until(next_us)
-                self.stretch = stretch
+                self._step, self.stretch = command, stretch
                 yield from self._work()
                 stretch, self.stretch = self.stretch, None
                 timing.ran(stretch)
                 command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
-        except StopIteration:
+        except (StopIteration, _StoppedError):
             return
 
     def _idle(self, until_us: int | None) -> Generator[simpy.Event, Any, None]:
-        if until_us is None:
-            self._wake = self._env.event()
-            yield self._wake
-        else:
-            yield at(self._env, self._timing.wake_us(until_us), self._priority)
+        try:
+            if until_us is None:
+                self._wake = self._env.event()
+                yield self._wake
+            else:
+                yield at(self._env, self._timing.wake_us(until_us), self._priority)
+        except simpy.Interrupt:
+            raise _StoppedError from None
 
     def _work(self) -> Generator[simpy.Event, Any, None]:
         while True:
@@ -182,8 +210,17 @@ class Instance:
             try:
                 yield at(self._env, self.stretch.ends_us[-1], self._priority)
                 return
-            except simpy.Interrupt:
-                continue  # the stretch is shorter now
+            except simpy.Interrupt as interrupt:
+                if interrupt.cause is _STOP:
+                    raise _StoppedError from None
+                # Else the stretch is shorter now.
+
+
+class _StoppedError(Exception):
+    """The instance failed."""
+
+
+_STOP = object()
 
 
 def at(env: simpy.Environment, when_us: int, priority: int) -> simpy.Event:

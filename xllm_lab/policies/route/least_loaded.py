@@ -31,6 +31,7 @@ class LeastLoaded:
     """
 
     decides: ClassVar[str] = "route"
+    needs_prefix_index: ClassVar[bool] = False
 
     load: Annotated[str, Choice(*LOADS)] = "requests"
 

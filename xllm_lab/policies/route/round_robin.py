@@ -17,6 +17,7 @@ class RoundRobin:
     """
 
     decides: ClassVar[str] = "route"
+    needs_prefix_index: ClassVar[bool] = False
 
     def decide(self, view: RouteView) -> RoutePlan:
         instances = by_id(view.instances)

@@ -584,7 +584,11 @@ def test_a_full_disk_behind_stdout_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["replay", "calibrate", "simulate", "compare", "parity", "tune", "verify", "export", "report", "catalogue"]
+    "verb",
+    [
+        *("replay", "calibrate", "simulate", "compare", "parity", "tune", "verify", "export", "report", "timeline"),
+        "catalogue",
+    ],
 )
 def test_ctrl_c_is_one_line(verb: str, loop: TinyLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Status 130, wherever it comes."""
@@ -603,6 +607,7 @@ def test_ctrl_c_is_one_line(verb: str, loop: TinyLoop, tmp_path: Path, monkeypat
         "verify": verify()(loop, tmp_path),
         "export": ("export", loop / "verified", "--to", "xllm"),
         "report": ("report", tmp_path / "r.html", "--engine", loop / "paced"),
+        "timeline": ("timeline", loop / "paced"),
         "catalogue": ("policies",),
     }
     got = said(*lines[verb])

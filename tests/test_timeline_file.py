@@ -88,9 +88,9 @@ def tells_of(trace: PerfettoTrace, records: Records) -> None:
     ]
     for shown, step in zip(steps, records.steps, strict=True):
         told = shown.arguments
-        assert (shown.name, told["sequences"], told["rows of logits"]) == (step.reason, len(step.ids), step.num_logits)
-        assert int(told["prefill tokens"]) + int(told["decode tokens"]) == sum(step.num_tokens)
-        assert told["decode tokens"] == step.num_tokens.count(1)
+        assert (shown.name, told["sequences"], told["num_logits"]) == (step.reason, len(step.ids), step.num_logits)
+        assert int(told["prefill_tokens"]) + int(told["decode_tokens"]) == sum(step.num_tokens)
+        assert told["decode_tokens"] == step.num_tokens.count(1)
         assert (told["admitted"], told["preempted"]) == (len(step.admitted), len(step.preempted))
         counted = (("KV blocks used", step.num_used_blocks), ("KV blocks idle", step.num_idle_blocks))
         for name, value in (*counted, ("waiting", step.num_waiting)):
@@ -109,9 +109,9 @@ def tells_of_request(shown: Slice, request_id: int, records: Records) -> None:
     assert (shown.start_ns, shown.end_ns) == (record.arrival_us * US, record.finish_us * US)
     assert shown.name == f"request {record.id:0{len(str(max(r.id for r in records.requests)))}d}"
     told = shown.arguments
-    assert (told["prompt tokens"], told["output tokens"]) == (record.prompt_tokens, record.output_tokens)
-    assert (told["cached tokens"], told["preemptions"]) == (record.cached_tokens, record.num_preemptions)
-    assert told["finish reason"] == record.finish_reason
+    assert (told["prompt_tokens"], told["output_tokens"]) == (record.prompt_tokens, record.output_tokens)
+    assert (told["cached_tokens"], told["num_preemptions"]) == (record.cached_tokens, record.num_preemptions)
+    assert told["finish_reason"] == record.finish_reason
     at_ns = shown.start_ns
     for phase in shown.inside:
         assert phase.start_ns == at_ns < phase.end_ns, f"{phase} leaves a gap, or is none"
@@ -225,7 +225,7 @@ def test_instances_and_links_have_their_own_tracks(crowded_run: Run) -> None:
     links = trace.named("links")
     assert [t.name for t in trace.children(links)] == ["0 to 7", "7 to 0"]
     shown = [s for lane in trace.children(trace.named("0 to 7", links)) for s in lane.slices]
-    assert [(s.arguments["request"], s.arguments["bytes"]) for s in shown] == [(0, 4096), (1, 1)]
+    assert [(s.arguments["request"], s.arguments["num_bytes"]) for s in shown] == [(0, 4096), (1, 1)]
     spans = [[(p.name, p.start_ns // US, p.end_ns // US) for p in s.inside] for s in shown]
     assert spans == [[("transfer", 10, 30)], [("queued", 12, 30), ("transfer", 30, 31)]]
 

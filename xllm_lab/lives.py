@@ -158,7 +158,8 @@ def _kv_lost(path: Path, preempted: Mapping[int, Any]) -> dict[int, list[_Change
             found += [(row, is_admission, i) for row, i in zip(rows[ours].tolist(), flat[ours].tolist(), strict=True)]
         for row, is_admission, request in sorted(found):
             changes[request].append(_Change(int(start_us[row]), bool(is_admission)))
-    return changes
+    # Steps of several instances may come one instance after the other.
+    return {request: sorted(found) for request, found in changes.items()}
 
 
 def _phases(

@@ -123,6 +123,8 @@ class Member:
 
     @property
     def num_matched_tokens(self) -> int:
+        if not self.scheduler.config.enable_prefix_cache:
+            return 0
         cached = self._seen.cached_keys
         assert cached is not None, "a policy asks for prefixes and says that it does not need them"
         keys = self._fleet.keys_of_the_request_in_hand()
@@ -280,9 +282,9 @@ class Fleet:
             self._start(member)
         for outage in self.config.outages:
             self._call(outage.start_us, _OUTAGES, self._fail, outage)
-        self._look_for_clients()
         if self.config.heartbeat_us:
             self._beat()
+        self._look_for_clients()
         self._env.run()
         starved = sum(m.scheduler.num_live for m in self._members)
         if starved:
@@ -386,16 +388,21 @@ class Fleet:
             return
         member = self._members[outage.instance]
         assert member.instance is not None, "an instance fails that is down"
+        # What came during the step under way was never looked at.
+        events = list(member.inbox.events)
+        member.inbox.events.clear()
         member.instance.stop()
         member.instance = None
         self._up.remove(member)
         self._call(outage.end_us, _OUTAGES, self._repair, member)
         lost = [(state.request, state.record) for state in member.scheduler.fail()]
-        events = list(member.inbox.events)
-        member.inbox.events.clear()
         lost += [(e.request, e.record) for e in events if e.arrives and e.record is not None]
         withdrawn = {e.request.id for e in events if not e.arrives}
         for request, record in lost:
+            self._where[request.id] = record
+        for request, record in lost:
+            if self._where.get(request.id) is not record:
+                continue  # the end of another made its client's departure known
             if request.id in withdrawn:
                 self._end(record, FinishReason.CANCELLED)
             else:

@@ -171,7 +171,7 @@ class Instance:
         self._conversation.close()
         self.stretch = self._wake = None
         if self._process.is_alive:
-            self._process.interrupt(_STOP)
+            self._process.interrupt()
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
         """One event per stretch and one per idle gap; `env.now` is in integer microseconds."""
@@ -206,21 +206,17 @@ class Instance:
 
     def _work(self) -> Generator[simpy.Event, Any, None]:
         while True:
-            assert self.stretch is not None, "no work"
+            if self.stretch is None:
+                raise _StoppedError
             try:
                 yield at(self._env, self.stretch.ends_us[-1], self._priority)
                 return
-            except simpy.Interrupt as interrupt:
-                if interrupt.cause is _STOP:
-                    raise _StoppedError from None
-                # Else the stretch is shorter now.
+            except simpy.Interrupt:
+                continue  # the stretch is shorter now, or there is none
 
 
 class _StoppedError(Exception):
     """The instance failed."""
-
-
-_STOP = object()
 
 
 def at(env: simpy.Environment, when_us: int, priority: int) -> simpy.Event:

@@ -1,0 +1,244 @@
+"""A fleet: nothing is lost between clients, links and instances, and skipping steps changes nothing there either."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from tests.laws import VOCAB_SIZE, every_step_fits, obey_the_laws
+from tests.sim.test_fast_forward import Uneven, long_answers
+from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, tight_configs
+from xllm_lab.errors import PolicyError
+from xllm_lab.fleet_config import FleetConfig, LinkConfig
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
+from xllm_lab.outages import Outage
+from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.policies.failover.requeue import Requeue
+from xllm_lab.policies.route.prefix_affinity import PrefixAffinity
+from xllm_lab.policies.routing import InstanceId, RoutePlan, RouteView
+from xllm_lab.records import FinishReason, Records
+from xllm_lab.sim.fleet import Fleet
+from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.links import Transfer
+from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.workload import ClosedLoop, Workload
+
+
+def served(
+    work: Workload,
+    fleet: FleetConfig,
+    config: InstanceConfig,
+    policy: BatchPolicy,
+    *,
+    fast_forward: bool = True,
+) -> tuple[Records, list[Transfer]]:
+    """Records and transfers of the fleet that serves the workload."""
+    records, transfers = Records(), list[Transfer]()
+    timing = Predicted(Uneven(), fast_forward=fast_forward)
+    Fleet(
+        work,
+        fleet,
+        config,
+        policy,
+        timing,
+        recorder=records,
+        vocab_size=VOCAB_SIZE,
+        step_time=STEP_TIME,
+        on_transfer=transfers.append,
+    ).run()
+    return records.sort(), transfers
+
+
+@st.composite
+def fleets(draw: st.DrawFn, *, outages: bool = True) -> FleetConfig:
+    """One to three instances, any routing and failover policy, fresh or stale loads, slow links, outages."""
+    num_instances = draw(st.integers(1, 3))
+    route = draw(st.sampled_from(sorted(policies("route"))))
+    failover = draw(st.sampled_from(sorted(policies("failover"))))
+    down = [
+        Outage(instance=InstanceId(k), start_us=start, end_us=start + draw(st.sampled_from((1, 40, 700))))
+        for k in range(num_instances)
+        if (start := draw(st.sampled_from((0, 0, 0, 35, 90, 500)))) and outages
+    ]
+    return FleetConfig(
+        num_instances=num_instances,
+        heartbeat_us=draw(st.sampled_from((0, 7, 50))),
+        link=LinkConfig(
+            latency_us=draw(st.sampled_from((0, 0, 5))), bytes_per_s=draw(st.sampled_from((None, 10_000_000)))
+        ),
+        outages=tuple(down),
+        route=make_policy("route", route, {}),
+        failover=make_policy("failover", failover, {}),
+    )
+
+
+def fleet_obeys_the_laws(work: Workload, fleet: FleetConfig, config: InstanceConfig, records: Records) -> None:
+    """What `tests.laws` says of one instance, of each; and of all together what outages leave of it."""
+    assert Counter(r.id for r in records.requests) == Counter(r.id for r in work.requests), "requests are lost or made"
+    every_step_fits(config, records)
+    for k in range(fleet.num_instances):
+        steps = [s for s in records.steps if s.instance == k]
+        assert [s.step for s in steps] == list(range(len(steps))), f"steps of instance {k} are not numbered in order"
+        for one, other in pairwise(steps):
+            assert one.end_us <= other.start_us, f"steps {one.step} and {other.step} of instance {k} overlap"
+        for outage in fleet.outages:
+            for step in steps if outage.instance == k else ():
+                is_apart = step.end_us <= outage.start_us or step.start_us >= outage.end_us
+                assert is_apart, f"instance {k} ran step {step.step} while it was down"
+    for record in records.requests:
+        times = list(record.token_times_us)
+        assert times == sorted(set(times)), f"request {record.id} has tokens out of order"
+        assert record.finish_us is not None, f"request {record.id} never ended"
+        assert not times or record.arrival_us < times[0] <= times[-1] <= record.finish_us
+        if record.finish_reason is FinishReason.LENGTH:
+            asked = next(r.output_tokens for r in work.requests if r.id == record.id)
+            assert record.output_tokens == asked, f"request {record.id} has {record.output_tokens} of {asked} tokens"
+    if not fleet.outages:
+        for k in range(fleet.num_instances):
+            # Without those whose client went away before an instance knew of them.
+            known = [r for r in records.requests if r.first_scheduled_us is not None or r.finish_reason != "cancelled"]
+            mine = {r.id for r in known if r.instance == k}
+            part = tuple(r for r in work.requests if r.id in mine)
+            if part:
+                own = Records([r for r in known if r.instance == k], [s for s in records.steps if s.instance == k])
+                obey_the_laws(replace(work, requests=part), config, own)
+
+
+@given(
+    work=busy_workloads() | long_answers(),
+    fleet=fleets(),
+    config=tight_configs(),
+    policy=batch_policies(),
+    mode=st.sampled_from(ASYNC_SCHEDULING),
+)
+def test_skipping_steps_changes_nothing(
+    work: Workload, fleet: FleetConfig, config: InstanceConfig, policy: BatchPolicy, mode: str
+) -> None:
+    """Arrivals that nobody foresaw, heartbeats in the middle of a stretch, failures: records and transfers agree."""
+    config = replace(config, async_scheduling=mode)
+    stepped, slow = served(work, fleet, config, policy, fast_forward=False)
+    skipped, fast = served(work, fleet, config, policy)
+    event(f"{sum(r.num_failovers for r in stepped.requests)} failovers")
+    assert skipped.requests == stepped.requests
+    assert skipped.steps == stepped.steps
+    assert fast == slow
+    fleet_obeys_the_laws(work, fleet, config, skipped)
+
+
+@given(work=busy_workloads(), config=tight_configs(), policy=batch_policies(), mode=st.sampled_from(ASYNC_SCHEDULING))
+def test_a_fleet_of_one_is_that_one(work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str) -> None:
+    """The router and a link without delay add nothing."""
+    config = replace(config, async_scheduling=mode)
+    records, _ = served(work, FleetConfig(num_instances=1, heartbeat_us=0), config, policy)
+    timing = Predicted(Uneven())
+    assert records == run_simulation(work, config, policy, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
+
+
+def test_requests_take_turns() -> None:
+    """The default router."""
+    work = Workload(requests=tuple(request(k, 10 * k) for k in range(6)))
+    records, _ = served(work, FleetConfig(num_instances=3), instance_config(), Fcfs())
+    assert [r.instance for r in records.requests] == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_link_delays_a_prompt_and_keeps_the_order() -> None:
+    """Four tokens are 16 bytes, at 1 MB/s 16 us, and 5 us on the way; the second prompt waits for the first."""
+    work = Workload(requests=(request(0, prompt=4), request(1, prompt=4)))
+    link = LinkConfig(latency_us=5, bytes_per_s=1_000_000)
+    records, transfers = served(work, FleetConfig(num_instances=1, link=link), instance_config(), Fcfs())
+    assert [(t.start_us, t.end_us) for t in transfers] == [(0, 21), (16, 37)]
+    assert records.requests[0].first_scheduled_us == 21
+
+
+def test_a_stale_router_sends_everything_to_who_was_idle() -> None:
+    """Between heartbeats it knows what it sent itself, but not what has ended."""
+
+    class SeesOnlyHeartbeats:
+        decides = "route"
+
+        def decide(self, view: RouteView) -> RoutePlan:
+            least = min(view.instances, key=lambda i: (i.num_running + i.num_waiting, i.id))
+            return RoutePlan(instance=least.id, reason="fewest at the last heartbeat")
+
+    work = Workload(requests=tuple(request(k, 20 * k, prompt=12, output=9) for k in range(4)))
+    placed = {}
+    for heartbeat_us in (0, 10_000):
+        fleet = FleetConfig(num_instances=2, heartbeat_us=heartbeat_us, route=SeesOnlyHeartbeats())
+        records, _ = served(work, fleet, instance_config(), Fcfs())
+        placed[heartbeat_us] = [r.instance for r in records.requests]
+    assert placed == {0: [0, 1, 0, 1], 10_000: [0, 0, 0, 0]}
+
+
+def test_a_request_outlives_its_instance_if_policy_says_so() -> None:
+    """It starts again elsewhere, from its prompt and the tokens it has, and its client keeps those."""
+    work = Workload(requests=(request(0, prompt=8, output=12),))
+    down = (Outage(instance=InstanceId(0), start_us=60, end_us=1000),)
+    fleet = FleetConfig(num_instances=2, outages=down, failover=Requeue())
+    records, _ = served(work, fleet, instance_config(max_tokens_per_batch=32), Fcfs())
+    (record,) = records.requests
+    assert (record.finish_reason, record.instance, record.num_failovers) == (FinishReason.LENGTH, 1, 1)
+    before = [t for t in record.token_times_us if t <= 60]
+    again = next(s for s in records.steps if s.instance == 1)
+    assert before
+    assert again.num_tokens == [8 + len(before)]
+
+
+def test_a_request_dies_with_its_instance_by_default() -> None:
+    """As in xllm-service; its record says why."""
+    work = Workload(requests=(request(0, prompt=8, output=12), request(1, prompt=8, output=3)))
+    down = (Outage(instance=InstanceId(0), start_us=60, end_us=70),)
+    records, _ = served(work, FleetConfig(num_instances=2, outages=down), instance_config(), Fcfs())
+    assert [r.finish_reason for r in records.requests] == [FinishReason.FAILED, FinishReason.LENGTH]
+    assert records.requests[0].finish_us == 60
+
+
+def test_requests_wait_while_nobody_is_up() -> None:
+    """And go to the first that comes back."""
+    work = Workload(requests=(request(0, 10, prompt=8, output=2),))
+    down = (Outage(instance=InstanceId(0), start_us=5, end_us=300),)
+    records, _ = served(work, FleetConfig(num_instances=1, outages=down), instance_config(), Fcfs())
+    assert records.requests[0].first_scheduled_us == 300
+
+
+def test_prefixes_are_found_where_they_were_computed() -> None:
+    """Requests of two conversations: affinity brings each back to its own instance, turns do not."""
+    work = Workload(
+        requests=tuple(
+            request(k, 400 * k, prompt=13, output=1, hashes=(10, 11, 12) if k % 3 else (20, 21, 22)) for k in range(9)
+        )
+    )
+    hits = {}
+    for name, route in (("turns", make_policy("route", "round-robin", {})), ("affinity", PrefixAffinity())):
+        fleet = FleetConfig(num_instances=2, heartbeat_us=50, route=route)
+        records, _ = served(work, fleet, instance_config(num_kv_blocks=8), Fcfs())
+        hits[name] = sum(r.cached_tokens for r in records.requests)
+    assert hits["affinity"] > hits["turns"] > 0
+
+
+def test_clients_in_a_closed_loop_go_on_after_a_failure() -> None:
+    """Two clients, one instance that fails: every request is sent, whatever became of the one before."""
+    work = Workload(requests=tuple(request(k, output=6) for k in range(6)), closed_loop=ClosedLoop(num_clients=2))
+    down = (Outage(instance=InstanceId(0), start_us=25, end_us=40),)
+    records, _ = served(work, FleetConfig(num_instances=1, outages=down), instance_config(), Fcfs())
+    assert len(records.requests) == 6
+    assert [r.finish_reason for r in records.requests].count(FinishReason.FAILED) == 2
+
+
+def test_a_router_that_names_nobody_is_told() -> None:
+    """In one line, with the policy's name."""
+
+    class Lost:
+        decides = "route"
+
+        def decide(self, view: RouteView) -> RoutePlan:
+            return RoutePlan(instance=InstanceId(7), reason="")
+
+    with pytest.raises(PolicyError, match=r"sends request 0 to instance 7, up are 0, 1"):
+        served(Workload(requests=(request(0),)), FleetConfig(num_instances=2, route=Lost()), instance_config(), Fcfs())

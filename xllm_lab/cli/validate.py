@@ -32,12 +32,13 @@ def validate_options(parser: argparse.ArgumentParser) -> None:
 def _measured_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="holds profile/ and vllm/")
     parser.add_argument("--model-config", type=Path, help="the model's config.json, if it is not a well-known one")
+    parser.add_argument("--workload", type=Path, help="what was replayed (JSONL with input_tok_ids), for prefix hits")
 
 
 def _measured(o: argparse.Namespace) -> tuple[Any, str]:
     from xllm_lab.sim.validate.measured import validate_measured
 
-    found = [validate_measured(folder, model_config=o.model_config) for folder in o.folders]
+    found = [validate_measured(folder, model_config=o.model_config, workload_file=o.workload) for folder in o.folders]
     return [_as_dict(v) for v in found], "\n\n".join([*map(_table, found), *_joint(found)])
 
 
@@ -50,6 +51,7 @@ def _as_dict(v: Validation) -> dict[str, Any]:
         "mean_abs_error_frac": v.mean_abs_error_frac,
         "extrapolated_frac": v.extrapolated_frac,
         "num_preemptions": v.num_preemptions,
+        "num_shared_prompts": v.num_shared_prompts,
     }
 
 
@@ -60,6 +62,9 @@ def _table(v: Validation) -> str:
         name = f"{r.metric} {r.statistic}"
         lines.append(f"{name:<16}{r.measured_ms:>12.1f}{r.ours_ms:>12.1f}{r.error_frac:>+9.2%}{reference:>15}")
     lines.append(_verdict([v]))
+    lines.append(
+        f"{v.num_shared_prompts} prompts are known to begin as an earlier one; {v.num_preemptions} preemptions"
+    )
     if v.extrapolated_frac:
         lines.append(f"{v.extrapolated_frac:.1%} of the steps are outside the profile's tables")
     return "\n".join(lines)

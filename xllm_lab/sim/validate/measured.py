@@ -25,7 +25,8 @@ from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.sim.validate.measured_folder import METRICS, STATISTICS, MeasuredFolder, read_measured_folder
-from xllm_lab.workload import Prompt, Request, RequestId, Workload
+from xllm_lab.sim.validate.shared_prefixes import SharedPrefix, known_prefixes, prefixes_of_file, prompts_that_share
+from xllm_lab.workload import Request, RequestId, Workload
 
 _Ms = npt.NDArray[np.float64]
 _TAKE: tuple[Callable[[_Ms], float], ...] = (
@@ -63,12 +64,14 @@ class Validation:
 
     Attributes:
         extrapolated_frac: of the simulated steps, those outside the profile's tables.
+        num_shared_prompts: prompts known to begin as an earlier one does.
     """
 
     folder: Path
     rows: tuple[Row, ...]
     extrapolated_frac: float
     num_preemptions: int
+    num_shared_prompts: int
 
     @property
     def mean_abs_error_frac(self) -> float:
@@ -79,11 +82,12 @@ class Validation:
         return max(self.rows, key=lambda r: abs(r.error_frac))
 
 
-def validate_measured(path: Path, *, model_config: Path | None = None) -> Validation:
+def validate_measured(path: Path, *, model_config: Path | None = None, workload_file: Path | None = None) -> Validation:
     """Simulate the requests of one folder with its profile.
 
     Args:
         model_config: a transformers `config.json`, if the model is none of `known_models`.
+        workload_file: what was replayed, for the prompts' tokens; else see `known_prefixes`.
 
     Raises:
         TraceError, ProfileError, ModelError: something in the folder cannot be read or used.
@@ -95,23 +99,27 @@ def validate_measured(path: Path, *, model_config: Path | None = None) -> Valida
     graphs = graph_buckets(folder, config)
     cost = ProfiledCost(bundle, model, graphs=graphs, collectives=_collectives(folder, bundle.tensor_parallel))
     timing = Predicted(cost)
-    records = run_simulation(workload(folder), config, Vllm(), timing, vocab_size=model.vocab_size)
+    shared = _shared(folder, config.block_size, workload_file)
+    requests = workload(folder, shared, config.block_size)
+    records = run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size)
     return Validation(
         folder=path,
         rows=_rows(folder, records),
         extrapolated_frac=timing.extrapolated_frac,
         num_preemptions=sum(r.num_preemptions for r in records.requests),
+        num_shared_prompts=len(shared),
     )
 
 
-def workload(folder: MeasuredFolder) -> Workload:
-    """The folder's requests when they came, with prompts that no two share: it does not tell their tokens."""
+def workload(folder: MeasuredFolder, shared: Sequence[SharedPrefix], block_size: int) -> Workload:
+    """The folder's requests when they came. It does not tell their tokens, only `shared` ones are equal."""
+    prompts = prompts_that_share([r.prompt_tokens for r in folder.requests], shared, block_size)
     return Workload(
         requests=tuple(
             Request(
                 id=RequestId(i),
                 arrival_us=round(r.arrival_s * 1e6),
-                prompt=Prompt(num_tokens=r.prompt_tokens),
+                prompt=prompts[i],
                 output_tokens=r.output_tokens,
             )
             for i, r in enumerate(folder.requests)
@@ -132,6 +140,14 @@ def instance_config(folder: MeasuredFolder, model: ModelSpec) -> InstanceConfig:
         enable_prefix_cache=bool(folder.meta.get("kv_cache", {}).get("enable_prefix_caching", True)),
         max_model_len=int(folder.engine_argument("max_model_len", model.max_position)),
     )
+
+
+def _shared(folder: MeasuredFolder, block_size: int, workload_file: Path | None) -> tuple[SharedPrefix, ...]:
+    checksum = folder.meta.get("dataset_hash")
+    if workload_file is None:
+        return known_prefixes(checksum, block_size)
+    lengths = [r.prompt_tokens for r in folder.requests]
+    return prefixes_of_file(workload_file, block_size, checksum=checksum, lengths=lengths)
 
 
 def graph_buckets(folder: MeasuredFolder, config: InstanceConfig) -> GraphBuckets:

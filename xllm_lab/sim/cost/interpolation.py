@@ -8,7 +8,7 @@ they agree bit for bit.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,32 +30,23 @@ class Line:
         assert len(knots) == len(values) > 0, "a line needs a value at each of its knots"
         self.knots = [float(k) for k in knots]
         self.values = [float(v) for v in values]
-        rises = zip(self.knots, self.knots[1:], self.values, self.values[1:], strict=False)
-        slopes = [(w - v) / (b - a) for a, b, v, w in rises]
+        slopes = [_slope(*ends) for ends in zip(self.knots, self.knots[1:], self.values, self.values[1:], strict=False)]
         self._slopes = [*slopes, max(0.0, slopes[-1]) if slopes else 0.0]
         self._arrays: tuple[Floats, Floats, Floats] | None = None
 
     def __call__(self, x: float) -> float:
-        knots = self.knots
-        i = bisect_right(knots, x) - 1
-        if i < 0:
-            return self.values[0]
-        return self.values[i] + (x - knots[i]) * self._slopes[i]
+        i = bisect_right(self.knots, x) - 1
+        return self.values[i] + (x - self.knots[i]) * self._slopes[i] if i >= 0 else self.values[0]
 
     def at(self, x: Floats) -> Floats:
         """The same of many points, shape [n]."""
         if self._arrays is None:
             self._arrays = np.array(self.knots), np.array(self.values), np.array(self._slopes)
         knots, values, slopes = self._arrays
-        i = np.maximum(np.searchsorted(knots, x, side="right") - 1, 0)
-        at: Floats = values[i] + np.maximum(x - knots[i], 0.0) * slopes[i]
+        inside = np.maximum(x, knots[0])
+        i = knots.searchsorted(inside, side="right") - 1
+        at: Floats = values.take(i) + (inside - knots.take(i)) * slopes.take(i)
         return at
-
-
-def between(first: Line, second: Line, weight: float) -> Line:
-    """The line `weight` of the way from `first` to `second`, which may be more than all of it."""
-    knots = sorted({*first.knots, *second.knots})
-    return Line(knots, [a + weight * (second(k) - a) for k, a in zip(knots, map(first, knots), strict=True)])
 
 
 class Surface:
@@ -65,43 +56,57 @@ class Surface:
         values: shape [xs, ys].
     """
 
-    __slots__ = ("_array", "values", "xs", "ys")
+    __slots__ = ("_arrays", "_cells", "values", "xs", "ys")
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float], values: Sequence[Sequence[float]]) -> None:
         assert len(xs) == len(values) > 0, "a surface needs a row for each x"
-        assert all(len(row) == len(ys) for row in values), "a surface needs a value for each y"
+        assert all(len(row) == len(ys) > 0 for row in values), "a surface needs a value for each y"
         self.xs, self.ys = [float(x) for x in xs], [float(y) for y in ys]
         self.values = [[float(v) for v in row] for row in values]
-        self._array: tuple[Floats, Floats, Floats] | None = None
+        self._cells = [[self._cell(i, j) for j in range(len(ys))] for i in range(len(xs))]
+        self._arrays: tuple[Floats, Floats, tuple[Floats, ...]] | None = None
+
+    def _cell(self, i: int, j: int) -> tuple[float, float, float, float]:
+        """Value at its lower corner, rise along x, rise along y, and how the rise along y rises along x."""
+        i1, j1 = min(i + 1, len(self.xs) - 1), min(j + 1, len(self.ys) - 1)
+        x, x1, y, y1 = self.xs[i], self.xs[i1], self.ys[j], self.ys[j1]
+        corner, along_y = self.values[i][j], _slope(y, y1, self.values[i][j], self.values[i][j1])
+        along_x = _slope(x, x1, corner, self.values[i1][j])
+        return corner, along_x, along_y, _slope(x, x1, along_y, _slope(y, y1, self.values[i1][j], self.values[i1][j1]))
 
     def __call__(self, x: float, y: float) -> float:
-        i, u = _cell(self.xs, x)
-        j, v = _cell(self.ys, y)
-        low, high = self.values[i], self.values[min(i + 1, len(self.xs) - 1)]
-        j1 = min(j + 1, len(self.ys) - 1)
-        at_low = low[j] + (low[j1] - low[j]) * v
-        at_high = high[j] + (high[j1] - high[j]) * v
-        return at_low + (at_high - at_low) * u
+        xs, ys = self.xs, self.ys
+        x, y = min(max(x, xs[0]), xs[-1]), min(max(y, ys[0]), ys[-1])
+        i, j = bisect_right(xs, x) - 1, bisect_right(ys, y) - 1
+        corner, along_x, along_y, twist = self._cells[i][j]
+        dx = x - xs[i]
+        return corner + along_x * dx + (along_y + twist * dx) * (y - ys[j])
 
     def at(self, x: Floats, y: Floats) -> Floats:
         """The same of many points, both of shape [n]."""
-        if self._array is None:
-            self._array = np.array(self.xs), np.array(self.ys), np.array(self.values)
-        xs, ys, values = self._array
-        i, u = _cells(xs, x)
-        j, v = _cells(ys, y)
-        i1, j1 = np.minimum(i + 1, len(xs) - 1), np.minimum(j + 1, len(ys) - 1)
-        at_low = values[i, j] + (values[i, j1] - values[i, j]) * v
-        at_high = values[i1, j] + (values[i1, j1] - values[i1, j]) * v
-        at: Floats = at_low + (at_high - at_low) * u
+        if self._arrays is None:
+            columns = tuple(np.array(self._cells).reshape(-1, 4).T.copy())
+            self._arrays = np.array(self.xs), np.array(self.ys), columns
+        xs, ys, (corner, along_x, along_y, twist) = self._arrays
+        x, y = np.minimum(np.maximum(x, xs[0]), xs[-1]), np.minimum(np.maximum(y, ys[0]), ys[-1])
+        i, j = xs.searchsorted(x, side="right") - 1, ys.searchsorted(y, side="right") - 1
+        cell = i * len(ys) + j
+        dx = x - xs.take(i)
+        along = along_y.take(cell) + twist.take(cell) * dx
+        at: Floats = corner.take(cell) + along_x.take(cell) * dx + along * (y - ys.take(j))
         return at
+
+
+def line_between(first: Line, second: Line, weight: float) -> Line:
+    """The line `weight` of the way from `first` to `second`, which may be more than all of it."""
+    knots = sorted({*first.knots, *second.knots})
+    return Line(knots, [first(k) + weight * (second(k) - first(k)) for k in knots])
 
 
 def surface_between(first: Surface, second: Surface, weight: float) -> Surface:
     """The surface `weight` of the way from `first` to `second`."""
     xs, ys = sorted({*first.xs, *second.xs}), sorted({*first.ys, *second.ys})
-    rows = [[a + weight * (second(x, y) - a) for y in ys for a in (first(x, y),)] for x in xs]
-    return Surface(xs, ys, rows)
+    return Surface(xs, ys, [[first(x, y) + weight * (second(x, y) - first(x, y)) for y in ys] for x in xs])
 
 
 def bracket(keys: Sequence[int], x: float, *, extrapolate: bool) -> tuple[tuple[int, float], ...]:
@@ -118,25 +123,5 @@ def bracket(keys: Sequence[int], x: float, *, extrapolate: bool) -> tuple[tuple[
     return (keys[i], 1.0 - weight), (keys[i + 1], weight)
 
 
-def nested(rows: Mapping[tuple[int, ...], float]) -> dict[int, dict[tuple[int, ...], float]]:
-    """The rows of each first key, in order, without it."""
-    grouped: dict[int, dict[tuple[int, ...], float]] = {}
-    for key in sorted(rows):
-        grouped.setdefault(key[0], {})[key[1:]] = rows[key]
-    return grouped
-
-
-def _cell(knots: list[float], x: float) -> tuple[int, float]:
-    inside = min(max(x, knots[0]), knots[-1])
-    i = bisect_right(knots, inside) - 1
-    if i == len(knots) - 1:
-        return i, 0.0
-    return i, (inside - knots[i]) / (knots[i + 1] - knots[i])
-
-
-def _cells(knots: Floats, x: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
-    inside = np.minimum(np.maximum(x, knots[0]), knots[-1])
-    i = np.searchsorted(knots, inside, side="right") - 1
-    i1 = np.minimum(i + 1, len(knots) - 1)
-    width = np.where(i1 > i, knots[i1] - knots[i], 1.0)
-    return i, np.asarray((inside - knots[i]) / width)
+def _slope(a: float, b: float, at_a: float, at_b: float) -> float:
+    return (at_b - at_a) / (b - a) if b > a else 0.0

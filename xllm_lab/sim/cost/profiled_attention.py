@@ -7,12 +7,14 @@ batch takes as much longer than one of equal lengths as those did that have its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
-from xllm_lab.sim.cost.interpolation import Floats, Line, Surface, between, bracket, surface_between
+from xllm_lab.sim.cost.interpolation import Floats, Line, Surface, bracket, line_between, surface_between
 from xllm_lab.sim.cost.profile_bundle import Key, SkewShot
 from xllm_lab.step_time import Chunk
+
+T = TypeVar("T")
 
 
 class DecodeTime(NamedTuple):
@@ -47,22 +49,29 @@ class Attention:
     """
 
     def __init__(self, times: Mapping[Key, float], skew: Sequence[SkewShot] = ()) -> None:
-        # chunk -> KV before it -> decodes -> line over the decodes' KV
         self._lines = _lines(times)
         self._surfaces = _surfaces(skew)
-        self._chunks = sorted(c for c in self._lines if c)
-        self._skewed_chunks = sorted(c for c in self._surfaces if c)
+        self._chunks = sorted({chunk for chunk, _ in self._lines if chunk})
+        self._skewed_chunks = sorted({chunk for chunk, _ in self._surfaces if chunk})
+        # KV before a chunk: for the chunk alone, and with decodes, which not every length was measured with.
+        self._before = {c: sorted(kv for chunk, kv in self._lines if chunk == c) for c in self._chunks}
+        self._before_mixed = {c: [kv for kv in self._before[c] if max(self._lines[c, kv])] for c in self._chunks}
+        self._before_skewed = {c: sorted(kv for chunk, kv in self._surfaces if chunk == c) for c in self._skewed_chunks}
         self._call_us = min(times.values())
-        self._line_of: dict[Key, Line] = {}
-        self._surface_of: dict[Key, Surface] = {}
         self._decodes: dict[int, DecodeTime] = {}
 
     def decodes(self, num_decodes: int) -> DecodeTime:
         """A batch of decodes alone."""
         found = self._decodes.get(num_decodes)
         if found is None:
-            skew = self._surface(0, 0, num_decodes) if self._surfaces.get(0) else None
-            found = DecodeTime(self._line(0, 0, num_decodes), skew, num_decodes > max(self._lines[0][0]))
+            lines, surfaces = self._lines[0, 0], self._surfaces.get((0, 0))
+            found = DecodeTime(
+                _blend(lines, bracket(list(lines), num_decodes, extrapolate=True), line_between),
+                _blend(surfaces, bracket(list(surfaces), num_decodes, extrapolate=False), surface_between)
+                if surfaces
+                else None,
+                num_decodes > max(lines),
+            )
             self._decodes[num_decodes] = found
         return found
 
@@ -80,64 +89,52 @@ class Attention:
 
     def _one_chunk(self, chunk: int, before: int, num_decodes: int, mean_kv: float) -> tuple[float, bool]:
         us, is_outside = 0.0, chunk > self._chunks[-1]
-        for size, weight in bracket(self._chunks, chunk, extrapolate=True):
-            lengths = [kv for kv, by_decodes in self._lines[size].items() if not num_decodes or len(by_decodes) > 1]
-            is_outside |= before > lengths[-1]
-            for kv, share in bracket(lengths, before, extrapolate=True):
-                line = self._line(size, kv, num_decodes)
-                is_outside |= mean_kv > line.knots[-1] or num_decodes > max(self._lines[size][kv])
-                us += weight * share * line(mean_kv)
+        before_of = self._before_mixed if num_decodes else self._before
+        for size, a in bracket(self._chunks, chunk, extrapolate=True):
+            is_outside |= before > before_of[size][-1]
+            for kv, b in bracket(before_of[size], before, extrapolate=True):
+                lines = self._lines[size, kv]
+                for n, c in bracket(list(lines), num_decodes, extrapolate=True):
+                    line = lines[n]
+                    us += a * b * c * line(mean_kv)
+                    is_outside |= n > 0 and mean_kv > line.knots[-1]
+                is_outside |= num_decodes > n and c > 1.0
         return us, is_outside
 
     def _excess_frac(self, chunk: int, before: int, num_decodes: int, max_kv: float, ratio: float) -> float:
         excess = 0.0
-        for size, weight in bracket(self._skewed_chunks, chunk, extrapolate=False):
-            for kv, share in bracket(sorted(self._surfaces[size]), before, extrapolate=False):
-                excess += weight * share * self._surface(size, kv, num_decodes)(max_kv, ratio)
+        for size, a in bracket(self._skewed_chunks, chunk, extrapolate=False):
+            for kv, b in bracket(self._before_skewed[size], before, extrapolate=False):
+                surfaces = self._surfaces[size, kv]
+                for n, c in bracket(list(surfaces), num_decodes, extrapolate=False):
+                    excess += a * b * c * surfaces[n](max_kv, ratio)
         return excess
 
-    def _line(self, chunk: int, before: int, num_decodes: int) -> Line:
-        key = (chunk, before, num_decodes)
-        found = self._line_of.get(key)
-        if found is None:
-            lines = self._lines[chunk][before]
-            (low, _), *more = bracket(sorted(lines), num_decodes, extrapolate=True)
-            found = between(lines[low], lines[more[0][0]], more[0][1]) if more else lines[low]
-            self._line_of[key] = found
-        return found
 
-    def _surface(self, chunk: int, before: int, num_decodes: int) -> Surface:
-        key = (chunk, before, num_decodes)
-        found = self._surface_of.get(key)
-        if found is None:
-            surfaces = self._surfaces[chunk][before]
-            (low, _), *more = bracket(sorted(surfaces), num_decodes, extrapolate=False)
-            found = surface_between(surfaces[low], surfaces[more[0][0]], more[0][1]) if more else surfaces[low]
-            self._surface_of[key] = found
-        return found
+def _blend(of: Mapping[int, T], shares: Sequence[tuple[int, float]], between: Callable[[T, T, float], T]) -> T:
+    first = of[shares[0][0]]
+    return first if len(shares) == 1 else between(first, of[shares[1][0]], shares[1][1])
 
 
-def _lines(times: Mapping[Key, float]) -> dict[int, dict[int, dict[int, Line]]]:
-    points: dict[int, dict[int, dict[int, list[tuple[int, float]]]]] = {}
+def _lines(times: Mapping[Key, float]) -> dict[tuple[int, int], dict[int, Line]]:
+    """(chunk, KV before it) -> decodes, rising -> time over the KV of each."""
+    points: dict[tuple[int, int], dict[int, list[tuple[int, float]]]] = {}
     for (chunk, before, decodes, kv), us in sorted(times.items()):
-        points.setdefault(chunk, {}).setdefault(before, {}).setdefault(decodes, []).append((kv, us))
-    return {
-        chunk: {before: {n: Line(*zip(*p, strict=True)) for n, p in by_n.items()} for before, by_n in by_before.items()}
-        for chunk, by_before in points.items()
-    }
+        points.setdefault((chunk, before), {}).setdefault(decodes, []).append((kv, us))
+    return {at: {n: Line(*zip(*p, strict=True)) for n, p in by_n.items()} for at, by_n in points.items()}
 
 
-def _surfaces(shots: Sequence[SkewShot]) -> dict[int, dict[int, dict[int, Surface]]]:
-    """chunk -> KV before it -> decodes -> excess over (longest KV, mean / longest); 0 where all are equally long."""
+def _surfaces(shots: Sequence[SkewShot]) -> dict[tuple[int, int], dict[int, Surface]]:
+    """(chunk, KV before it) -> decodes, rising -> excess over (longest KV, mean / longest); 0 where all are equal."""
     measured: dict[Key, dict[float, dict[float, float]]] = {}
     for s in shots:
         by_length = measured.setdefault((s.prefill_chunk, s.kv_prefill, s.num_decodes), {})
         by_length.setdefault(s.max_kv, {1.0: 0.0})[s.mean_kv / s.max_kv] = s.excess_frac
-    surfaces: dict[int, dict[int, dict[int, Surface]]] = {}
+    surfaces: dict[tuple[int, int], dict[int, Surface]] = {}
     for (chunk, before, decodes), by_length in sorted(measured.items()):
         lengths = sorted(by_length)
         lines = [Line(*zip(*sorted(by_length[x].items()), strict=True)) for x in lengths]
         ratios = sorted({ratio for line in lines for ratio in line.knots})
         surface = Surface(lengths, ratios, [[line(r) for r in ratios] for line in lines])
-        surfaces.setdefault(chunk, {}).setdefault(before, {})[decodes] = surface
+        surfaces.setdefault((chunk, before), {})[decodes] = surface
     return surfaces

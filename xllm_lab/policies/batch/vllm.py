@@ -34,7 +34,8 @@ class Vllm:
 
     def decide(self, view: BatchView) -> BatchPlan:
         packing = Packing(view)
-        running = list(by_admission(view.running))
+        all_decode = not view.prefilling and packing.grant_all_decoding()
+        running = [] if all_decode else list(by_admission(view.running))
         position = num_preempted = 0
         while position < len(running) and packing.tokens_left:
             request = running[position]
@@ -45,13 +46,15 @@ class Vllm:
             num_preempted += 1
         if num_preempted:
             return packing.plan("first come, first served; blocks ran out")
+        num_running = len(view.running)
         for request in by_arrival(view.waiting):
-            if not packing.tokens_left or not packing.seqs_left or len(running) >= view.max_seqs_per_batch:
+            if not packing.tokens_left or num_running == view.max_seqs_per_batch:
                 break
             whole = ceil_div(request.num_tokens, view.block_size) - request.num_blocks + request.num_idle_blocks
             if self.reserve_whole_prompt and whole > packing.blocks_left:
                 break
             if not packing.grant(request, min(packing.tokens_left, num_missing_tokens(request))):
                 break
-            running.append(request)
-        return packing.plan("first come, first served")
+            num_running += 1
+        # A prompt that does not fit now does not while blocks in use only grow.
+        return packing.plan("first come, first served", repeats=True)

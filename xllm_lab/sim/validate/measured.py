@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
+class MeasuredValidation:
     """One folder's rows.
 
     Attributes:
@@ -77,12 +77,18 @@ class Validation:
     def mean_abs_error_frac(self) -> float:
         return float(np.mean([abs(r.error_frac) for r in self.rows]))
 
-    @property
-    def worst(self) -> Row:
-        return max(self.rows, key=lambda r: abs(r.error_frac))
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, the errors included."""
+        rows = [
+            {**r._asdict(), "error_frac": r.error_frac, "reference_error_frac": r.reference_error_frac}
+            for r in self.rows
+        ]
+        return {**asdict(self), "rows": rows, "mean_abs_error_frac": self.mean_abs_error_frac}
 
 
-def validate_measured(path: Path, *, model_config: Path | None = None, workload_file: Path | None = None) -> Validation:
+def validate_measured(
+    path: Path, *, model_config: Path | None = None, workload_file: Path | None = None
+) -> MeasuredValidation:
     """Simulate the requests of one folder with its profile.
 
     Args:
@@ -102,7 +108,7 @@ def validate_measured(path: Path, *, model_config: Path | None = None, workload_
     shared = _shared(folder, config.block_size, workload_file)
     requests = workload(folder, shared, config.block_size)
     records = run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size)
-    return Validation(
+    return MeasuredValidation(
         folder=path,
         rows=_rows(folder, records),
         extrapolated_frac=timing.extrapolated_frac,

@@ -50,7 +50,7 @@ def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:
     """
     if config.async_scheduling == "off":
         return records
-    ended_us = {r.id: r.finish_us or 0 for r in records.requests}
+    ended_us: dict[int, int] = {r.id: r.finish_us or 0 for r in records.requests}
     wasted: Counter[int] = Counter()
     steps: list[StepRecord] = []
     for step in records.steps:
@@ -60,9 +60,16 @@ def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:
             continue
         kept = [c[0] for c in rows]
         wasted.update(set(step.ids) - set(kept))
-        changed = {"ids": kept, "num_tokens": [c[1] for c in rows], "num_computed_tokens": [c[2] for c in rows]}
-        admitted = [i for i in step.admitted if i in kept]
-        steps.append(replace(step, **changed, admitted=admitted, num_logits=-1))
+        steps.append(
+            replace(
+                step,
+                ids=kept,
+                num_tokens=[c[1] for c in rows],
+                num_computed_tokens=[c[2] for c in rows],
+                admitted=[i for i in step.admitted if i in kept],
+                num_logits=-1,
+            )
+        )
     assert max(wasted.values(), default=0) <= 1, f"requests have rows in vain: {wasted}"
     return Records(records.requests, steps)
 

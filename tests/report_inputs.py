@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from html.parser import HTMLParser
 from pathlib import Path
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run, write_json, write_run
 from xllm_lab.sim.calibrate import Calibration, Residual
 from xllm_lab.step_time import TERMS, StepTime
@@ -91,7 +93,7 @@ def workload(count: int = 24, source: str = "a-trace.jsonl") -> Workload:
 def as_engine(run: Run, out: Path) -> Run:
     """The run as an engine would have left it: it drew tokens, and says so."""
     for request in run.records.requests:
-        request.output_token_ids = [-1 - request.id] * request.output_tokens
+        request.output_token_ids = array("i", [placeholder(request.id)] * request.output_tokens)
     timing = {"clock": "wall", "timer": "cpu", "threads": 1}
     return write_run(out, dataclasses.replace(run.manifest, host="engine", timing=timing), run.workload, run.records)
 

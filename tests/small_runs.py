@@ -116,6 +116,7 @@ def run_audited(
             break
         scheduler.ledger.audit()
         if isinstance(command, Idle):
+            assert command.until_us is not None, "a workload says when its next request comes"
             answer = Woke(timing.wake_us(command.until_us))
         else:
             answer = Completion(timing.stretch(command).ends_us, timing.sampled(command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def record(request_id: int, times_us: list[int], **changes: Any) -> RequestRecor
         "finish_us": times_us[-1] if times_us else None,
         "finish_reason": FinishReason.LENGTH,
     }
-    return RequestRecord(id=RequestId(request_id), token_times_us=times_us, **{**usual, **changes})
+    return RequestRecord(id=RequestId(request_id), token_times_us=array("q", times_us), **{**usual, **changes})
 
 
 def step(index: int, start_us: int, end_us: int) -> StepRecord:

@@ -11,6 +11,7 @@
     clockless       no clock, no chance, no imports that could bring them
     hash-free       hash randomisation changes nothing
     live            a batch policy that drives the real scheduler serves every request in a bounded number of steps
+    holds           and where it says that a plan holds for further steps, running them in one go changes no record
 
 What a kind of policy may meet is in `policy_kinds`. A view that breaks a law is drawn again by its number:
 `KINDS["batch"].drawn_view(number)`.
@@ -33,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any, ClassVar, Protocol
 
 from xllm_lab.drawn_views import STEP_TIME, drawn_scene
@@ -41,8 +43,8 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, values_of
 from xllm_lab.policy_kinds import KINDS, Kind
-from xllm_lab.records import Records
-from xllm_lab.scheduler import Sampled, Scheduler
+from xllm_lab.records import Records, StepRecord
+from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.workload import Workload, prompt_token_ids
 
@@ -69,6 +71,9 @@ PURE_MODULES = frozenset(
         "typing",
     }
 )
+# How long steps last while plans hold: much and little happens meanwhile.
+_STEPS_US = (1, 30)
+_MOST_STEPS = 5000
 PURE_PACKAGES = ("xllm_lab.policies", "xllm_lab.errors")
 _CLOCKS = tuple(c + unit for c in ("time", "monotonic", "perf_counter", "process_time") for unit in ("", "_ns"))
 _DICE = ("random", "randint", "randrange", "uniform", "choice", "choices", "shuffle", "sample", "getrandbits")
@@ -92,7 +97,7 @@ def check_policy(policy: Policy, *, num_views: int = NUM_VIEWS) -> list[str]:
         return broken  # the others would only say so again
     laws = (repeatable, order_free, identity_free, pure, clockless)
     found = [sentence for law in laws for sentence in law(policy, num_views)] + hash_free(policy)
-    return found + (live(policy) if policy.decides == "batch" else [])
+    return found + ((live(policy) or holds(policy)) if policy.decides == "batch" else [])
 
 
 def legal(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
@@ -197,11 +202,35 @@ def live(policy: BatchPolicy, num_workloads: int = NUM_WORKLOADS) -> list[str]:
         # Twenty times what a machine that does one token a step and never recomputes would need.
         most = 20 * sum(r.prompt.num_tokens + r.output_tokens for r in workload.requests)
         try:
-            steps = _num_steps(policy, config, workload, most)
+            served = _served(policy, config, workload, most)
         except PolicyError as error:
             return [f"live: workload {number}: {error}"]
-        if steps > most:
+        if served is None:
             return [f"live: workload {number} of {len(workload.requests)} requests is not served in {most} steps"]
+    return []
+
+
+def holds(policy: BatchPolicy, num_workloads: int = NUM_WORKLOADS) -> list[str]:
+    """Plans that outlive their reasons: requests grow, blocks fill and time passes while a plan holds.
+
+    A run that the policy does not bring to its end is not judged; `live` has done so.
+    """
+    for number in range(num_workloads):
+        config, workload = drawn_scene(number)
+        for step_us in _STEPS_US:
+            try:
+                stepped = _served(policy, config, workload, _MOST_STEPS, step_us=step_us)
+            except PolicyError:
+                continue
+            if stepped is None:
+                continue
+            where = f"holds: workload {number}, steps of {step_us} us:"
+            try:
+                skipped = _served(policy, config, workload, _MOST_STEPS, step_us=step_us, skips=True)
+            except PolicyError as error:
+                return [f"{where} skipping the steps for which its plans hold, {error}"]
+            if skipped != stepped:
+                return [f"{where} {_first_difference(stepped, skipped)}"]
     return []
 
 
@@ -257,22 +286,51 @@ def _watching() -> Iterator[list[str]]:
             setattr(module, name, function)
 
 
-def _num_steps(policy: BatchPolicy, config: InstanceConfig, workload: Workload, most: int) -> int:
-    """Steps until all is served; gives up after `most`."""
-    scheduler = Scheduler(config, policy, Records(), step_time=STEP_TIME)
-    conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompt_token_ids(r, vocab_size=1000, seed=0))
-    steps = 0
-    with contextlib.suppress(StopIteration):
-        command = next(conversation)
-        while steps <= most:
-            if isinstance(command, Idle):
-                assert command.until_us is not None, "a workload says when its next request comes"
-                command = conversation.send(Woke(command.until_us))
-                continue
-            steps += 1
-            sampled = {c.id: Sampled(c.id) for c in command.chunks if c.samples}
-            command = conversation.send(Completion((command.start_us + 1,), sampled))
-    return steps
+def _served(
+    policy: BatchPolicy, config: InstanceConfig, workload: Workload, most: int, *, step_us: int = 1, skips: bool = False
+) -> Records | None:
+    """The records when all is served; None if that takes more than `most` steps.
+
+    Args:
+        skips: run a step and its repeats in one go, up to the end of the one into which the next event falls.
+    """
+    records, feed = Records(), WorkloadFeed(workload)
+    scheduler = Scheduler(config, policy, records, step_time=STEP_TIME)
+    conversation = serve(scheduler, feed, lambda r: prompt_token_ids(r, vocab_size=1000, seed=0))
+    num_steps = 0
+    command = next(conversation, None)
+    while command is not None:
+        answer: Woke | Completion
+        if isinstance(command, Idle):
+            assert command.until_us is not None, "a workload says when its next request comes"
+            answer = Woke(command.until_us)
+        else:
+            last_us = command.start_us + (command.num_repeats * skips + 1) * step_us
+            if feed.next_us is not None:
+                last_us = min(last_us, max(feed.next_us + step_us - 1, command.start_us + step_us))
+            answer = Completion(range(command.start_us + step_us, last_us + 1, step_us), None)
+            num_steps += len(answer.ends_us)
+        if num_steps > most:
+            return None
+        try:
+            command = conversation.send(answer)
+        except StopIteration:
+            break
+    return records.sort()
+
+
+def _first_difference(stepped: Records, skipped: Records | None) -> str:
+    for one, other in zip_longest(stepped.steps, skipped.steps if skipped is not None else []):
+        if one != other:
+            return f"step by step {_told(one)}; skipping the steps for which its plans hold, {_told(other)}"
+    return "skipping the steps for which its plans hold leaves other records of requests"
+
+
+def _told(step: StepRecord | None) -> str:
+    if step is None:
+        return "nothing more is run"
+    tokens = dict(zip(step.ids, step.num_tokens, strict=True))
+    return f"step {step.step} ({step.reason}) computes {tokens}, {step.num_waiting} wait"
 
 
 def _answers_of(name: str, values: str, num_views: str) -> list[Any]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import RequestId, blocks_to_take, ceil_div, is_decoding
 from xllm_lab.step_time import TERMS, StepTime
-from xllm_lab.workload import Prompt, Request, Workload
+from xllm_lab.workload import Priority, Prompt, Request, Slo, Workload
 
 # 5 us a step, 1 us a token, 1/100 us per token in KV.
 STEP_TIME = StepTime(tuple({"constant_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
@@ -104,6 +104,7 @@ def drawn_scene(number: int) -> tuple[InstanceConfig, Workload]:
         block_size=4,
         num_kv_blocks=rng.choice((12, 13, 16, 30)),
         enable_prefix_cache=rng.random() < 0.5,
+        async_scheduling=rng.choice(ASYNC_SCHEDULING),
     )
     return config, Workload(requests=tuple(_drawn_request(rng, i) for i in range(rng.randint(1, 8))))
 
@@ -115,6 +116,8 @@ def _drawn_request(rng: random.Random, number: int) -> Request:
         arrival_us=rng.choice((0, 0, 10, 60)),
         prompt=Prompt(num_tokens=rng.randint(1, 35), block_hashes=hashes, hash_block_tokens=4),
         output_tokens=rng.randint(1, 12),
+        priority=rng.choice(tuple(Priority)),
+        slo=Slo(ttft_us=rng.choice((None, 5, 100)), tpot_us=rng.choice((None, 1, 40))),
     )
 
 

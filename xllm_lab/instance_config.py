@@ -36,7 +36,7 @@ class InstanceConfig:
     num_kv_blocks: Annotated[int, Knob(32, 4096, log=True)] = 256
     enable_prefix_cache: Annotated[bool, Choice(False, True), Flag("enable_prefix_cache")] = True
     max_model_len: int = 8192
-    async_scheduling: str = "off"
+    async_scheduling: Annotated[str, Flag("enable_schedule_overlap")] = "off"
 
     def __post_init__(self) -> None:
         for name in ("max_tokens_per_batch", "max_seqs_per_batch", "block_size", "num_kv_blocks", "max_model_len"):

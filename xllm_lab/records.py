@@ -319,6 +319,13 @@ def step_table(spans: Sequence[StepSpan]) -> pa.Table:
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
 
+def table_of_steps(steps: Sequence[StepRecord]) -> pa.Table:
+    """One row per step in the order given, for steps that come from a table and not from spans."""
+    assert {f.name for f in fields(StepRecord)} == set(STEP_SCHEMA.names), "schema and class differ"
+    columns = {name: [getattr(step, name) for step in steps] for name in STEP_SCHEMA.names}
+    return pa.table(columns, schema=STEP_SCHEMA)
+
+
 def records_from(requests: pa.Table, steps: pa.Table) -> Records:
     """The records in two tables of our schemas, requests in order of id, steps in order of end."""
     rows = [_request_from(row) for row in requests.to_pylist()]

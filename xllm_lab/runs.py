@@ -21,7 +21,15 @@ from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, make_batch_policy, policy_name, values_of
-from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, Records, records_from, request_table, step_table
+from xllm_lab.records import (
+    REQUEST_SCHEMA,
+    STEP_SCHEMA,
+    Records,
+    records_from,
+    request_table,
+    step_table,
+    table_of_steps,
+)
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
@@ -123,8 +131,9 @@ def fill_run(folder: Path, manifest: Manifest, workload: Workload, records: Reco
     """As `write_run`, into a folder that `new_folder` opened before the run."""
     write_json(folder / "manifest.json", asdict(manifest))
     own.write(workload, folder / "workload.jsonl")
-    tables = (("requests", request_table(records.sort().requests)), ("steps", step_table(records.spans)))
-    for name, table in tables:
+    # A run that was read, or made by hand, has steps and no spans.
+    steps = step_table(records.spans) if records.spans else table_of_steps(records.steps)
+    for name, table in (("requests", request_table(records.sort().requests)), ("steps", steps)):
         # With checksums a flipped bit is an error, not another result.
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd", write_page_checksum=True)
 

@@ -10,6 +10,7 @@ from xllm_lab.wording import compact, metric_label, metric_text, percent, signed
 
 if TYPE_CHECKING:
     from xllm_lab.sim.compare import Row
+    from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate_npu import NpuValidation
     from xllm_lab.tuning.verify import Gain
 
@@ -67,6 +68,42 @@ def gain_line(gain: Gain) -> str:
 def left_out_line(target: str, left_out: Mapping[str, Any]) -> str:
     """What an export could not say."""
     return f"{target} has no flag for {', '.join(f'{name}={value}' for name, value in left_out.items())}"
+
+
+def measured_validation_table(found: Sequence[MeasuredValidation]) -> str:
+    """For each folder measured and simulated milliseconds beside another simulator's error, and means of errors."""
+    blocks = [_measured_folder(v) for v in found]
+    if len(found) > 1:
+        blocks.append(f"all {len(found)} folders: {_measured_verdict(found)}")
+    return "\n\n".join(blocks)
+
+
+def _measured_folder(v: MeasuredValidation) -> str:
+    rows = [
+        [
+            f"{row.metric} {row.statistic}",
+            f"{row.measured_ms:.1f}",
+            f"{row.ours_ms:.1f}",
+            f"{row.error_frac:+.2%}",
+            "-" if row.reference_error_frac is None else f"{row.reference_error_frac:+.2%}",
+        ]
+        for row in v.rows
+    ]
+    told = (
+        f"{v.num_shared_prompts} prompts are known to begin as an earlier one; {v.num_preemptions} preemptions; "
+        f"{v.extrapolated_frac:.1%} of the steps are outside the profile's tables"
+    )
+    head = [f"{v.folder.name}, ms", "measured", "ours", "error", "LLMServingSim"]
+    return "\n".join((table(head, rows), _measured_verdict([v]), told))
+
+
+def _measured_verdict(found: Sequence[MeasuredValidation]) -> str:
+    rows = [row for v in found for row in v.rows]
+    worst = max(rows, key=lambda row: abs(row.error_frac))
+    ours = sum(abs(row.error_frac) for row in rows) / len(rows)
+    others = [abs(row.reference_error_frac) for row in rows if row.reference_error_frac is not None]
+    other = f"; LLMServingSim {sum(others) / len(others):.2%}, {max(others):.2%}" if others else ""
+    return f"mean |error| {ours:.2%}, worst {worst.metric} {worst.statistic} {worst.error_frac:+.2%}{other}"
 
 
 def npu_validation_table(found: NpuValidation) -> str:

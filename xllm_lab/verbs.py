@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xllm_lab.sim.calibrate import Calibration
     from xllm_lab.sim.compare import Row
     from xllm_lab.sim.parity import Parity
+    from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate_npu import NpuValidation
     from xllm_lab.tuning.export import Export
     from xllm_lab.tuning.study import Study
@@ -326,3 +327,19 @@ def _calibrate_profiles(paths: Iterable[PathLike], vocab_size: int | None, kv_bl
     for left in done.left_out:
         tell(f"xllm-lab: {left.num_rows} rows of {left.file} not used: {left.reason}")
     return done.calibration
+
+
+def validate_measured(
+    folder: PathLike, *, model_config: PathLike | None = None, workload: PathLike | None = None
+) -> MeasuredValidation:
+    """What vLLM did on a measured machine beside what the simulator says, from the machine's operator profile alone.
+
+    `workload` is what was replayed there, for the tokens of its prompts.
+    """
+    from xllm_lab.sim.validate.measured import validate_measured as validate
+
+    return validate(
+        Path(folder),
+        model_config=None if model_config is None else Path(model_config),
+        workload_file=None if workload is None else Path(workload),
+    )

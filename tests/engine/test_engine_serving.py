@@ -75,7 +75,7 @@ def served(workload: Workload, where: InstanceConfig, policy: BatchPolicy, *, ho
 
 
 def outputs(records: Records) -> dict[int, list[int]]:
-    return {r.id: r.output_token_ids for r in records.requests}
+    return {r.id: r.output_token_ids.tolist() for r in records.requests}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_served_text_is_that_of_transformers(
     """
     _, records = served
     for prompt, record in zip(twenty_prompts, records.requests, strict=True):
-        ours = record.output_token_ids
+        ours = record.output_token_ids.tolist()
         assert len(ours) == NUM_TOKENS
         theirs = reference_logits(smollm2_reference, prompt + ours).argmax(-1)[len(prompt) - 1 : -1].tolist()
         assert ours == theirs

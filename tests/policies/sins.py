@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from xllm_lab.policies.api import (
@@ -151,3 +151,39 @@ class Starves(_Sin):
     def decide(self, view: BatchView) -> BatchPlan:
         # Drawn views are of later moments, so that no law but the one about whole runs can see it.
         return BatchPlan(reason="not yet") if view.now_us < 500 else Fcfs().decide(view)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldsBackUntilTheyAreLong(_Sin):
+    """Lets prompts in only beside long answers, and forgets that answers grow. Broken law: holds."""
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        packing = Packing(view)
+        is_short = any(r.num_tokens < r.num_prompt_tokens + 4 for r in view.decoding)
+        if not view.prefilling and is_short and packing.grant_all_decoding():
+            return packing.plan("let them grow", repeats=True)
+        return replace(Fcfs().decide(view), holds_for=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldsBackTheYoung(_Sin):
+    """Lets prompts in that have waited for long, and forgets that waiting takes time. Broken law: holds."""
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        packing = Packing(view)
+        is_young = all(view.now_us - r.arrival_us < 5 for r in view.waiting)
+        if not view.prefilling and is_young and packing.grant_all_decoding():
+            return packing.plan("let them age", repeats=True)
+        return replace(Fcfs().decide(view), holds_for=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldsOneStepTooLong(_Sin):
+    """Rests its prompts on every eighth decoded token, and counts to eight wrongly. Broken law: holds."""
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        packing = Packing(view)
+        most = max((r.num_tokens - r.num_prompt_tokens for r in view.decoding), default=0)
+        if not view.prefilling and most % 8 and packing.grant_all_decoding():
+            return replace(packing.plan("rest"), holds_for=8 - most % 8)
+        return replace(Fcfs().decide(view), holds_for=0)

@@ -83,6 +83,7 @@ SINS: dict[str, tuple[Policy, ...]] = {
     ),
     "hash-free": (sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
     "live": (sins.Thrashes(), sins.Starves()),
+    "holds": (sins.HoldsBackUntilTheyAreLong(), sins.HoldsBackTheYoung(), sins.HoldsOneStepTooLong()),
 }
 LAWS: dict[str, Callable[[Any], list[str]]] = {
     "legal": contract.legal,
@@ -93,6 +94,7 @@ LAWS: dict[str, Callable[[Any], list[str]]] = {
     "clockless": contract.clockless,
     "hash-free": contract.hash_free,
     "live": contract.live,
+    "holds": contract.holds,
 }
 
 
@@ -107,7 +109,7 @@ def test_a_planted_sin_is_caught_by_its_law(law: str, sin: Policy) -> None:
 @pytest.mark.parametrize(
     "sin",
     [
-        *(sins.OverBudget(), sins.EvenIdsFirst(), clock_sins.ThrowsDice(), sins.Starves()),
+        *(sins.OverBudget(), sins.EvenIdsFirst(), clock_sins.ThrowsDice(), sins.Starves(), sins.HoldsBackTheYoung()),
         *(fleet_sins.CountsFromNought(), fleet_sins.NoTieBreak(), clock_sins.RoutesByDice(), fleet_sins.EvenIds()),
     ],
 )

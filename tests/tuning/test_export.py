@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,7 @@ def test_decode_first_as_xllm_reads_it() -> None:
         "enable_chunked_prefill": True,
         "enable_mix_batch": True,
         "enable_prefix_cache": True,
+        "enable_schedule_overlap": False,
         "max_cache_size": 1024 * KV_BYTES_PER_TOKEN,
         "max_global_tpot_ms": 50,
         "max_global_ttft_ms": 2000,
@@ -94,6 +96,17 @@ def test_what_xllm_has_no_flag_for_is_listed(
 ) -> None:
     """With its value, so that nobody believes it was handed over."""
     assert export(candidate(policy, **values), "xllm", kv_bytes_per_token=1).left_out == left_out
+
+
+@pytest.mark.parametrize(
+    ("mode", "overlaps", "left_out"),
+    [("off", False, {}), ("on", True, {}), ("length_aware", True, {"async_scheduling": "length_aware"})],
+)
+def test_planning_ahead_is_a_flag_that_foresees_no_end(mode: str, overlaps: bool, left_out: dict[str, str]) -> None:
+    """Foreseeing ends is not xLLM's; the nearest it has is handed over, and the difference listed."""
+    ahead = replace(default().instance, async_scheduling=mode)
+    made = export(replace(candidate("prefill-first"), instance=ahead), "xllm", kv_bytes_per_token=1)
+    assert (made.config["enable_schedule_overlap"], made.left_out) == (overlaps, left_out)
 
 
 def test_a_policy_that_xllm_does_not_have_is_refused() -> None:

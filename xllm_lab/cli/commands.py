@@ -24,7 +24,14 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.metrics import summarize
 from xllm_lab.progress import tell
 from xllm_lab.runs import Run, new_file, read_run, write_json
-from xllm_lab.text import comparison_table, gain_line, left_out_line, npu_validation_table, summary_table
+from xllm_lab.text import (
+    comparison_table,
+    gain_line,
+    left_out_line,
+    measured_validation_table,
+    npu_validation_table,
+    summary_table,
+)
 
 
 class Command(NamedTuple):
@@ -284,6 +291,17 @@ def _profile(o: argparse.Namespace) -> int:
     return _print(o, profile.as_dict(*found), profile.as_text(*found, top=o.top))
 
 
+def _validate_measured_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="holds profile/ and vllm/")
+    parser.add_argument("--model-config", type=Path, help="the model's config.json, if it is not a well-known one")
+    parser.add_argument("--workload", type=Path, help="what was replayed (JSONL with input_tok_ids), for prefix hits")
+
+
+def _validate_measured(o: argparse.Namespace) -> int:
+    found = [verbs.validate_measured(f, model_config=o.model_config, workload=o.workload) for f in o.folders]
+    return _print(o, [v.as_dict() for v in found], measured_validation_table(found))
+
+
 def _print_run(run: Run, o: argparse.Namespace) -> int:
     summary = summarize(run.records)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
@@ -304,6 +322,11 @@ def _print(o: argparse.Namespace, value: Any, text: str) -> int:
 
 
 VALIDATIONS = {
+    "measured": Command(
+        "folders of a machine's operator profile and of what vLLM did on it",
+        _validate_measured_options,
+        _validate_measured,
+    ),
     "npu": Command("the roofline model beside published Ascend figures", lambda parser: None, _validate_npu),
 }
 COMMANDS = {

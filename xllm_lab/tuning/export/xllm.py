@@ -12,6 +12,9 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.catalog import flags, policies, policy_name, values_of
 
+# Its overlap is ours that foresees no end; it has no other.
+_OVERLAPS = ("off", "on")
+
 
 class XllmConfig(NamedTuple):
     """See `Export`."""
@@ -33,7 +36,11 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
     for part in (candidate.instance, candidate.policy):
         named = flags(type(part))
         for field, value in values_of(part).items():
-            if field in named and value is not None:
+            if field == "async_scheduling":
+                config[named[field].name] = value != "off"
+                if value not in _OVERLAPS:
+                    left_out[field] = value
+            elif field in named and value is not None:
                 config[named[field].name] = _in_units(value, named[field].divide_by)
             elif value is not None and field not in told_otherwise:
                 left_out[field] = value

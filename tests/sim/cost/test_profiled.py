@@ -1,0 +1,197 @@
+"""The profiled cost model: exact at the table's points, extrapolation told, many steps as one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from tests.sim.cost.cost_laws import batches, check_decode_steps, decode_batches
+from tests.sim.cost.profile_bundles import CHUNKS, DECODES, LENGTHS, TOKENS, attention_us, write_bundle
+from xllm_lab.errors import ConfigError, ProfileError
+from xllm_lab.hardware import Link
+from xllm_lab.known_models import known_model
+from xllm_lab.sim.cost import Batch
+from xllm_lab.sim.cost.collectives import Collectives
+from xllm_lab.sim.cost.graphs import GraphBuckets
+from xllm_lab.sim.cost.profile_bundle import read_bundle
+from xllm_lab.sim.cost.profiled import CALLS_PER_LAYER, ProfiledCost
+from xllm_lab.step_time import Chunk
+
+MODEL = known_model("llama-3.1-8b")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("plain") / "profile")
+
+
+@pytest.fixture(scope="module")
+def skewed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("skewed") / "profile", skew=True)
+
+
+@pytest.fixture(scope="module")
+def cost(folder: Path) -> ProfiledCost:
+    return ProfiledCost(read_bundle(folder), MODEL)
+
+
+@pytest.fixture(scope="module")
+def skewed(skewed_folder: Path) -> ProfiledCost:
+    return ProfiledCost(read_bundle(skewed_folder), MODEL, graphs=GraphBuckets((1, 2, 4, 8, 16, 32)))
+
+
+def decodes(n: int, kv: int, longest: int | None = None) -> Batch:
+    return Batch((), n, n * kv, longest or kv, n)
+
+
+def other_us(folder: Path, tokens: int, rows: int) -> float:
+    """Everything but attention, read off the tables."""
+    bundle = read_bundle(folder)
+    layers = sum(calls * bundle.dense[name][tokens] for name, calls in CALLS_PER_LAYER.items() if name in bundle.dense)
+    once = bundle.dense["embedding"][tokens] + bundle.dense["final_layernorm"][tokens]
+    return MODEL.num_layers * layers + once + sum(times[rows] for times in bundle.per_sequence.values())
+
+
+@given(decode_batches(max_seqs=64))
+@settings(max_examples=60)
+def test_many_steps_are_priced_as_one_by_one(cost: ProfiledCost, skewed: ProfiledCost, batch: Batch) -> None:
+    check_decode_steps(cost, batch, 12)
+    check_decode_steps(skewed, batch, 12)
+
+
+@given(batches())
+@settings(max_examples=100)
+def test_every_batch_has_a_positive_price(cost: ProfiledCost, skewed: ProfiledCost, batch: Batch) -> None:
+    assert cost.step(batch).us > 0
+    assert skewed.step(batch).us > 0
+
+
+def test_at_the_tables_points_a_step_is_their_sum(cost: ProfiledCost, folder: Path) -> None:
+    for n in DECODES:
+        price = cost.step(decodes(n, LENGTHS[1]))
+        expected = other_us(folder, n, n) + MODEL.num_layers * attention_us(0, 0, n, LENGTHS[1])
+        assert price.us == pytest.approx(expected, rel=1e-6)
+        assert not price.is_extrapolated
+    for chunk in CHUNKS:
+        price = cost.step(Batch((Chunk(chunk, 64),), 0, 0, 0, 1))
+        assert price.us == pytest.approx(
+            other_us(folder, chunk, 1) + MODEL.num_layers * attention_us(chunk, 64, 0, 0), rel=1e-6
+        )
+
+
+def test_a_mixed_batch_shares_its_matrix_multiplications(cost: ProfiledCost) -> None:
+    both = cost.step(Batch((Chunk(256, 0),), 16, 16 * 256, 256, 17)).us
+    apart = cost.step(Batch((Chunk(256, 0),), 0, 0, 0, 1)).us + cost.step(decodes(16, 256)).us
+    assert both < 0.8 * apart
+
+
+def test_time_grows_with_tokens_and_with_context(cost: ProfiledCost) -> None:
+    by_tokens = [cost.step(Batch((Chunk(n, 0),), 0, 0, 0, 1)).us for n in range(16, 512, 16)]
+    by_context = [cost.step(decodes(8, kv)).us for kv in range(1, 2000, 50)]
+    by_decodes = [cost.step(decodes(n, 256)).us for n in range(1, 33)]
+    by_chunks = [cost.step(Batch((Chunk(64, 0),) * n, 0, 0, 0, n)).us for n in range(1, 8)]
+    for times in (by_tokens, by_context, by_decodes, by_chunks):
+        assert times == sorted(times)
+
+
+def test_the_order_of_chunks_does_not_matter(cost: ProfiledCost) -> None:
+    chunks = (Chunk(100, 0), Chunk(64, 128), Chunk(100, 64))
+    prices = {cost.step(Batch(p, 4, 400, 100, 7)).us for p in (chunks, chunks[::-1], (chunks[1], *chunks[::2]))}
+    assert len(prices) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "outside"),
+    [
+        (decodes(32, 64), False),
+        (decodes(33, 64), True),
+        (decodes(4, 1024), False),
+        (decodes(4, 1025), True),
+        (decodes(32, 600), True),  # the longest contexts of the largest batches were not measured
+        (Batch((Chunk(496, 0),), 16, 1600, 100, 17), False),
+        (Batch((Chunk(512, 0),), 16, 1600, 100, 17), True),  # 528 tokens
+        (Batch((Chunk(256, 1024),), 0, 0, 0, 1), False),
+        (Batch((Chunk(256, 1025),), 0, 0, 0, 1), True),
+        (Batch((Chunk(64, 0),), 17, 1700, 100, 18), True),  # decodes beside a chunk end at 16
+        (Batch((Chunk(5, 0),), 1, 3, 3, 2), False),  # less than the smallest is not beyond
+    ],
+)
+def test_what_was_not_measured_is_told(cost: ProfiledCost, batch: Batch, outside: bool) -> None:
+    assert cost.step(batch).is_extrapolated is outside
+
+
+def test_a_length_measured_for_a_chunk_alone_does_not_hide_the_decodes(cost: ProfiledCost) -> None:
+    alone = cost.step(Batch((Chunk(496, 500),), 0, 0, 0, 1)).us
+    mixed = cost.step(Batch((Chunk(480, 500),), 16, 16 * 1024, 1024, 17)).us
+    assert mixed - alone > 0.5 * MODEL.num_layers * (attention_us(0, 0, 16, 1024) - 8)
+
+
+def test_tokens_are_padded_to_the_graph_but_attention_is_not(folder: Path) -> None:
+    graphs = ProfiledCost(read_bundle(folder), MODEL, graphs=GraphBuckets((8, 32)))
+    expected = other_us(folder, 32, 16) + MODEL.num_layers * attention_us(0, 0, 16, 64)
+    assert graphs.step(decodes(16, 64)).us == pytest.approx(expected, rel=1e-6)
+
+
+def test_skew_adds_what_the_sweep_says(skewed_folder: Path, folder: Path) -> None:
+    cost, plain = ProfiledCost(read_bundle(skewed_folder), MODEL), ProfiledCost(read_bundle(folder), MODEL)
+    # Half of 8 decodes have 256 tokens, half 64: 160 on average; the sweep found 0.2 * (1 - 1/2) more.
+    batch = Batch((), 8, 8 * 160, 256, 8)
+    attention = plain.step(batch).us - other_us(folder, 8, 8)
+    assert cost.step(batch).us == pytest.approx(plain.step(batch).us + 0.1 * attention, rel=1e-6)
+    mixed = Batch((Chunk(64, 0),), 8, 8 * 160, 256, 9)
+    assert cost.step(mixed).us > plain.step(mixed).us
+    assert cost.step(decodes(8, 160)).us == plain.step(decodes(8, 160)).us  # equally long: nothing to add
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "embedding", "down_proj", "lm_head", "sampler"])
+def test_a_missing_operator_is_refused(tmp_path: Path, name: str) -> None:
+    bundle = read_bundle(write_bundle(tmp_path / "profile", without=(name,)))
+    with pytest.raises(ProfileError, match=f"csv: no rows of {name}, which"):
+        ProfiledCost(bundle, MODEL)
+
+
+def test_an_operator_nobody_knows_is_refused_and_not_dropped(tmp_path: Path) -> None:
+    bundle = read_bundle(write_bundle(tmp_path / "profile", more={"swizzle": 3.0}))
+    with pytest.raises(ProfileError, match=r"dense.csv: layer 'swizzle' is not known; known are layernorm"):
+        ProfiledCost(bundle, MODEL)
+
+
+def test_normed_queries_need_their_norm(tmp_path: Path) -> None:
+    qwen = known_model("qwen3-8b")
+    with pytest.raises(ProfileError, match="no rows of qk_norm"):
+        ProfiledCost(read_bundle(write_bundle(tmp_path / "without")), qwen)
+    ProfiledCost(read_bundle(write_bundle(tmp_path / "with", more={"qk_norm": 3.0})), qwen)
+
+
+def test_experts_come_from_their_own_table(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "profile", more={"qk_norm": 3.0}, without=("gate_up_proj", "act_fn", "down_proj"))
+    model = known_model("qwen3-30b-a3b")
+    with pytest.raises(ProfileError, match=r"moe.csv: no such file, and Qwen/Qwen3-30B-A3B has experts"):
+        ProfiledCost(read_bundle(folder), model)
+    rows = [f"{n},{e},{e * 6.0 + n * 0.5}" for n in TOKENS for e in (8, 32, 128) if e <= 8 * n]
+    (folder / "tp1" / "moe.csv").write_text("tokens,activated_experts,time_us\n" + "\n".join(rows) + "\n")
+    cost = ProfiledCost(read_bundle(folder), model)
+    few, many = (cost.step(decodes(n, 64)).us for n in (1, 16))
+    assert model.experts is not None
+    # 16 tokens choose 8 of 128 experts each, evenly: about 83 are read instead of 8.
+    activated = model.experts.num_activated(16)
+    assert many - few > model.num_layers * 6.0 * (activated - 8)
+
+
+def test_tensor_parallelism_needs_a_link_and_pays_for_it(tmp_path: Path) -> None:
+    bundle = read_bundle(write_bundle(tmp_path / "profile", tensor_parallel=2), 2)
+    with pytest.raises(ConfigError, match="needs the link"):
+        ProfiledCost(bundle, MODEL)
+    fast, slow = (
+        ProfiledCost(bundle, MODEL, collectives=Collectives(2, link, kernel_us=0.0))
+        for link in (
+            Link(bytes_per_s=1e12, latency_us=1.0, num_devices=2, frac=1.0),
+            Link(bytes_per_s=1e10, latency_us=1.0, num_devices=2, frac=1.0),
+        )
+    )
+    batch = Batch((Chunk(256, 0),), 0, 0, 0, 1)
+    num_bytes = 256 * MODEL.hidden_size * 2
+    extra_us = 2 * MODEL.num_layers * num_bytes * (1 / 1e10 - 1 / 1e12) * 1e6
+    assert slow.step(batch).us - fast.step(batch).us == pytest.approx(extra_us)

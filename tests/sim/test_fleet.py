@@ -103,7 +103,8 @@ def fleet_obeys_the_laws(work: Workload, fleet: FleetConfig, config: InstanceCon
     if not fleet.outages:
         for k in range(fleet.num_instances):
             # Without those whose client went away before an instance knew of them.
-            known = [r for r in records.requests if r.first_scheduled_us is not None or r.finish_reason != "cancelled"]
+            computed = {i for s in records.steps for i in s.ids}
+            known = [r for r in records.requests if r.id in computed or r.finish_reason != "cancelled"]
             mine = {r.id for r in known if r.instance == k}
             part = tuple(r for r in work.requests if r.id in mine)
             if part:

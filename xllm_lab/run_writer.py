@@ -1,0 +1,118 @@
+"""Records that go to disk while a run goes on, so that memory does not grow with it.
+
+Rows come out in order of (end, instance) for steps and of end for requests, in groups of equal size, whatever the order
+in which spans came in: a run writes the same bytes with and without skipped steps.
+
+    spans   |-- instance 0 --|      |-- instance 0 -----|
+               |----- instance 1 ----------|     ...under way
+    written ...........................^ low water: nothing that ended before can still come
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, RequestRecord, StepSpan, request_table, step_table
+
+STEPS_FILE, REQUESTS_FILE = "steps.parquet", "requests.parquet"
+# Of a row group, and of what is kept in memory until it is one. A step has many entries, one per request.
+_STEPS_PER_GROUP, _REQUESTS_PER_GROUP = 1 << 15, 1 << 12
+_MOST_ENTRIES = 1 << 20
+
+
+class RunWriter:
+    """A `Recorder` that writes steps.parquet and requests.parquet of a run folder. Close it, or use it with `with`.
+
+    Args:
+        low_water_us: says that no step will come that ended at or before that time; without it, steps come in order.
+        keep_steps: else steps.parquet has no rows.
+    """
+
+    def __init__(self, folder: Path, *, low_water_us: Callable[[], int] | None = None, keep_steps: bool = True) -> None:
+        self.low_water_us = low_water_us
+        self._keeps_steps = keep_steps
+        self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
+        self._requests = _Groups(folder / REQUESTS_FILE, REQUEST_SCHEMA, _REQUESTS_PER_GROUP)
+        self._spans: list[StepSpan] = []
+        self._ended: list[RequestRecord] = []
+        self._num_entries = 0
+
+    def span(self, span: StepSpan) -> None:
+        if not self._keeps_steps:
+            return
+        self._spans.append(span)
+        self._num_entries += len(span.ends_us) * (1 + len(span.decode_ids) + len(span.chunks))
+        if self._num_entries > _MOST_ENTRIES:
+            self._write_steps(None if self.low_water_us is None else self.low_water_us())
+
+    def request(self, record: RequestRecord) -> None:
+        self._ended.append(record)
+        if len(self._ended) >= _REQUESTS_PER_GROUP:
+            self._write_requests()
+
+    def close(self) -> None:
+        """Write what is left. OSError or ArrowException if it cannot be written."""
+        self._write_steps(None)
+        self._write_requests()
+        self._steps.close()
+        self._requests.close()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.close()
+
+    def _write_steps(self, before_us: int | None) -> None:
+        table = step_table(self._spans).sort_by([("end_us", "ascending"), ("instance", "ascending")])
+        self._spans.clear()
+        self._num_entries = 0
+        self._steps.add(table, before_us)
+
+    def _write_requests(self) -> None:
+        self._requests.add(request_table(self._ended), None)
+        self._ended.clear()
+
+
+class _Groups:
+    """A Parquet file in row groups of equal size, of tables that may overlap in time."""
+
+    def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int) -> None:
+        # With checksums a flipped bit is an error, not another result.
+        self._file = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+        self._rows_per_group = rows_per_group
+        self._early = schema.empty_table()  # may still be overtaken
+        self._settled = schema.empty_table()
+
+    def add(self, table: pa.Table, before_us: int | None) -> None:
+        """Write what nothing can come before any more: all of it if `before_us` is None."""
+        if before_us is not None or self._early.num_rows:
+            merged = pa.concat_tables([self._early, table])
+            merged = merged.sort_by([("end_us", "ascending"), ("instance", "ascending")])
+            num = merged.num_rows if before_us is None else int(pc.sum(_is_at_most(merged, before_us)).as_py() or 0)
+            self._early, table = merged.slice(num), merged.slice(0, num)
+        self._settled = pa.concat_tables([self._settled, table])
+        while self._settled.num_rows >= self._rows_per_group:
+            self._write(self._rows_per_group)
+
+    def close(self) -> None:
+        assert not self._early.num_rows, "rows are left that may be overtaken"
+        if self._settled.num_rows:
+            self._write(self._settled.num_rows)
+        self._file.close()
+
+    def _write(self, num_rows: int) -> None:
+        # In one piece: how it came in pieces must not show in the file.
+        self._file.write_table(self._settled.slice(0, num_rows).combine_chunks(), row_group_size=num_rows)
+        self._settled = self._settled.slice(num_rows)
+
+
+def _is_at_most(table: pa.Table, before_us: int) -> Any:
+    return pc.cast(pc.less_equal(table["end_us"], before_us), pa.int64())

@@ -10,8 +10,9 @@ is computed, and if something comes in the middle, the stretch is cut at the end
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ class Stretch(NamedTuple):
 
     def until(self, now_us: int) -> Stretch:
         """Up to the first end at or after `now_us`."""
-        num_steps = int(np.searchsorted(np.asarray(self.ends_us), now_us)) + 1
+        num_steps = bisect.bisect_left(self.ends_us, now_us) + 1
         return Stretch(self.ends_us[:num_steps], self.is_extrapolated[:num_steps])
 
 
@@ -92,11 +93,16 @@ class Predicted:
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
         prices = self._cost.decode_steps(batch, num_steps)
         times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
-        return Stretch((step.start_us + np.cumsum(times)).tolist(), prices.is_extrapolated)
+        times[0] += step.start_us
+        return Stretch(times.cumsum().tolist(), prices.is_extrapolated)
 
     def ran(self, stretch: Stretch) -> None:
-        self.num_steps += len(stretch.ends_us)
-        self.num_extrapolated += int(sum(stretch.is_extrapolated))
+        num_steps = len(stretch.ends_us)
+        self.num_steps += num_steps
+        if num_steps > 1:
+            self.num_extrapolated += int(np.count_nonzero(stretch.is_extrapolated))
+        else:
+            self.num_extrapolated += stretch.is_extrapolated[0]
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
         return None
@@ -106,6 +112,8 @@ def batch_of_step(step: Step) -> Batch:
     """What a cost model sees of a step."""
     ids, _, _, kv_tokens, max_kv_tokens = step.decodes
     num_decodes = num_logits = len(ids)
+    if not step.others:
+        return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits)
     prefills: list[Chunk] = []
     for _, num_tokens, num_computed, samples in step.others:
         num_logits += samples
@@ -162,8 +170,13 @@ class Instance:
                 if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
                     stretch = stretch.until(next_us)
                 self.stretch = stretch
-                yield from self._work()
-                stretch, self.stretch = self.stretch, None
+                while True:
+                    try:
+                        yield at(env, stretch.ends_us[-1], self._priority)
+                        break
+                    except simpy.Interrupt:
+                        stretch = self.stretch  # it is shorter now
+                self.stretch = None
                 timing.ran(stretch)
                 command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
         except StopIteration:
@@ -176,19 +189,12 @@ class Instance:
         else:
             yield at(self._env, self._timing.wake_us(until_us), self._priority)
 
-    def _work(self) -> Generator[simpy.Event, Any, None]:
-        while True:
-            assert self.stretch is not None, "no work"
-            try:
-                yield at(self._env, self.stretch.ends_us[-1], self._priority)
-                return
-            except simpy.Interrupt:
-                continue  # the stretch is shorter now
-
 
 def at(env: simpy.Environment, when_us: int, priority: int) -> simpy.Event:
     """An event at a time; of several at one time, lower priorities come first."""
     event = simpy.Event(env)
     event._ok, event._value = True, None  # as simpy.Timeout does, which knows no priorities
-    env.schedule(event, priority=cast(Any, priority), delay=when_us - env.now)
+    delay_us: Any = when_us - env.now
+    order: Any = priority
+    env.schedule(event, order, delay_us)
     return event

@@ -53,6 +53,8 @@ def prefilling_in_order(view: BatchView, order: str) -> list[RequestView]:
 
 
 def _running_in_order(requests: Sequence[RequestView], order: str) -> list[RequestView]:
+    if not requests:
+        return []
     return list(by_admission(requests)) if order == "fcfs" else sorted(requests, key=queue_order(order))
 
 
@@ -175,7 +177,7 @@ class Admission:
 
     def _is_full(self) -> bool:
         packing = self._packing
-        if not packing.tokens_left or not packing.seqs_left:
+        if packing.is_full:
             return True
         return bool(packing) and self._view.num_blocks - packing.blocks_left >= self._high_water_blocks
 

@@ -245,17 +245,17 @@ class Scheduler:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
         latest = step if ahead is None else ahead
+        if not latest.holds_for or step.others:
+            return 0
         is_same = latest is step or (
             latest.decodes.ids is step.decodes.ids
             and latest.num_waiting == step.num_waiting
             and latest.reason == step.reason
             and not latest.preempted
         )
-        if not latest.holds_for or step.others or not is_same:
-            return 0
         lockstep, ledger = self._lockstep, self.ledger
         next_end = lockstep.next_end()
-        if next_end is None or lockstep.has_draining:
+        if not is_same or next_end is None or lockstep.has_draining:
             return 0  # the last tokens of some are under way
         most = next_end - lockstep.done - 1
         if self._foresees_length:
@@ -343,15 +343,19 @@ class Scheduler:
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
         decodes = self._begin_decodes() if plan.decode_all else NO_DECODES
-        scheduled = [self._live[i] for i in plan.tokens]
-        admitted = tuple([state.id for state in scheduled if not state.is_running])
-        # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
-        for request_id in admitted:
-            self._admit(self._live[request_id], now_us)
+        scheduled: list[RequestState] = []
+        admitted: tuple[RequestId, ...] = ()
+        others: tuple[ScheduledChunk, ...] = ()
+        turns: tuple[int, ...] = ()
+        if plan.tokens:
+            scheduled = [self._live[i] for i in plan.tokens]
+            # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
+            admitted = tuple([self._admit(state, now_us) for state in scheduled if not state.is_running])
         if plan.decode_all:
             self._advance_decodes(1)
-        others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
-        turns = tuple([state.record.num_preemptions for state in scheduled])
+        if plan.tokens:
+            others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
+            turns = tuple([state.record.num_preemptions for state in scheduled])
         index, ledger = self._num_steps, self.ledger
         self._num_steps = index + 1
         # Keywords would take three times as long, on every step of every simulation.
@@ -419,14 +423,14 @@ class Scheduler:
                         ended[request_id] = (member, FinishReason.STOP)
         return list(ended.values())
 
-    def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[list[int], list[int]]:
+    def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[array[int], array[int]]:
         """(used, idle) after the plans of a step and its repeats; the last of them is `ahead`, if there is one."""
         latest = step if ahead is None else ahead
-        used = list(accumulate(self._lockstep.blocks_per_tick(num_more), initial=latest.num_used_blocks))
-        idle = [latest.num_idle_blocks] * len(used)
+        used = array("i", accumulate(self._lockstep.blocks_per_tick(num_more), initial=latest.num_used_blocks))
+        idle = array("i", (latest.num_idle_blocks,)) * len(used)
         if latest.num_idle_blocks:
             evicts_from = latest.num_used_blocks + self.ledger.num_clean_blocks
-            idle = [latest.num_idle_blocks - max(0, now - evicts_from) for now in used]
+            idle = array("i", [latest.num_idle_blocks - max(0, now - evicts_from) for now in used])
         if ahead is not None:
             used.insert(0, step.num_used_blocks)
             idle.insert(0, step.num_idle_blocks)
@@ -440,12 +444,13 @@ class Scheduler:
         state.lose_kv()
         self._enter(self._view.waiting, state)
 
-    def _admit(self, state: RequestState, now_us: int) -> None:
+    def _admit(self, state: RequestState, now_us: int) -> RequestId:
         self._leave_queue(state)
         num_cached = self.ledger.attach(state.id, state.reusable_keys()) * self.ledger.block_size
         state.admit(num_cached, now_us)
         if state.record.first_scheduled_us is None:
             state.record.cached_tokens = min(num_cached, state.num_prompt_tokens)
+        return state.id
 
     def _allocate(self, state: RequestState, num_tokens: int) -> ScheduledChunk:
         if state.lockstep is not None:

@@ -17,7 +17,7 @@ A key names the tokens of a block and of all blocks before it, as xLLM does (xll
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xxhash
@@ -129,6 +129,12 @@ class Ledger:
             return
         for _ in range(num_blocks):
             table.append(clean.pop() if clean else self._evict())
+
+    def extend_each(self, requests: Iterable[RequestId]) -> None:
+        """As `extend`, by one block each."""
+        tables, clean = self._tables, self._clean
+        for request in requests:
+            tables[request].append(clean.pop() if clean else self._evict())
 
     def publish(self, request: RequestId, first_block: int, keys: Sequence[BlockKey]) -> None:
         """Index computed blocks [first_block, first_block + len(keys)) of the request.

@@ -14,10 +14,11 @@ from __future__ import annotations
 import bisect
 import heapq
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
+from xllm_lab.ledger import Ledger
 from xllm_lab.policies.api import ByAdmission, RequestId
 from xllm_lab.request_state import RequestState
 
@@ -177,12 +178,16 @@ class Lockstep:
             ticks += 1
         return ticks
 
-    def at_full_blocks(self, num_ticks: int) -> Iterator[tuple[RequestState, int]]:
-        """Members that take blocks in the next `num_ticks` ticks, and how many each."""
-        rounds, rest = divmod(num_ticks, self._block_size)
-        for ahead in range(self._block_size if rounds else rest):
-            for state in self._phases[-(self.clock + ahead) % self._block_size].values():
-                yield state, rounds + (ahead < rest)
+    def advance(self, num_ticks: int, ledger: Ledger) -> None:
+        """Move the clock; members whose blocks are full meanwhile take new ones."""
+        clock, size = self.clock, self._block_size
+        rounds, rest = divmod(num_ticks, size)
+        if rounds:
+            for state in self.members:
+                ledger.extend(state.id, rounds)
+        for now in range(clock, clock + rest):
+            ledger.extend_each(self._phases[-now % size])
+        self.clock = clock + num_ticks
 
     def at_clock(self, clock: int) -> list[RequestState]:
         """Requests whose blocks are all full when the clock stands there."""

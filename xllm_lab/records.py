@@ -126,7 +126,7 @@ class ScheduledChunk(NamedTuple):
     samples: bool  # reaches the end of the known tokens, so the next one is drawn
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class StepSpan:
     """Consecutive steps of one instance that differ by one more token in KV per decode, and in the blocks in use.
 

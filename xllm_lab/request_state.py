@@ -28,7 +28,8 @@ class RequestState:
     Attributes:
         queue: the scheduler's list that it is in.
         is_draining: all its tokens are scheduled, some are not there yet.
-        offset, joined, ticket: its place in the lockstep, see there.
+        lockstep: the one that it is a member of.
+        offset, joined, ticket: its place there.
         num_published: full blocks that the prefix cache knows.
     """
 
@@ -37,7 +38,6 @@ class RequestState:
         "_drawn",
         "_keys",
         "_ledger",
-        "_lockstep",
         "_lookup",
         "_lookup_version",
         "admission_order",
@@ -48,6 +48,7 @@ class RequestState:
         "is_draining",
         "is_running",
         "joined",
+        "lockstep",
         "num_prompt_tokens",
         "num_published",
         "offset",
@@ -74,7 +75,7 @@ class RequestState:
         self.offset = self.joined = self.ticket = self.num_published = 0
         self._computed = 0
         self._drawn = record.output_tokens
-        self._lockstep: Lockstep | None = None
+        self.lockstep: Lockstep | None = None
         self._ledger = ledger
         self._keys: list[BlockKey] = []
         self._lookup = (0, 0)
@@ -93,24 +94,20 @@ class RequestState:
         return self.request.slo.tpot_us
 
     @property
-    def is_in_lockstep(self) -> bool:
-        return self._lockstep is not None
-
-    @property
     def num_drawn(self) -> int:
         """Output tokens that are there or in a step under way."""
-        return self._drawn if self._lockstep is None else self.num_tokens - self.num_prompt_tokens
+        return self._drawn if self.lockstep is None else self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:
-        if self._lockstep is not None:
+        if self.lockstep is not None:
             return self.num_computed_tokens + 1  # who decodes is one token behind
         return self.num_prompt_tokens + self._drawn
 
     @property
     def num_computed_tokens(self) -> int:
-        if self._lockstep is not None:
-            return self.offset + self._lockstep.clock
+        if self.lockstep is not None:
+            return self.offset + self.lockstep.clock
         return self._computed if self.is_running else self._cached()[0] * self._ledger.block_size
 
     @property
@@ -136,17 +133,17 @@ class RequestState:
     @property
     def is_decoding(self) -> bool:
         """As `policies.api.is_decoding`, of a running request."""
-        return self._lockstep is not None or (self._drawn > 0 and self._computed == self.num_tokens - 1)
+        return self.lockstep is not None or (self._drawn > 0 and self._computed == self.num_tokens - 1)
 
     def join(self, lockstep: Lockstep, offset: int) -> None:
-        assert self._lockstep is None, f"request {self.id} joins twice"
+        assert self.lockstep is None, f"request {self.id} joins twice"
         assert self.is_decoding, f"request {self.id} joins and does not decode"
-        self.offset, self.joined, self._lockstep = offset, lockstep.clock, lockstep
+        self.offset, self.joined, self.lockstep = offset, lockstep.clock, lockstep
 
     def leave(self) -> None:
         """It counts for itself from now on."""
         computed = self.num_computed_tokens
-        self._lockstep, self.ticket = None, 0
+        self.lockstep, self.ticket = None, 0
         self._computed, self._drawn = computed, computed + 1 - self.num_prompt_tokens
 
     def admit(self, num_cached_tokens: int, now_us: int) -> None:
@@ -199,6 +196,8 @@ class RequestState:
         return self.block_keys((self.num_tokens - 1) // self._ledger.block_size)
 
     def _cached(self) -> tuple[int, int]:
+        if not self._ledger.enable_prefix_cache:
+            return 0, 0
         if self._lookup_version != self._ledger.version:
             self._lookup = self._ledger.lookup(self.reusable_keys())
             self._lookup_version = self._ledger.version

@@ -15,6 +15,7 @@ they are there, and a running request that has all of them scheduled is draining
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -96,7 +97,7 @@ class _View:
     """A `BatchView` over live objects, the same one for every decision: what it shows moves on with the scheduler."""
 
     __slots__ = (
-        "_scheduler",
+        "_live",
         "block_size",
         "decoding",
         "max_seqs_per_batch",
@@ -110,9 +111,10 @@ class _View:
         "waiting",
     )
 
-    def __init__(self, scheduler: Scheduler, step_time: StepTimeView | None) -> None:
-        config = scheduler.config
-        self._scheduler = scheduler
+    def __init__(
+        self, config: InstanceConfig, live: Mapping[RequestId, RequestState], step_time: StepTimeView | None
+    ) -> None:
+        self._live = live
         self.now_us = self.num_free_blocks = self.num_decode_blocks = 0
         self.block_size = config.block_size
         self.num_blocks = config.num_kv_blocks
@@ -127,13 +129,8 @@ class _View:
     def running(self) -> ByAdmission[RequestState]:
         return ByAdmission(sorted((*self.decoding, *self.prefilling), key=admission_key))
 
-    def refresh(self) -> None:
-        """Look at the blocks again."""
-        self.num_free_blocks = self._scheduler.ledger.num_free_blocks
-        self.num_decode_blocks = self._scheduler.num_decode_blocks
-
     def find(self, request: RequestId) -> RequestState | None:
-        state = self._scheduler.find(request)
+        state = self._live.get(request)
         return None if state is None or state.is_draining else state
 
 
@@ -167,7 +164,7 @@ class Scheduler:
         # Decoding requests outside the lockstep; and those that left it with a tick under way, and which turn it was.
         self._singles: dict[RequestId, RequestState] = {}
         self._owed: list[tuple[RequestState, int]] = []
-        self._view = _View(self, step_time)
+        self._view = _View(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._foresees_length = config.async_scheduling == "length_aware"
 
@@ -190,13 +187,6 @@ class Scheduler:
     def num_used_blocks_after(self, num_repeats: int) -> int:
         """KV blocks in use when the step under way has been repeated so often."""
         return self.ledger.num_used_blocks + self._lockstep.num_blocks(num_repeats)
-
-    @property
-    def num_decode_blocks(self) -> int:
-        """Free blocks that one more token for every decoding request takes."""
-        size = self.config.block_size
-        singles = sum(s.num_computed_tokens % size == 0 for s in self._singles.values()) if self._singles else 0
-        return self._lockstep.num_blocks() + singles
 
     def is_live(self, request: RequestId) -> bool:
         return request in self._live
@@ -267,17 +257,17 @@ class Scheduler:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
         latest = step if ahead is None else ahead
+        if not latest.holds_for or step.others:
+            return 0
         is_same = latest is step or (
             latest.decodes.ids is step.decodes.ids
             and latest.num_waiting == step.num_waiting
             and latest.reason == step.reason
             and not latest.preempted
         )
-        if not latest.holds_for or step.others or not is_same:
-            return 0
         lockstep, ledger = self._lockstep, self.ledger
         next_end = lockstep.next_end()
-        if next_end is None or lockstep.has_draining:
+        if not is_same or next_end is None or lockstep.has_draining:
             return 0  # the last tokens of some are under way
         most = next_end - lockstep.done - 1
         if self._foresees_length:
@@ -309,12 +299,13 @@ class Scheduler:
         now_us = ends_us[-1]
         ended: list[tuple[RequestState, FinishReason]] = []
         if step.decodes.ids:
-            ended += self._complete_decodes(step, ends_us, sampled)
+            ended = self._complete_decodes(step, ends_us, sampled)
         for chunk, turn in zip(step.others, step.turns, strict=True):
             state = self._live.get(chunk.id)
             if state is None or not state.is_running or state.num_preemptions != turn:
                 continue
-            self._publish(state, chunk.num_computed_tokens + chunk.num_tokens)
+            if self.ledger.enable_prefix_cache:
+                self._publish(state, chunk.num_computed_tokens + chunk.num_tokens)
             if chunk.samples and (reason := _take_token(state, sampled, now_us)):
                 ended.append((state, reason))
         for state, reason in ended:
@@ -341,55 +332,69 @@ class Scheduler:
         return lost
 
     def _decide(self, now_us: int) -> BatchPlan:
-        self._view.now_us = now_us
-        self._view.refresh()
-        plan = self.policy.decide(self._view)
-        if broken := batch_violations(self._view, plan):
+        view = self._view
+        view.now_us = now_us
+        self._count_blocks()
+        plan = self.policy.decide(view)
+        if broken := batch_violations(view, plan):
             raise PolicyError(f"policy {policy_name(self.policy)} at step {self._num_steps}: {'; '.join(broken)}")
         return plan
 
+    def _count_blocks(self) -> None:
+        """The view shows the blocks as they are now."""
+        self._view.num_free_blocks = self.ledger.num_free_blocks
+        num_blocks = self._lockstep.num_blocks()
+        if self._singles:
+            size = self.config.block_size
+            num_blocks += sum(s.num_computed_tokens % size == 0 for s in self._singles.values())
+        self._view.num_decode_blocks = num_blocks
+
     def _still_fits(self, plan: BatchPlan) -> bool:
-        self._view.refresh()
+        self._count_blocks()
         return not batch_violations(self._view, replace(plan, preempt=()))
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
         decodes = self._begin_decodes() if plan.decode_all else NO_DECODES
-        scheduled = [self._live[i] for i in plan.tokens]
-        admitted = tuple([state.id for state in scheduled if not state.is_running])
-        # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
-        for request_id in admitted:
-            self._admit(self._live[request_id], now_us)
+        scheduled: list[RequestState] = []
+        admitted: tuple[RequestId, ...] = ()
+        others: tuple[ScheduledChunk, ...] = ()
+        turns: tuple[int, ...] = ()
+        if plan.tokens:
+            scheduled = [self._live[i] for i in plan.tokens]
+            # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
+            admitted = tuple([self._admit(state, now_us) for state in scheduled if not state.is_running])
         if plan.decode_all:
             self._advance_decodes(1)
-        others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
-        turns = tuple([state.num_preemptions for state in scheduled])
-        self._num_steps += 1
-        index, reason, holds_for = self._num_steps - 1, plan.reason, plan.holds_for
+        if plan.tokens:
+            others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
+            turns = tuple([state.record.num_preemptions for state in scheduled])
+        index, ledger = self._num_steps, self.ledger
+        self._num_steps = index + 1
+        # Keywords would take three times as long, on every step of every simulation.
         return Step(
-            index=index,
-            start_us=now_us,
-            decodes=decodes,
-            others=others,
-            turns=turns,
-            admitted=admitted,
-            preempted=preempted,
-            reason=reason,
-            holds_for=holds_for,
-            num_waiting=len(self._view.waiting),
-            num_used_blocks=self.ledger.num_used_blocks,
-            num_idle_blocks=self.ledger.num_idle_blocks,
+            index,
+            now_us,
+            decodes,
+            others,
+            turns,
+            admitted,
+            preempted,
+            plan.reason,
+            plan.holds_for,
+            len(self._view.waiting),
+            ledger.num_used_blocks,
+            ledger.num_idle_blocks,
         )
 
     def _begin_decodes(self) -> Decodes:
-        for state in self._singles.values():
-            self._lockstep.join(state)
-        self._singles.clear()
+        if self._singles:
+            for state in self._singles.values():
+                self._lockstep.join(state)
+            self._singles.clear()
         return self._lockstep.decodes()
 
     def _advance_decodes(self, num_ticks: int) -> None:
-        for state, num_blocks in self._lockstep.at_full_blocks(num_ticks):
-            self.ledger.extend(state.id, num_blocks)
-        self._lockstep.clock += num_ticks
+        self._lockstep.advance(num_ticks, self.ledger)
         if self._foresees_length:
             for state in self._lockstep.drain():
                 self._drain(state)
@@ -412,6 +417,8 @@ class Scheduler:
                 for state in lockstep.at_clock(tick):
                     self._publish(state, state.offset + tick)
         ended = {state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()}
+        if sampled is None and not self._owed:
+            return list(ended.values())
         for state, turn in self._owed:
             # It left while this tick was under way: its token is its own.
             if state.is_running and state.num_preemptions == turn and self._live.get(state.id) is state:
@@ -422,20 +429,20 @@ class Scheduler:
         if sampled is not None:
             for request_id in step.decodes.ids:
                 member = self._live.get(request_id)
-                if member is not None and member.is_in_lockstep and member.joined < lockstep.done:
+                if member is not None and member.lockstep is not None and member.joined < lockstep.done:
                     member.record.output_token_ids.append(sampled[request_id].token_id)
                     if sampled[request_id].is_stop:
                         ended[request_id] = (member, FinishReason.STOP)
         return list(ended.values())
 
-    def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[list[int], list[int]]:
+    def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[array[int], array[int]]:
         """(used, idle) after the plans of a step and its repeats; the last of them is `ahead`, if there is one."""
         latest = step if ahead is None else ahead
-        used = list(accumulate(self._lockstep.blocks_per_tick(num_more), initial=latest.num_used_blocks))
-        idle = [latest.num_idle_blocks] * len(used)
+        used = array("i", accumulate(self._lockstep.blocks_per_tick(num_more), initial=latest.num_used_blocks))
+        idle = array("i", (latest.num_idle_blocks,)) * len(used)
         if latest.num_idle_blocks:
             evicts_from = latest.num_used_blocks + self.ledger.num_clean_blocks
-            idle = [latest.num_idle_blocks - max(0, now - evicts_from) for now in used]
+            idle = array("i", [latest.num_idle_blocks - max(0, now - evicts_from) for now in used])
         if ahead is not None:
             used.insert(0, step.num_used_blocks)
             idle.insert(0, step.num_idle_blocks)
@@ -449,15 +456,16 @@ class Scheduler:
         state.lose_kv()
         self._enter(self._view.waiting, state)
 
-    def _admit(self, state: RequestState, now_us: int) -> None:
+    def _admit(self, state: RequestState, now_us: int) -> RequestId:
         self._leave_queue(state)
         num_cached = self.ledger.attach(state.id, state.reusable_keys()) * self.ledger.block_size
         state.admit(num_cached, now_us)
         if state.record.first_scheduled_us is None:
             state.record.cached_tokens = min(num_cached, state.num_prompt_tokens)
+        return state.id
 
     def _allocate(self, state: RequestState, num_tokens: int) -> ScheduledChunk:
-        if state.is_in_lockstep:
+        if state.lockstep is not None:
             self._step_out(state)
         computed = state.num_computed_tokens
         self.ledger.grow(state.id, computed + num_tokens)
@@ -466,11 +474,10 @@ class Scheduler:
             self._leave_queue(state)
             self._drain(state)
         else:
-            self._enter_running(state)
+            self._enter_running(state, self._view.decoding if samples or state.is_decoding else self._view.prefilling)
         return ScheduledChunk(state.id, num_tokens, computed, samples)
 
-    def _enter_running(self, state: RequestState) -> None:
-        queue = self._view.decoding if state.is_decoding else self._view.prefilling
+    def _enter_running(self, state: RequestState, queue: list[RequestState]) -> None:
         if state.queue is not queue:
             self._leave_queue(state)
             self._enter(queue, state)
@@ -484,17 +491,16 @@ class Scheduler:
             self._owed.append((state, state.num_preemptions))
 
     def _drain(self, state: RequestState) -> None:
-        if state.is_in_lockstep:
+        if state.lockstep is not None:
             self._leave_queue(state)
         self._singles.pop(state.id, None)
         state.is_draining = True
 
     def _publish(self, state: RequestState, num_computed: int) -> None:
-        if self.ledger.enable_prefix_cache:
-            num_full = num_computed // self.ledger.block_size
-            if num_full > state.num_published:
-                self.ledger.publish(state.id, state.num_published, state.block_keys(num_full)[state.num_published :])
-                state.num_published = num_full
+        num_full = num_computed // self.ledger.block_size
+        if num_full > state.num_published:
+            self.ledger.publish(state.id, state.num_published, state.block_keys(num_full)[state.num_published :])
+            state.num_published = num_full
 
     def _enter(self, queue: list[RequestState], state: RequestState) -> None:
         order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
@@ -517,7 +523,7 @@ class Scheduler:
     def _stop(self, state: RequestState) -> None:
         """It takes part in nothing any more."""
         self._leave_queue(state)
-        if state.is_in_lockstep:
+        if state.lockstep is not None:
             self._lockstep.leave(state)
         self._singles.pop(state.id, None)
         state.is_draining = False
@@ -536,22 +542,23 @@ class Scheduler:
         idle: Sequence[int] = (step.num_idle_blocks,)
         if num_more:
             used, idle = self._blocks_in_use(step, num_more, ahead)
+        ids, offsets, clock, _, _ = step.decodes
         self._recorder.span(
-            StepSpan(
-                step=step.index,
-                start_us=step.start_us,
-                ends_us=ends_us,
-                decode_ids=step.decodes.ids,
-                decode_offsets=step.decodes.offsets,
-                clock=step.decodes.clock,
-                chunks=step.others,
-                admitted=step.admitted,
-                preempted=step.preempted,
-                num_waiting=step.num_waiting,
-                num_used_blocks=used,
-                num_idle_blocks=idle,
-                reason=step.reason,
-                instance=self.instance,
+            StepSpan(  # without keywords, as `Step`
+                step.index,
+                step.start_us,
+                ends_us,
+                ids,
+                offsets,
+                clock,
+                step.others,
+                step.admitted,
+                step.preempted,
+                step.num_waiting,
+                used,
+                idle,
+                step.reason,
+                self.instance,
             )
         )
         self._num_recorded = step.index + len(ends_us)
@@ -568,5 +575,5 @@ def _take_token(state: RequestState, sampled: Mapping[RequestId, Sampled] | None
 
 def _fill_placeholders(state: RequestState) -> None:
     record = state.record
-    missing = record.output_tokens - len(record.output_token_ids)
-    record.output_token_ids.extend([placeholder(state.id)] * missing)
+    missing = len(record.token_times_us) - len(record.output_token_ids)
+    record.output_token_ids += array("i", (placeholder(state.id),)) * missing

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from xllm_lab.errors import PolicyError
@@ -42,8 +41,7 @@ class Woke(NamedTuple):
     now_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """The answer to `Step`.
 
     Attributes:

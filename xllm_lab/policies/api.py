@@ -283,6 +283,11 @@ class Packing:
     def __bool__(self) -> bool:
         return self._decode_all or bool(self._tokens)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody can be granted more, blocks or no blocks."""
+        return not self.tokens_left or not self.seqs_left
+
     def grant_all_decoding(self) -> bool:
         """Give every decoding request its token, if there are any and all of them fit."""
         assert not self._tokens, "decodes are packed first"

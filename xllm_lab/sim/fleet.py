@@ -384,10 +384,10 @@ class Fleet:
         member.instance = Instance(self._env, conversation, self._timing, member.inbox, index=index)
 
     def _fail(self, outage: Outage) -> None:
-        if not self._num_open:
-            return
         member = self._members[outage.instance]
         assert member.instance is not None, "an instance fails that is down"
+        if not self._num_open and member.instance.stretch is None:
+            return  # all is over, and nobody would notice
         # What came during the step under way was never looked at.
         events = list(member.inbox.events)
         member.inbox.events.clear()

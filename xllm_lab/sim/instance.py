@@ -11,8 +11,9 @@ is computed, and if something comes in the middle, the stretch is cut at the end
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Stretch(NamedTuple):
 
     def until(self, now_us: int) -> Stretch:
         """Up to the first end at or after `now_us`."""
-        num_steps = int(np.searchsorted(np.asarray(self.ends_us), now_us)) + 1
+        num_steps = bisect.bisect_left(self.ends_us, now_us) + 1
         return Stretch(self.ends_us[:num_steps], self.is_extrapolated[:num_steps])
 
 
@@ -93,11 +94,17 @@ class Predicted:
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
         prices = self._cost.decode_steps(batch, num_steps)
         times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
-        return Stretch((step.start_us + np.cumsum(times)).tolist(), prices.is_extrapolated)
+        times[0] += step.start_us
+        # As an array: the records keep it, and a list of integers takes five times the memory.
+        return Stretch(array("q", times.cumsum().tobytes()), prices.is_extrapolated)
 
     def ran(self, stretch: Stretch) -> None:
-        self.num_steps += len(stretch.ends_us)
-        self.num_extrapolated += int(sum(stretch.is_extrapolated))
+        num_steps = len(stretch.ends_us)
+        self.num_steps += num_steps
+        if num_steps > 1:
+            self.num_extrapolated += int(np.count_nonzero(stretch.is_extrapolated))
+        else:
+            self.num_extrapolated += stretch.is_extrapolated[0]
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
         return None
@@ -107,6 +114,8 @@ def batch_of_step(step: Step) -> Batch:
     """What a cost model sees of a step."""
     ids, _, _, kv_tokens, max_kv_tokens = step.decodes
     num_decodes = num_logits = len(ids)
+    if not step.others:
+        return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits)
     prefills: list[Chunk] = []
     for _, num_tokens, num_computed, samples in step.others:
         num_logits += samples
@@ -180,48 +189,43 @@ class Instance:
             command = next(conversation)
             while True:
                 if isinstance(command, Idle):
-                    yield from self._idle(command.until_us)
+                    try:
+                        yield self._something(command.until_us)
+                    except simpy.Interrupt:
+                        return  # it failed
                     command = conversation.send(Woke(int(env.now)))
                     continue
                 stretch = timing.stretch(command)
                 if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
                     stretch = stretch.until(next_us)
                 self._step, self.stretch = command, stretch
-                yield from self._work()
-                stretch, self.stretch = self.stretch, None
+                while True:
+                    try:
+                        yield at(env, stretch.ends_us[-1], self._priority)
+                        break
+                    except simpy.Interrupt:
+                        if self.stretch is None:
+                            return  # it failed
+                        stretch = self.stretch  # it is shorter now
+                self.stretch = None
                 timing.ran(stretch)
                 command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
-        except (StopIteration, _StoppedError):
+        except StopIteration:
             return
 
-    def _idle(self, until_us: int | None) -> Generator[simpy.Event, Any, None]:
-        try:
-            if until_us is None:
-                self._wake = self._env.event()
-                yield self._wake
-            else:
-                yield at(self._env, self._timing.wake_us(until_us), self._priority)
-        except simpy.Interrupt:
-            raise _StoppedError from None
-
-    def _work(self) -> Generator[simpy.Event, Any, None]:
-        while True:
-            if self.stretch is None:
-                raise _StoppedError
-            try:
-                yield at(self._env, self.stretch.ends_us[-1], self._priority)
-                return
-            except simpy.Interrupt:
-                continue  # the stretch is shorter now, or there is none
-
-
-class _StoppedError(Exception):
-    """The instance failed."""
+    def _something(self, until_us: int | None) -> simpy.Event:
+        """What an idle instance waits for."""
+        if until_us is not None:
+            return at(self._env, self._timing.wake_us(until_us), self._priority)
+        self._wake = self._env.event()
+        return self._wake
 
 
 def at(env: simpy.Environment, when_us: int, priority: int) -> simpy.Event:
     """An event at a time; of several at one time, lower priorities come first."""
     event = simpy.Event(env)
     event._ok, event._value = True, None  # as simpy.Timeout does, which knows no priorities
-    env.schedule(event, priority=cast(Any, priority), delay=when_us - env.now)
+    delay_us: Any = when_us - env.now
+    order: Any = priority
+    env.schedule(event, order, delay_us)
     return event

@@ -53,22 +53,21 @@ def prefilling_in_order(view: BatchView, order: str) -> list[RequestView]:
 
 
 def _running_in_order(requests: Sequence[RequestView], order: str) -> list[RequestView]:
+    if not requests:
+        return []
     return list(by_admission(requests)) if order == "fcfs" else sorted(requests, key=queue_order(order))
 
 
 class Stopwatch:
     """The step's predicted time against a budget. Without a step-time model or a budget nothing is ever late."""
 
-    __slots__ = ("_model", "budget_us", "spent_us")
+    __slots__ = ("_model", "budget_us", "is_unlimited", "spent_us")
 
     def __init__(self, view: BatchView, budget_us: float | None) -> None:
         self._model = view.step_time if budget_us is not None else None
+        self.is_unlimited = self._model is None
         self.budget_us = inf if budget_us is None or self._model is None else budget_us
         self.spent_us = 0.0 if self._model is None else self._model.constant_us
-
-    @property
-    def is_unlimited(self) -> bool:
-        return self._model is None
 
     def has_time_for(self, request: RequestView, num_tokens: int, *, granted: int = 0) -> bool:
         """Whether `num_tokens` more for a request that has `granted` keep the step within its budget."""
@@ -140,15 +139,19 @@ class Admission:
 
     def admit(self, queue: Sequence[RequestView], *, fresh: bool) -> None:
         """`fresh` requests hold no KV yet; the others continue a prompt."""
-        packing, watch = self._packing, self._watch
+        packing, watch, num_blocks = self._packing, self._watch, self._view.num_blocks
         for request in queue:
-            if self._is_full():
+            if packing.is_full:
                 return
-            footprint = ceil_div(request.num_tokens, self._view.block_size)
-            if fresh and self._lacks_room_for(footprint):
+            runs_alone = not packing
+            if not runs_alone and num_blocks - packing.blocks_left >= self._high_water_blocks:
                 return
-            num_tokens = min(self._chunk, packing.tokens_left, num_missing_tokens(request))
-            if packing and not watch.has_time_for(request, num_tokens):
+            known = request.num_tokens
+            footprint = ceil_div(known, self._view.block_size)
+            if fresh and not runs_alone and self._reserved_blocks + footprint > num_blocks:
+                return
+            num_tokens = min(self._chunk, packing.tokens_left, known - request.num_computed_tokens)
+            if not runs_alone and not watch.has_time_for(request, num_tokens):
                 return
             if not packing.grant(request, num_tokens):
                 return
@@ -172,15 +175,6 @@ class Admission:
                 return
             if self._packing.extend(request, more):
                 self._watch.add(request, more, granted=granted)
-
-    def _is_full(self) -> bool:
-        packing = self._packing
-        if not packing.tokens_left or not packing.seqs_left:
-            return True
-        return bool(packing) and self._view.num_blocks - packing.blocks_left >= self._high_water_blocks
-
-    def _lacks_room_for(self, footprint_blocks: int) -> bool:
-        return bool(self._packing) and self._reserved_blocks + footprint_blocks > self._view.num_blocks
 
 
 def unblock_the_oldest(packing: Packing, chunking: list[RequestView], max_tokens: int) -> None:

@@ -65,6 +65,8 @@ class DecodeFirst:
         decode_watch = Stopwatch(view, self.max_tpot_us)
         decode_with_preemption(view, packing, chunking, self.order, decode_watch)
         has_decodes = bool(packing)
+        if has_decodes and (packing.is_full or not (chunking or view.waiting)):
+            return packing.plan("decode first", repeats=decode_watch.is_unlimited)
         used_blocks = view.num_blocks - packing.blocks_left
         admission = Admission(
             view,

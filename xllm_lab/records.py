@@ -275,6 +275,38 @@ STEP_SCHEMA = pa.schema(
 )
 
 
+TRANSFER_SCHEMA = pa.schema(
+    [
+        pa.field("link", pa.string(), nullable=False),
+        *(pa.field(n, pa.int64(), nullable=False) for n in ("request", "num_bytes", "queued_us", "start_us", "end_us")),
+    ]
+)
+
+
+class SentPrompt(Protocol):
+    """What went over the link to an instance, [start_us, end_us)."""
+
+    @property
+    def link(self) -> int: ...
+    @property
+    def request(self) -> RequestId: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def queued_us(self) -> int: ...
+    @property
+    def start_us(self) -> int: ...
+    @property
+    def end_us(self) -> int: ...
+
+
+def transfer_table(sent: Sequence[SentPrompt]) -> pa.Table:
+    """In the order given."""
+    columns: dict[str, Any] = {name: [getattr(t, name) for t in sent] for name in TRANSFER_SCHEMA.names}
+    columns["link"] = [f"to instance {t.link}" for t in sent]
+    return pa.table(columns, schema=TRANSFER_SCHEMA)
+
+
 def request_table(requests: Sequence[RequestRecord]) -> pa.Table:
     """Requests in the order given."""
     assert {f.name for f in fields(RequestRecord)} == set(REQUEST_SCHEMA.names), "schema and class differ"

@@ -18,9 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, RequestRecord, StepSpan, request_table, step_table
+from xllm_lab.records import (
+    REQUEST_SCHEMA,
+    STEP_SCHEMA,
+    TRANSFER_SCHEMA,
+    RequestRecord,
+    SentPrompt,
+    StepSpan,
+    request_table,
+    step_table,
+    transfer_table,
+)
 
-STEPS_FILE, REQUESTS_FILE = "steps.parquet", "requests.parquet"
+STEPS_FILE, REQUESTS_FILE, TRANSFERS_FILE = "steps.parquet", "requests.parquet", "transfers.parquet"
 # Of a row group, and of what is kept in memory until it is one. A step has many entries, one per request.
 _STEPS_PER_GROUP, _REQUESTS_PER_GROUP = 1 << 15, 1 << 12
 _MOST_ENTRIES = 1 << 20
@@ -32,11 +42,23 @@ class RunWriter:
     Args:
         low_water_us: says that no step will come that ended at or before that time; without it, steps come in order.
         keep_steps: else steps.parquet has no rows.
+        on_request: called for every request that ended.
     """
 
-    def __init__(self, folder: Path, *, low_water_us: Callable[[], int] | None = None, keep_steps: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        low_water_us: Callable[[], int] | None = None,
+        keep_steps: bool = True,
+        on_request: Callable[[], object] = lambda: None,
+    ) -> None:
         self.low_water_us = low_water_us
         self._keeps_steps = keep_steps
+        self._on_request = on_request
+        self._folder = folder
+        self._transfers: _Groups | None = None  # a run without links has no such file
+        self._sent: list[SentPrompt] = []
         self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
         self._requests = _Groups(folder / REQUESTS_FILE, REQUEST_SCHEMA, _REQUESTS_PER_GROUP)
         self._spans: list[StepSpan] = []
@@ -51,7 +73,14 @@ class RunWriter:
         if self._num_entries > _MOST_ENTRIES:
             self._write_steps(None if self.low_water_us is None else self.low_water_us())
 
+    def transfer(self, sent: SentPrompt) -> None:
+        """Something went over a link."""
+        self._sent.append(sent)
+        if len(self._sent) >= _REQUESTS_PER_GROUP:
+            self._write_transfers()
+
     def request(self, record: RequestRecord) -> None:
+        self._on_request()
         self._ended.append(record)
         if len(self._ended) >= _REQUESTS_PER_GROUP:
             self._write_requests()
@@ -60,8 +89,11 @@ class RunWriter:
         """Write what is left. OSError or ArrowException if it cannot be written."""
         self._write_steps(None)
         self._write_requests()
+        self._write_transfers()
         self._steps.close()
         self._requests.close()
+        if self._transfers is not None:
+            self._transfers.close()
 
     def __enter__(self) -> RunWriter:
         return self
@@ -75,6 +107,14 @@ class RunWriter:
         self._spans.clear()
         self._num_entries = 0
         self._steps.add(table, before_us)
+
+    def _write_transfers(self) -> None:
+        if not self._sent:
+            return
+        if self._transfers is None:
+            self._transfers = _Groups(self._folder / TRANSFERS_FILE, TRANSFER_SCHEMA, _REQUESTS_PER_GROUP)
+        self._transfers.add(transfer_table(self._sent), None)
+        self._sent.clear()
 
     def _write_requests(self) -> None:
         self._requests.add(request_table(self._ended), None)

@@ -33,7 +33,7 @@ from xllm_lab.records import (
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
-FORMAT = 1
+FORMAT = 2
 _FINISHED = "a Parquet file of a finished run"
 
 
@@ -49,6 +49,7 @@ class Manifest:
         timing: how time was had: the engine's clock, or the simulator's cost model and its error.
         model: what was served: name, dtype, kv_bytes_per_token, vocab_size; a simulated run has its calibration's.
         workload: source, checksum, seed, number of requests.
+        fleet: fields of `FleetConfig`; None is a single instance.
     """
 
     host: str
@@ -58,6 +59,7 @@ class Manifest:
     timing: dict[str, Any]
     model: dict[str, Any]
     workload: dict[str, Any]
+    fleet: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=provenance.versions)
     commit: str = field(default_factory=provenance.commit)
     hardware: dict[str, Any] = field(default_factory=provenance.hardware)

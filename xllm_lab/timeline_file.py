@@ -14,23 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from xllm_lab.columns import BATCH_ROWS, batches, instance_of, ints
 from xllm_lab.errors import RunError
 from xllm_lab.lives import DECODE, PHASES, PREFILL, Lives, lanes, read_lives
 from xllm_lab.perfetto import Ints, Label, Sink, Slices, TraceWriter, Word
-from xllm_lab.records import STEP_SCHEMA
+from xllm_lab.records import STEP_SCHEMA, TRANSFER_SCHEMA
 from xllm_lab.runs import Run, new_file
 
 COUNTERS = ("KV blocks used", "KV blocks idle", "waiting", "running")
-TRANSFER_SCHEMA = pa.schema(
-    [
-        pa.field("link", pa.string(), nullable=False),
-        *(pa.field(n, pa.int64(), nullable=False) for n in ("request", "num_bytes", "queued_us", "start_us", "end_us")),
-    ]
-)
 _GZIP_LEVEL = 6
 
 

@@ -23,8 +23,10 @@ from xllm_lab.workload import Workload
 
 if TYPE_CHECKING:
     from xllm_lab.engine.engine import Engine, EngineOptions
+    from xllm_lab.fleet_config import FleetConfig
     from xllm_lab.sim.calibrate import Calibration
     from xllm_lab.sim.compare import Row
+    from xllm_lab.sim.machine import Machine
     from xllm_lab.sim.parity import Parity
     from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate_npu import NpuValidation
@@ -116,22 +118,55 @@ def calibrate(
 
 def simulate(
     trace: Workload | Run | PathLike,
-    calibration: Calibration | PathLike,
+    machine: Machine | Calibration | PathLike,
     *,
     out: PathLike,
     policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    fleet: FleetConfig | PathLike | None = None,
+    fast_forward: bool = True,
+    keep_steps: bool = True,
+    progress: bool = False,
 ) -> Run:
-    """Serve a trace in simulated time. Given a run, whatever is not overridden is taken from it."""
+    """Serve a trace in simulated time. Given a run, whatever is not overridden is taken from it.
+
+    Args:
+        machine: what prices steps; a calibration, or the file of one, is the machine it was fitted to.
+        fleet: a fleet, or the cluster file of one; None is a single instance.
+        fast_forward: skip steps that repeat themselves; the records are the same without.
+        keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
+    """
+    from xllm_lab.fleet_config import fleet_config
+    from xllm_lab.fleet_file import read_fleet
+    from xllm_lab.sim.machine import Machine, fitted_machine
     from xllm_lab.sim.simulator import simulate as run_simulator
 
+    chosen = chosen_for(trace, policy, settings)
+    workload = trace.workload if isinstance(trace, Run) else _workload(trace)
+    if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
+        fleet = fleet_config(trace.manifest.fleet)
+    ended = bar(len(workload.requests), "simulate", show=progress)
+    with ended:
+        return run_simulator(
+            workload,
+            chosen.instance,
+            chosen.policy,
+            machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine)),
+            out=Path(out),
+            fleet=read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet,
+            fast_forward=fast_forward,
+            keep_steps=keep_steps,
+            progress=ended.update,
+        )
+
+
+def chosen_for(
+    trace: Workload | Run | PathLike, policy: str | None = None, settings: Mapping[str, Any] | None = None
+) -> Candidate:
+    """The configuration in which `simulate` serves a trace: that of a run, or the default one, with changes."""
     if isinstance(trace, Run):
-        chosen = _like(trace, policy, settings or {})
-        workload = trace.workload
-    else:
-        chosen = configure(policy or DEFAULT_POLICY, settings)
-        workload = _workload(trace)
-    return run_simulator(workload, chosen.instance, chosen.policy, _calibration(calibration), out=Path(out))
+        return _like(trace, policy, settings or {})
+    return configure(policy or DEFAULT_POLICY, settings)
 
 
 def compare(simulated: Run | PathLike, engine: Iterable[Run | PathLike]) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from xllm_lab import verbs
 from xllm_lab.cli import profile
+from xllm_lab.cli.machine import fleet, fleet_options, machine, machine_options
 from xllm_lab.cli.options import (
     configuration_options,
     engine,
@@ -84,15 +85,29 @@ def _simulate_options(parser: argparse.ArgumentParser) -> None:
     trace_options(parser, nargs="?")
     parser.add_argument("--like", type=Path, help="take workload and configuration from this run")
     configuration_options(parser, default_policy=None)
-    parser.add_argument("--calibration", type=Path, required=True)
+    machine_options(parser)
+    fleet_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
+    parser.add_argument("--no-steps", action="store_true", help="leave steps.parquet empty")
+    parser.add_argument("--no-fast-forward", action="store_true", help="step by step; the records are the same")
 
 
 def _simulate(o: argparse.Namespace) -> int:
     if (o.trace is None) == (o.like is None):
         raise ConfigError("give a trace or --like RUN, one of them")
     source = read_run(o.like) if o.like else workload(o.trace, o)
-    run = verbs.simulate(source, o.calibration, out=o.out, policy=o.policy, settings=settings(o))
+    chosen = verbs.chosen_for(source, o.policy, settings(o)).instance
+    run = verbs.simulate(
+        source,
+        machine(o, chosen.async_scheduling, chosen.max_seqs_per_batch),
+        out=o.out,
+        policy=o.policy,
+        settings=settings(o),
+        fleet=fleet(o),
+        fast_forward=not o.no_fast_forward,
+        keep_steps=not o.no_steps,
+        progress=not o.quiet,
+    )
     _warn_if_extrapolated(run)
     return _print_run(run, o)
 

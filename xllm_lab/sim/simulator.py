@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import simpy
 
+from xllm_lab.columns import step_feature_rows
+from xllm_lab.fleet_config import FleetConfig
+from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.records import Records
-from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
+from xllm_lab.records import Recorder, Records
+from xllm_lab.run_writer import STEPS_FILE, RunWriter
+from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed, serve
 from xllm_lab.sim.calibrate import Calibration
-from xllm_lab.sim.cost.fitted import FittedCost
+from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Instance, Predicted, Timing
+from xllm_lab.sim.machine import Machine
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
@@ -34,7 +40,27 @@ def run_simulation(
     vocab_size: int,
     step_time: StepTime | None = None,
 ) -> Records:
-    """Records of one instance that serves `workload`.
+    """Records of one instance that serves `workload`, in memory.
+
+    Raises:
+        as `serve_alone`.
+    """
+    records = Records()
+    serve_alone(workload, config, policy, timing, recorder=records, vocab_size=vocab_size, step_time=step_time)
+    return records.sort()
+
+
+def serve_alone(
+    workload: Workload,
+    config: InstanceConfig,
+    policy: BatchPolicy,
+    timing: Timing,
+    *,
+    recorder: Recorder,
+    vocab_size: int,
+    step_time: StepTime | None = None,
+) -> None:
+    """One instance serves `workload`, without a router.
 
     Raises:
         ConfigError: the policy needs step times and has none.
@@ -46,24 +72,34 @@ def run_simulation(
             return _NO_TOKENS  # only block keys ever read them
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
-    records = Records()
-    scheduler = Scheduler(config, policy, records, step_time=step_time)
+    scheduler = Scheduler(config, policy, recorder, step_time=step_time)
     env = simpy.Environment(initial_time=0)
     feed = WorkloadFeed(workload)
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
     env.run()
-    return records.sort()
 
 
 def simulate(
     workload: Workload,
     config: InstanceConfig,
     policy: BatchPolicy,
-    calibration: Calibration,
+    machine: Machine,
     *,
     out: Path,
+    fleet: FleetConfig | None = None,
+    fast_forward: bool = True,
+    keep_steps: bool = True,
+    progress: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Simulate, and write a run folder whose manifest carries the calibration's error and the extrapolated fraction.
+    """Simulate, and write a run folder whose manifest says how step times were had and which fraction extrapolates.
+
+    Records go to disk while the run goes on.
+
+    Args:
+        fleet: equal instances behind a router; without it, one instance and no router.
+        fast_forward: skip steps that repeat themselves; the records are the same without, and take longer.
+        keep_steps: without them, steps.parquet has no rows.
+        progress: called once for every request that ended.
 
     Raises:
         RequestTooLargeError: a request could never run on this configuration.
@@ -72,27 +108,34 @@ def simulate(
     """
     for request in workload.requests:
         config.refuse_if_too_large(request)
+    timing = Predicted(machine.cost, fast_forward=fast_forward)
     with new_folder(out) as folder:
-        predicted = Predicted(FittedCost(calibration))
-        records = run_simulation(
-            workload,
-            config,
-            policy,
-            predicted,
-            vocab_size=calibration.model["vocab_size"],
-            step_time=calibration.step_time,
-        )
-        timing = {
-            "cost_model": "fitted",
-            "calibrated_on": list(calibration.runs),
-            "residual": asdict(calibration.residual),
-            "extrapolated_frac": predicted.extrapolated_frac,
-        }
+        with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
+            known = {"recorder": writer, "vocab_size": machine.model["vocab_size"], "step_time": machine.step_time}
+            if fleet is None:
+                serve_alone(workload, config, policy, timing, **known)
+            else:
+                served = Fleet(workload, fleet, config, policy, timing, on_transfer=writer.transfer, **known)
+                writer.low_water_us = served.low_water_us
+                served.run()
+        told = {**machine.timing, "extrapolated_frac": timing.extrapolated_frac}
+        if machine.calibration is not None and keep_steps:
+            told["total_error_frac"] = _total_error_frac(machine.calibration, folder)
         manifest = Manifest(
             host="simulator",
-            timing=timing,
-            model=calibration.model,
-            **describe(config, policy, calibration.step_time, workload),
+            timing=told,
+            model=dict(machine.model),
+            fleet=None if fleet is None else fleet.as_dict(),
+            **describe(config, policy, machine.step_time, workload),
         )
-        fill_run(folder, manifest, workload, records)
+        write_json(folder / "manifest.json", asdict(manifest))
+        own.write(workload, folder / "workload.jsonl")
     return Run(out, manifest)
+
+
+def _total_error_frac(calibration: Calibration, folder: Path) -> float:
+    """Half width of the 95 % interval of the sum of step times, relative to it."""
+    spread = calibration.run_spread()
+    for rows in step_feature_rows(folder / STEPS_FILE):
+        spread.add(rows)
+    return float(f"{spread.half_width_frac():.4g}")

@@ -1,0 +1,101 @@
+"""Options that say which machine is simulated, and how many of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xllm_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xllm_lab.fleet_config import FleetConfig
+    from xllm_lab.sim.cost.graphs import GraphBuckets
+    from xllm_lab.sim.machine import Deployment, Machine
+
+GRAPHS = ("none", "vllm", "xllm")
+_DEPLOYMENT = ("tensor_parallel", "data_parallel", "expert_parallel")
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine", "measured as a whole, by operators, or not at all; one of the three")
+    group.add_argument("--calibration", type=Path, metavar="FILE", help="fitted to its steps by `calibrate`")
+    group.add_argument("--profile", type=Path, metavar="DIR", help="a bundle of measured operators")
+    group.add_argument("--hardware", metavar="NAME|FILE", help="the roofline of its figures; with --profile, its links")
+    group.add_argument("--model-config", metavar="NAME|FILE", help="a well-known model, or a transformers config.json")
+    for name in _DEPLOYMENT:
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N")
+    group.add_argument("--precision", default="bf16", help="of weights and KV")
+    group.add_argument("--graphs", choices=GRAPHS, default="none", help="whose captured sizes decodes are padded to")
+    group.add_argument("--host-us", type=float, default=0.0, metavar="US", help="of the host, per step")
+    group.add_argument("--host-us-per-seq", type=float, default=0.0, metavar="US", help="of the host, per sequence")
+
+
+def fleet_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fleet")
+    group.add_argument("--cluster", type=Path, metavar="FILE", help="a cluster file (TOML), see `xllm_lab.fleet_file`")
+    group.add_argument("--instances", type=int, metavar="N", help="N instances that take turns, instead of --cluster")
+
+
+def machine(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> Machine:
+    """The machine that the options describe; ConfigError if they describe none, or two."""
+    from xllm_lab.hardware import hardware
+    from xllm_lab.sim.calibrate import read_calibration
+    from xllm_lab.sim.machine import fitted_machine, model_of, profiled_machine, roofline_machine
+
+    if o.calibration is not None:
+        _refuse_beside_calibration(o)
+        return fitted_machine(read_calibration(o.calibration))
+    device = None if o.hardware is None else hardware(o.hardware)
+    model = None if o.model_config is None else model_of(o.model_config)
+    deployment = _deployment(o, async_scheduling, max_seqs)
+    if o.profile is not None:
+        return profiled_machine(o.profile, model, deployment, device)
+    if device is None:
+        raise ConfigError("no machine to simulate; accepted: --calibration FILE, --profile DIR, or --hardware NAME")
+    if model is None:
+        raise ConfigError("--hardware needs a model; accepted: --model-config with a name or a config.json")
+    return roofline_machine(device, model, deployment)
+
+
+def fleet(o: argparse.Namespace) -> FleetConfig | None:
+    """The fleet that the options describe, or None for a single instance."""
+    from xllm_lab.fleet_config import FleetConfig
+    from xllm_lab.fleet_file import read_fleet
+
+    if o.cluster is not None and o.instances is not None:
+        raise ConfigError("give --cluster or --instances, one of them")
+    if o.cluster is not None:
+        return read_fleet(o.cluster)
+    return None if o.instances is None else FleetConfig(num_instances=o.instances)
+
+
+def _deployment(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> Deployment:
+    from xllm_lab.sim.cost.host import HostOverhead
+    from xllm_lab.sim.machine import Deployment
+
+    return Deployment(
+        **{name: getattr(o, name) for name in _DEPLOYMENT},
+        precision=o.precision,
+        graphs=_graphs(o.graphs, max_seqs),
+        host=HostOverhead(step_us=o.host_us, sequence_us=o.host_us_per_seq, is_async=async_scheduling != "off"),
+    )
+
+
+def _graphs(whose: str, max_seqs: int) -> GraphBuckets:
+    from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets, xllm_graph_buckets
+
+    if whose == "none":
+        return GraphBuckets()
+    return vllm_graph_buckets(max_seqs) if whose == "vllm" else xllm_graph_buckets()
+
+
+def _refuse_beside_calibration(o: argparse.Namespace) -> None:
+    """Options that a calibration leaves without effect."""
+    given = [f"--{name}" for name in ("profile", "hardware") if getattr(o, name) is not None]
+    given += ["--model-config"] * (o.model_config is not None)
+    given += [f"--{name.replace('_', '-')}" for name in _DEPLOYMENT if getattr(o, name) != 1]
+    given += ["--precision"] * (o.precision != "bf16") + ["--graphs"] * (o.graphs != "none")
+    given += ["--host-us"] * bool(o.host_us) + ["--host-us-per-seq"] * bool(o.host_us_per_seq)
+    if given:
+        raise ConfigError(f"{', '.join(given)} beside --calibration, which has it all; accepted: one or the other")

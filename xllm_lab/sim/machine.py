@@ -1,0 +1,171 @@
+"""A machine to simulate: what prices its steps, and what a run's manifest says of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from xllm_lab.errors import ConfigError, ModelError
+from xllm_lab.hardware import Device
+from xllm_lab.known_models import known_model
+from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spec
+from xllm_lab.sim.calibrate import Calibration
+from xllm_lab.sim.cost import CostModel, batch_of
+from xllm_lab.sim.cost.collectives import collectives
+from xllm_lab.sim.cost.fitted import FittedCost
+from xllm_lab.sim.cost.graphs import GraphBuckets
+from xllm_lab.sim.cost.host import Hosted, HostOverhead
+from xllm_lab.sim.cost.profile_bundle import read_bundle
+from xllm_lab.sim.cost.profiled import ProfiledCost
+from xllm_lab.sim.cost.roofline import roofline_cost
+from xllm_lab.step_time import Chunk, StepTime, features, fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the simulator needs of a machine.
+
+    Attributes:
+        cost: prices steps.
+        model: what is served, as in manifests; has `vocab_size`.
+        timing: how step times are had, and how far they can be trusted.
+        step_time: what policies are told of step times.
+        calibration: what they were fitted to, if they were.
+    """
+
+    cost: CostModel
+    model: Mapping[str, Any]
+    timing: Mapping[str, Any]
+    step_time: StepTime
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """How a model is put on devices that were not measured as a whole.
+
+    Attributes:
+        graphs: sizes for which graphs were captured; none is eager.
+    """
+
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: int = 1
+    precision: str = "bf16"
+    graphs: GraphBuckets = field(default_factory=GraphBuckets)
+    host: HostOverhead = field(default_factory=HostOverhead)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}, accepted: {', '.join(PRECISIONS)}")
+
+    @property
+    def bytes_and_rates(self) -> Precision:
+        return PRECISIONS[self.precision]
+
+
+def model_of(name_or_path: str | Path) -> ModelSpec:
+    """A well-known model by its name, or the one of a transformers config.json.
+
+    Raises:
+        ModelError: neither.
+    """
+    if Path(name_or_path).suffix == ".json" or Path(name_or_path).is_dir():
+        return read_model_spec(name_or_path)
+    return known_model(str(name_or_path))
+
+
+def fitted_machine(calibration: Calibration) -> Machine:
+    """The machine on which the calibration's runs were made."""
+    return Machine(
+        cost=FittedCost(calibration),
+        model=calibration.model,
+        timing={
+            "cost_model": "fitted",
+            "calibrated_on": list(calibration.runs),
+            "residual": asdict(calibration.residual),
+        },
+        step_time=calibration.step_time,
+        calibration=calibration,
+    )
+
+
+def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | None = None) -> Machine:
+    """Devices and a model that nobody has measured together.
+
+    Raises:
+        ConfigError: the model does not fit, or cannot be divided so.
+    """
+    d = deployment or Deployment()
+    cost = roofline_cost(
+        device,
+        model,
+        tensor_parallel=d.tensor_parallel,
+        data_parallel=d.data_parallel,
+        expert_parallel=d.expert_parallel,
+        precision=d.bytes_and_rates,
+        graphs=d.graphs,
+        host=d.host,
+    )
+    told = {"cost_model": "roofline", "device": device.name, "error": "unknown: nothing was measured", **_told(d)}
+    return Machine(cost=cost, model=_described(model), timing=told, step_time=step_time_of(cost))
+
+
+def profiled_machine(
+    folder: Path, model: ModelSpec | None = None, deployment: Deployment | None = None, device: Device | None = None
+) -> Machine:
+    """A machine whose operators were measured.
+
+    Args:
+        folder: a profile bundle.
+        model: if it is not the bundle's own.
+        device: whose links join the devices of tensor parallelism.
+
+    Raises:
+        ProfileError: the bundle cannot be read, or lacks an operator.
+        ConfigError: tensor parallelism without a `device`.
+    """
+    d = deployment or Deployment()
+    bundle = read_bundle(folder, d.tensor_parallel)
+    spec = known_model(bundle.model) if model is None else model
+    links = None if device is None or d.tensor_parallel == 1 else collectives(device, d.tensor_parallel)
+    cost = Hosted(ProfiledCost(bundle, spec, graphs=d.graphs, collectives=links), d.host)
+    told = {"cost_model": "profiled", "profile": str(folder), **_told(d)}
+    return Machine(cost=cost, model=_described(spec), timing=told, step_time=step_time_of(cost))
+
+
+def step_time_of(cost: CostModel) -> StepTime:
+    """What a policy is told of a machine that is known by its cost model: step times fitted to a grid of its prices."""
+    rows, times = [], []
+    prompts: list[tuple[Chunk, ...]] = [(), *((Chunk(n, k),) for n, k in product((16, 128, 512, 2048), (0, 1024)))]
+    for prefill, num_decodes, context in product(prompts, (0, 1, 4, 16, 64, 128), (64, 512, 2048)):
+        chunks = (*prefill, *[Chunk(1, context)] * num_decodes)
+        if chunks:
+            rows.append(features(chunks, len(chunks)))
+            times.append(cost.step(batch_of(chunks, len(chunks))).us)
+    return fit(rows, times)
+
+
+def _described(model: ModelSpec) -> dict[str, Any]:
+    if model.vocab_size < 1:
+        raise ModelError(f"{model.name}: vocab_size is {model.vocab_size}, at least 1 is accepted")
+    return {
+        "name": model.name,
+        "vocab_size": model.vocab_size,
+        "max_model_len": model.max_position,
+        "kv_bytes_per_token": round(model.kv_bytes_per_token()),
+    }
+
+
+def _told(d: Deployment) -> dict[str, Any]:
+    return {
+        "tensor_parallel": d.tensor_parallel,
+        "data_parallel": d.data_parallel,
+        "expert_parallel": d.expert_parallel,
+        "precision": d.precision,
+        "graph_buckets": list(d.graphs.sizes),
+        "host": asdict(d.host),
+    }

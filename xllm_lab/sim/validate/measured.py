@@ -175,7 +175,7 @@ def instance_config(folder: MeasuredFolder, model: ModelSpec) -> InstanceConfig:
         num_kv_blocks=_gpu_blocks(folder, model, block_size) - 1,
         enable_prefix_cache=bool(folder.meta.get("kv_cache", {}).get("enable_prefix_caching", True)),
         max_model_len=int(folder.engine_argument("max_model_len", model.max_position)),
-        # vLLM plans ahead since 0.14 unless it is told not to; where a benchmark wrote it down, that holds.
+        # vLLM 0.19 plans ahead unless it is told not to; where a benchmark wrote it down, that holds.
         async_scheduling="length_aware" if folder.resolved("scheduler_config", "async_scheduling", True) else "off",
     )
 

@@ -49,6 +49,9 @@ VARIANTS: dict[str, Change] = {
     "unequal lengths add a third": bundles(skew_times(1 / 3)),
     "no padding to graphs": lambda: patch.object(measured, "graph_buckets", lambda *a: GraphBuckets()),
     "several chunks as one": one_chunk,
+    "no planning ahead": lambda: patch.object(
+        measured, "instance_config", lambda *a, of=measured.instance_config: replace(of(*a), async_scheduling="off")
+    ),
     "first chunk must fit, not the prompt": lambda: patch.object(
         measured, "Vllm", lambda: Vllm(reserve_whole_prompt=False)
     ),

@@ -93,6 +93,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-14b": _qwen3("Qwen3-14B", (5120, 40, 40, 8, 17_408)),
     "qwen3-32b": _qwen3("Qwen3-32B", (5120, 64, 64, 8, 25_600)),
     "qwen3-30b-a3b": _qwen3("Qwen3-30B-A3B", (2048, 48, 32, 4, 6144), **_sparse(128, 768)),
+    "qwen3-30b-a3b-instruct-2507": _qwen3(
+        "Qwen3-30B-A3B-Instruct-2507", (2048, 48, 32, 4, 6144), max_position_embeddings=262_144, **_sparse(128, 768)
+    ),
     "qwen3-235b-a22b": _qwen3("Qwen3-235B-A22B", (4096, 94, 64, 4, 12_288), **_sparse(128, 1536)),
     "minimax-m2": _llama(
         "MiniMaxAI/MiniMax-M2",

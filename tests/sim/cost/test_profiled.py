@@ -15,7 +15,7 @@ from xllm_lab.known_models import known_model
 from xllm_lab.sim.cost import Batch
 from xllm_lab.sim.cost.collectives import Collectives
 from xllm_lab.sim.cost.graphs import GraphBuckets
-from xllm_lab.sim.cost.profile_bundle import read_bundle
+from xllm_lab.sim.cost.profile_bundle import ProfileBundle, read_bundle
 from xllm_lab.sim.cost.profiled import CALLS_PER_LAYER, ProfiledCost
 from xllm_lab.step_time import Chunk
 
@@ -182,7 +182,7 @@ def test_experts_come_from_their_own_table(tmp_path: Path) -> None:
 
 def test_tensor_parallelism_needs_a_link_and_pays_for_it(tmp_path: Path) -> None:
     bundle = read_bundle(write_bundle(tmp_path / "profile", tensor_parallel=2), 2)
-    with pytest.raises(ConfigError, match="needs the link"):
+    with pytest.raises(ConfigError, match="need the link"):
         ProfiledCost(bundle, MODEL)
     fast, slow = (
         ProfiledCost(bundle, MODEL, collectives=Collectives(2, link, kernel_us=0.0))
@@ -195,3 +195,43 @@ def test_tensor_parallelism_needs_a_link_and_pays_for_it(tmp_path: Path) -> None
     num_bytes = 256 * MODEL.hidden_size * 2
     extra_us = 2 * MODEL.num_layers * num_bytes * (1 / 1e10 - 1 / 1e12) * 1e6
     assert slow.step(batch).us - fast.step(batch).us == pytest.approx(extra_us)
+
+
+@pytest.fixture(scope="module")
+def experts_bundle(tmp_path_factory: pytest.TempPathFactory) -> ProfileBundle:
+    folder = write_bundle(
+        tmp_path_factory.mktemp("experts") / "profile",
+        more={"qk_norm": 3.0},
+        without=("gate_up_proj", "act_fn", "down_proj"),
+    )
+    rows = [f"{n},{e},{e * 6.0 + n * 0.5}" for n in TOKENS for e in (8, 32, 128)]
+    (folder / "tp1" / "moe.csv").write_text("tokens,activated_experts,time_us\n" + "\n".join(rows) + "\n")
+    return read_bundle(folder)
+
+
+def test_a_group_ends_with_its_slowest_and_pays_for_all_tokens(experts_bundle: ProfileBundle) -> None:
+    model = known_model("qwen3-30b-a3b")
+    link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
+    group = ProfiledCost(experts_bundle, model, collectives=link, expert_parallel=2)
+    few, many, none = decodes(4, 64), decodes(16, 256), Batch((), 0, 0, 0, 0)
+    both = group.together([few, many])
+    assert both == group.together([many, few])
+    assert both.us > group.together([many]).us > group.together([few]).us
+    assert group.together([many, many]).us > both.us
+    # Half of the experts are on each device, which is cheaper than all of them on one.
+    assert group.together([many, many]).us < ProfiledCost(experts_bundle, model).step(many).us + 1000
+    assert group.together([many, none._replace(prefills=(Chunk(256, 0),), num_logits=1)]).us > both.us
+
+
+def test_a_group_is_padded_to_the_most_tokens_where_a_graph_is_replayed(experts_bundle: ProfileBundle) -> None:
+    model = known_model("qwen3-30b-a3b")
+    link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
+    group = ProfiledCost(experts_bundle, model, graphs=GraphBuckets((16,)), collectives=link, expert_parallel=2)
+    assert group.together([decodes(2, 64), decodes(16, 64)]) == group.together([decodes(13, 64), decodes(16, 64)])
+
+
+def test_tensor_and_expert_parallelism_together_are_refused(tmp_path: Path) -> None:
+    bundle = read_bundle(write_bundle(tmp_path / "profile", tensor_parallel=2), 2)
+    link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
+    with pytest.raises(ConfigError, match="not both"):
+        ProfiledCost(bundle, MODEL, collectives=link, expert_parallel=2)

@@ -9,7 +9,7 @@ every request in a batch, finished prompt or not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +55,12 @@ class ProfiledCost:
 
     Args:
         graphs: sizes to which the operators on tokens are padded.
-        collectives: joins the devices of tensor parallelism; the bundle has no time for that.
+        collectives: joins the devices of tensor or expert parallelism; the bundle has no time for that.
+        expert_parallel: devices over which the experts are spread, each with batches of its own; see `together`.
 
     Raises:
         ProfileError: an operator that the model has is missing, or one is there that we do not know.
-        ConfigError: tensor parallelism without `collectives`.
+        ConfigError: several devices without `collectives`, or tensor and expert parallelism together.
     """
 
     def __init__(
@@ -69,15 +70,20 @@ class ProfiledCost:
         *,
         graphs: GraphBuckets = EAGER,
         collectives: Collectives | None = None,
+        expert_parallel: int = 1,
     ) -> None:
-        if bundle.tensor_parallel > 1 and collectives is None:
+        if max(bundle.tensor_parallel, expert_parallel) > 1 and collectives is None:
             raise ConfigError(
-                f"{bundle.folder}: tensor parallelism of {bundle.tensor_parallel} needs the link between the devices"
+                f"{bundle.folder}: tensor parallelism of {bundle.tensor_parallel} and expert parallelism of "
+                f"{expert_parallel} need the link between the devices"
             )
+        if min(bundle.tensor_parallel, expert_parallel) > 1:
+            raise ConfigError(f"{bundle.folder}: tensor or expert parallelism is accepted, not both")
         _refuse_operators(bundle, model)
         self._model = model
         self._graphs = graphs
         self._collectives = collectives
+        self._expert_parallel = expert_parallel
         self._layers = model.num_layers
         self._on_tokens = [
             (calls * self._layers, _line(bundle.dense[name]))
@@ -101,10 +107,38 @@ class ProfiledCost:
             us = at.other_us + self._layers * at.attention.us(mean_kv, batch.max_decode_kv_tokens)
             return Price(us, at.is_extrapolated or mean_kv > at.attention.line.knots[-1])
         tokens, rows = batch.num_tokens, batch.num_seqs
-        mean_kv = batch.decode_kv_tokens / decodes if decodes else 0.0
-        attention_us, is_outside = self._attention.mixed(batch.prefills, decodes, mean_kv, batch.max_decode_kv_tokens)
+        attention_us, is_outside = self._attention_us(batch)
         us = self._other_us(tokens, rows) + self._layers * attention_us
         return Price(us, is_outside or tokens > self._most_tokens or rows > self._most_rows)
+
+    def together(self, batches: Sequence[Batch]) -> Price:
+        """A step that an expert-parallel group takes together, and the slowest device ends.
+
+        All are padded to the most tokens if that has a graph; else each computes its own, as vLLM pads across a group
+        only to replay (`coordinate_batch_across_dp`). Devices without a batch have no tokens.
+        """
+        most = max(batch.num_tokens for batch in batches)
+        if self._graphs.is_replayed(most):
+            tokens = [self._graphs.padded(most)] * len(batches)
+            shared_us = self._shared_us(float(tokens[0]))
+        else:
+            tokens = [batch.num_tokens for batch in batches]
+            shared_us = self._shared_us(sum(tokens) / self._expert_parallel)
+        us, is_outside = 0.0, most > self._most_tokens
+        for batch, own in zip(batches, tokens, strict=True):
+            attention_us, beyond = self._attention_us(batch)
+            us = max(us, self._own_us(own) + self._head_us(batch.num_seqs) + self._layers * attention_us)
+            is_outside |= beyond or batch.num_seqs > self._most_rows
+        return Price(us + shared_us, is_outside)
+
+    def _attention_us(self, batch: Batch) -> tuple[float, bool]:
+        decodes = batch.num_decodes
+        mean_kv = batch.decode_kv_tokens / decodes if decodes else 0.0
+        if batch.prefills:
+            return self._attention.mixed(batch.prefills, decodes, mean_kv, batch.max_decode_kv_tokens)
+        alone = self._attention.decodes(decodes)
+        is_outside = alone.is_extrapolated or mean_kv > alone.line.knots[-1]
+        return alone.us(mean_kv, batch.max_decode_kv_tokens), is_outside
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
         assert not batch.prefills, "only decodes repeat themselves"
@@ -126,28 +160,40 @@ class ProfiledCost:
         padded = self._graphs.padded(tokens)
         on_tokens = self._tokens_us.get(padded)
         if on_tokens is None:
-            on_tokens = sum(calls * line(padded) for calls, line in self._on_tokens)
-            on_tokens += self._experts_us(padded) + self._exchange_us(padded)
-            self._tokens_us[padded] = on_tokens
-        on_rows = self._rows_us.get(rows)
-        if on_rows is None:
-            on_rows = self._rows_us[rows] = sum(line(rows) for line in self._on_rows)
-        return on_tokens + on_rows
+            on_tokens = self._tokens_us[padded] = self._own_us(padded) + self._shared_us(float(padded))
+        return on_tokens + self._head_us(rows)
 
-    def _experts_us(self, tokens: int) -> float:
-        """Feed-forward of the layers with experts, when tokens choose theirs evenly."""
-        experts = self._model.experts
-        if experts is None:
-            return 0.0
-        activated = experts.num_activated(tokens)
-        shares = bracket(list(self._experts), tokens, extrapolate=True)
-        return experts.num_layers * sum(share * self._experts[size](activated) for size, share in shares)
+    def _own_us(self, tokens: int) -> float:
+        """What acts on a device's own tokens."""
+        return sum(calls * line(tokens) for calls, line in self._on_tokens)
 
-    def _exchange_us(self, tokens: int) -> float:
-        """Sums over devices after attention and after the feed-forward, of one activation of 2 bytes a number."""
-        if self._collectives is None:
-            return 0.0
-        return 2 * self._layers * self._collectives.all_reduce_us(2.0 * tokens * self._model.hidden_size)
+    def _head_us(self, rows: int) -> float:
+        found = self._rows_us.get(rows)
+        if found is None:
+            found = self._rows_us[rows] = sum(line(rows) for line in self._on_rows)
+        return found
+
+    def _shared_us(self, tokens: float) -> float:
+        """Experts, when tokens choose theirs evenly, and activations of 2 bytes a number between devices.
+
+        Args:
+            tokens: per device. In a group each device has a share of the experts, and their share of all tokens.
+
+        Tensor parallelism sums after attention and after the feed-forward. Expert parallelism gathers before the
+        experts, and sums and scatters what they give (vLLM's default, `all2all_backend` allgather_reducescatter).
+        """
+        experts, link, size = self._model.experts, self._collectives, self._expert_parallel
+        num_bytes = 2.0 * tokens * self._model.hidden_size
+        us = 0.0
+        if experts is not None:
+            activated = experts.num_activated(tokens * size) / size
+            shares = bracket(list(self._experts), tokens, extrapolate=True)
+            us += experts.num_layers * sum(share * self._experts[at](activated) for at, share in shares)
+        if link is None:
+            return us
+        if size > 1 and experts is not None:
+            return us + experts.num_layers * (link.all_gather_us(num_bytes) + link.reduce_scatter_us(num_bytes))
+        return us + 2 * self._layers * link.all_reduce_us(num_bytes)
 
 
 def _line(times: Mapping[int, float]) -> Line:

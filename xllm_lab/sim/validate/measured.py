@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.sim.validate.lockstep import run_lockstep
 from xllm_lab.sim.validate.measured_folder import METRICS, STATISTICS, MeasuredFolder, read_measured_folder
 from xllm_lab.sim.validate.shared_prefixes import SharedPrefix, known_prefixes, prefixes_of_file, prompts_that_share
-from xllm_lab.workload import Request, RequestId, Workload
+from xllm_lab.workload import Request, RequestId, Workload, prompt_token_ids
 
 _Ms = npt.NDArray[np.float64]
 _TAKE: tuple[Callable[[_Ms], float], ...] = (
@@ -103,18 +105,46 @@ def validate_measured(
     model = known_model(bundle.model) if model_config is None else read_model_spec(model_config)
     config = instance_config(folder, model)
     graphs = graph_buckets(folder, config)
-    cost = ProfiledCost(bundle, model, graphs=graphs, collectives=_collectives(folder, bundle.tensor_parallel))
-    timing = Predicted(cost)
+    group = _group_size(folder, model)
+    links = _collectives(folder, max(bundle.tensor_parallel, group))
+    cost = ProfiledCost(bundle, model, graphs=graphs, collectives=links, expert_parallel=group)
     shared = _shared(folder, config.block_size, workload_file)
     requests = workload(folder, shared, config.block_size)
-    records = run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size)
+    if group > 1:
+        records, extrapolated_frac = run_lockstep(
+            _dealt(requests, group),
+            config,
+            Vllm(),
+            cost,
+            partial(prompt_token_ids, vocab_size=model.vocab_size, seed=0),
+        )
+    else:
+        timing = Predicted(cost)
+        records = [run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size)]
+        extrapolated_frac = timing.extrapolated_frac
     return MeasuredValidation(
         folder=path,
         rows=_rows(folder, records),
-        extrapolated_frac=timing.extrapolated_frac,
-        num_preemptions=sum(r.num_preemptions for r in records.requests),
+        extrapolated_frac=extrapolated_frac,
+        num_preemptions=sum(r.num_preemptions for found in records for r in found.requests),
         num_shared_prompts=len(shared),
     )
+
+
+def _group_size(folder: MeasuredFolder, model: ModelSpec) -> int:
+    """Instances that share their experts; 1 if there is one instance."""
+    size = int(folder.engine_argument("data_parallel_size", 1))
+    if size > 1 and not (model.experts and folder.engine_argument("enable_expert_parallel", False)):
+        raise TraceError(
+            f"{folder.path / 'vllm' / 'meta.json'}: data_parallel_size is {size}; more than 1 is accepted where the "
+            "instances share their experts (enable_expert_parallel), others are runs of their own"
+        )
+    return size
+
+
+def _dealt(requests: Workload, num_instances: int) -> list[Workload]:
+    """Requests in turns: vLLM sends each to the instance with the least 4 * waiting + running, ties in turns."""
+    return [replace(requests, requests=requests.requests[i::num_instances]) for i in range(num_instances)]
 
 
 def workload(folder: MeasuredFolder, shared: Sequence[SharedPrefix], block_size: int) -> Workload:
@@ -145,6 +175,8 @@ def instance_config(folder: MeasuredFolder, model: ModelSpec) -> InstanceConfig:
         num_kv_blocks=_gpu_blocks(folder, model, block_size) - 1,
         enable_prefix_cache=bool(folder.meta.get("kv_cache", {}).get("enable_prefix_caching", True)),
         max_model_len=int(folder.engine_argument("max_model_len", model.max_position)),
+        # vLLM 0.19 plans ahead unless it is told not to; where a benchmark wrote it down, that holds.
+        async_scheduling="length_aware" if folder.resolved("scheduler_config", "async_scheduling", True) else "off",
     )
 
 
@@ -172,7 +204,12 @@ def _gpu_blocks(folder: MeasuredFolder, model: ModelSpec, block_size: int) -> in
     # not known. It matters only to a run that fills it.
     memory = _machine(folder, "npu_mem")
     devices = int(folder.engine_argument("tensor_parallel_size", 1))
-    free = float(memory["mem_size"]) * 2**30 * float(memory["mem_util"]) * devices - model.weight_bytes()
+    weights = model.weight_bytes()
+    if model.experts is not None:  # each instance of a group has its share of the experts
+        e = model.experts
+        of_experts = 2.0 * e.params_per_expert * e.num_experts * e.num_layers
+        weights -= of_experts * (1 - 1 / _group_size(folder, model))
+    free = float(memory["mem_size"]) * 2**30 * float(memory["mem_util"]) * devices - weights
     return max(2, int(free / (model.kv_bytes_per_token() * block_size)))
 
 
@@ -201,16 +238,11 @@ def _machine(folder: MeasuredFolder, name: str) -> dict[str, float]:
         ) from None
 
 
-def _rows(folder: MeasuredFolder, records: Records) -> tuple[Row, ...]:
+def _rows(folder: MeasuredFolder, records: Sequence[Records]) -> tuple[Row, ...]:
     measured = _metrics(
         [(r.queued_s * 1e3, r.first_token_s * 1e3, r.last_token_s * 1e3, r.output_tokens) for r in folder.requests]
     )
-    starts_us = [s.start_us for s in records.steps]
-    lives = []
-    for r in records.requests:
-        assert r.token_times_us, f"request {r.id} got no token, though its folder says that it fits"
-        queued_us = starts_us[bisect_left(starts_us, r.arrival_us)]
-        lives.append((queued_us / 1e3, r.token_times_us[0] / 1e3, r.token_times_us[-1] / 1e3, r.output_tokens))
+    lives = [life for found in records for life in _lives(found)]
     ours = _metrics(lives)
     rows = []
     for metric in METRICS:
@@ -220,6 +252,17 @@ def _rows(folder: MeasuredFolder, records: Records) -> tuple[Row, ...]:
                 Row(metric, statistic, take(measured[metric]), take(ours[metric]), reference[1] if reference else None)
             )
     return tuple(rows)
+
+
+def _lives(records: Records) -> list[tuple[float, float, float, int]]:
+    """(queued, first token, last token in ms, output tokens) of each request: a plan sees it at the start of a step."""
+    starts_us = [s.start_us for s in records.steps]
+    lives = []
+    for r in records.requests:
+        assert r.token_times_us, f"request {r.id} got no token, though its folder says that it fits"
+        queued_us = starts_us[bisect_left(starts_us, r.arrival_us)]
+        lives.append((queued_us / 1e3, r.token_times_us[0] / 1e3, r.token_times_us[-1] / 1e3, r.output_tokens))
+    return lives
 
 
 def _metrics(lives: Sequence[tuple[float, float, float, int]]) -> dict[str, _Ms]:

@@ -185,7 +185,8 @@ class BatchView(Protocol):
 UNTIL_SOMETHING_CHANGES = 2**31
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: that triples the time to make one, and a host makes one per step.
+@dataclass(slots=True, kw_only=True)
 class BatchPlan:
     """What one step does.
 
@@ -262,8 +263,8 @@ def blocks_to_take(view: BatchView, request: RequestView, num_new_tokens: int) -
     Two requests that share idle cached blocks count them twice: an upper bound, so a plan that fits is sure to. Only a
     prompt whose cached blocks the same plan's preemptions make idle takes more; the host then asks the policy again.
     """
-    target = ceil_div(request.num_computed_tokens + num_new_tokens, view.block_size)
-    return target - request.num_blocks + request.num_idle_blocks
+    target = ceil_div(request.num_computed_tokens + num_new_tokens, view.block_size) - request.num_blocks
+    return target if request.is_running else target + request.num_idle_blocks
 
 
 class Packing:

@@ -77,9 +77,11 @@ class DecodeFirst:
             reserved_blocks=self.footprint_margin * used_blocks if has_decodes else 0.0,
         )
         admission.admit(chunking, fresh=False)
-        if len(admission.granted) == len(chunking):
+        if len(admission.granted) == len(chunking) and not packing.is_full:
             admission.admit(waiting_in_order(view, self.order), fresh=True)
-        admission.give_back_the_rest()
-        unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
+        if packing.tokens_left:
+            admission.give_back_the_rest()
+        if not packing:
+            unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
         # What keeps a prompt out, keeps it out while blocks in use only grow; a time budget weighs the clock.
         return packing.plan("decode first", repeats=decode_watch.is_unlimited)

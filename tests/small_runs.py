@@ -6,14 +6,15 @@ A step lasts `STEP_US` unless a test says otherwise, so that a story can name it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy, Choice, Knob, ceil_div
+from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, Choice, Knob, ceil_div
+from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler, Step
@@ -163,6 +164,41 @@ class HandDriven:
     def record(self, request_id: int) -> RequestRecord:
         """Of a request that ended."""
         return next(r for r in self.records.requests if r.id == request_id)
+
+
+def plan_of(
+    tokens: dict[int, int], preempt: tuple[int, ...] = (), *, decode_all: bool = False, holds_for: int = 0
+) -> BatchPlan:
+    return BatchPlan(
+        tokens={RequestId(i): n for i, n in tokens.items()},
+        decode_all=decode_all,
+        preempt=tuple(map(RequestId, preempt)),
+        holds_for=holds_for,
+        reason="as told",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted:
+    """Plans what it is told, step by step; whatever is missing and fits when the script is over."""
+
+    decides: ClassVar[str] = "batch"
+    script: list[BatchPlan] = field(default_factory=list)
+    seen: list[dict[str, Any]] = field(default_factory=list)
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        self.seen.append(picture(view))
+        return self.script.pop(0) if self.script else Fcfs().decide(view)
+
+
+def picture(view: BatchView) -> dict[str, Any]:
+    """What a view shows, detached from the live objects."""
+    return {
+        "now_us": view.now_us,
+        "free": view.num_free_blocks,
+        "running": [(r.id, r.num_tokens, r.num_computed_tokens, r.num_blocks) for r in view.running],
+        "waiting": [(r.id, r.num_tokens, r.num_computed_tokens, r.num_idle_blocks) for r in view.waiting],
+    }
 
 
 @st.composite

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from tests.small_runs import HandDriven, instance_config, request
+from tests.small_runs import HandDriven, Scripted, instance_config, plan_of, request
 from xllm_lab.errors import ConfigError, PolicyError
-from xllm_lab.policies.api import BatchPlan, BatchView, RequestId
+from xllm_lab.policies.api import BatchPlan, RequestId
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.batch.prefill_first import PrefillFirst
 from xllm_lab.policies.batch.unified_slo import UnifiedSlo
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.scheduler import Scheduler
-
-
-def plan_of(tokens: dict[int, int], preempt: tuple[int, ...] = ()) -> BatchPlan:
-    return BatchPlan(
-        tokens={RequestId(i): n for i, n in tokens.items()}, preempt=tuple(map(RequestId, preempt)), reason="as told"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scripted:
-    """Plans what it is told, step by step; whatever is missing and fits when the script is over."""
-
-    decides: ClassVar[str] = "batch"
-    script: list[BatchPlan] = field(default_factory=list)
-    seen: list[dict[str, Any]] = field(default_factory=list)
-
-    def decide(self, view: BatchView) -> BatchPlan:
-        self.seen.append(picture(view))
-        return self.script.pop(0) if self.script else Fcfs().decide(view)
-
-
-def picture(view: BatchView) -> dict[str, Any]:
-    """What a view shows, detached from the live objects."""
-    return {
-        "now_us": view.now_us,
-        "free": view.num_free_blocks,
-        "running": [(r.id, r.num_tokens, r.num_computed_tokens, r.num_blocks) for r in view.running],
-        "waiting": [(r.id, r.num_tokens, r.num_computed_tokens, r.num_idle_blocks) for r in view.waiting],
-    }
 
 
 def test_leftover_budget_goes_to_the_next_prompt() -> None:
@@ -203,6 +173,12 @@ ILLEGAL = {
     "too many tokens": plan_of({0: 1, 1: 1, 3: 15}),
     "too many sequences": plan_of({0: 1, 1: 1, 2: 1, 3: 1, 4: 1}),
     "too many blocks": plan_of({2: 4, 3: 12}),
+    "decodes twice": plan_of({0: 1}, decode_all=True),
+    "decodes what it preempts": plan_of({}, preempt=(1,), decode_all=True),
+    "too many tokens beside decodes": plan_of({3: 15}, decode_all=True),
+    "too many blocks beside decodes": plan_of({3: 5}, decode_all=True),
+    "holds without decoding everything": plan_of({0: 1}, holds_for=1),
+    "holds while it computes a prompt": plan_of({2: 1}, decode_all=True, holds_for=1),
 }
 
 

@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 from tests.laws import is_repeatable, obey_the_laws
 from tests.small_runs import (
     EqualSteps,
+    Scripted,
     StoppingSteps,
     batch_policies,
     busy_workloads,
     instance_config,
+    plan_of,
     request,
     run,
     run_audited,
     tight_configs,
 )
 from xllm_lab.errors import PolicyError
-from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
+from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, by_admission
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.scheduler import Scheduler
@@ -179,3 +181,116 @@ def test_an_illegal_plan_stops_the_run() -> None:
     """The message says which rule was broken."""
     with pytest.raises(PolicyError, match="policy greedy at step 0: gives request 0 5 tokens, 1 to 4 can be computed"):
         run(workload(request(0)), instance_config(), Greedy())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpelledOut:
+    """What another policy plans, with `decode_all` as tokens: always, or depending on what is known by then."""
+
+    decides: ClassVar[str] = "batch"
+
+    policy: BatchPolicy
+    always: bool
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        plan = self.policy.decide(view)
+        if not plan.decode_all or not (self.always or sum(r.num_tokens for r in view.decoding) % 3):
+            return plan
+        decodes = {r.id: 1 for r in by_admission(view.decoding)}
+        return replace(plan, tokens={**decodes, **plan.tokens}, decode_all=False, holds_for=0)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("mode", ASYNC_SCHEDULING)
+@given(sent=busy_workloads(), config=tight_configs(), policy=batch_policies())
+def test_decoding_everything_is_only_a_short_way_to_say_so(
+    mode: str, always: bool, sent: Workload, config: InstanceConfig, policy: BatchPolicy
+) -> None:
+    """Requests in lockstep, by themselves, and in and out of it leave the same records."""
+    config, timing = replace(config, async_scheduling=mode), StoppingSteps()
+    spelled_out = SpelledOut(policy=policy, always=always)
+    assert run_audited(sent, config, spelled_out, timing) == run_audited(sent, config, policy, timing)
+
+
+@given(busy_workloads(), tight_configs(), batch_policies(), timings, st.sampled_from(ASYNC_SCHEDULING[1:]))
+def test_every_run_that_plans_ahead_obeys_the_laws(
+    sent: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps, mode: str
+) -> None:
+    """Whatever the step under way brings: an end, a stop token, a client that went away."""
+    ahead = replace(config, async_scheduling=mode)
+    obey_the_laws(sent, ahead, run_audited(sent, ahead, policy, timing))
+
+
+AHEAD = ASYNC_SCHEDULING[1:]
+
+
+def planning(mode: str, **changes: int) -> InstanceConfig:
+    return instance_config(async_scheduling=mode, **changes)
+
+
+@pytest.mark.parametrize(("mode", "first_step"), [("off", 2), ("on", 3), ("length_aware", 3)])
+def test_who_arrives_during_a_step_is_in_the_plan_after_the_next(mode: str, first_step: int) -> None:
+    """Step 2 was planned when step 1 started; the arrival at 15 is seen when step 3 is."""
+    records = run(workload(request(0, output=9), request(1, 15, output=1)), planning(mode), Fcfs())
+    assert next(s.step for s in records.steps if 1 in s.ids) == first_step
+    assert records.requests[1].first_scheduled_us == records.steps[first_step].start_us == 10 * first_step
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [
+        ("off", [{0: 4}, {0: 1}]),
+        ("on", [{0: 4}, {0: 1}, {0: 1}]),
+        ("length_aware", [{0: 4}, {0: 1}]),
+    ],
+)
+def test_who_ends_by_length_has_a_row_in_vain_unless_that_is_foreseen(mode: str, steps: list[dict[int, int]]) -> None:
+    """Its tokens and their times are the same; nothing comes of the row."""
+    records = run(workload(request(0, output=2)), planning(mode), Fcfs())
+    assert tokens(records) == steps
+    (record,) = records.requests
+    assert (list(record.token_times_us), record.finish_us) == ([10, 20], 20)
+
+
+@pytest.mark.parametrize("mode", AHEAD)
+def test_a_stop_token_is_foreseen_by_nobody(mode: str) -> None:
+    """The third token of request 1 is one; the step after it was planned already."""
+    records = run(workload(request(1, output=9)), planning(mode), Fcfs(), StoppingSteps())
+    assert tokens(records) == [{1: 4}, {1: 1}, {1: 1}, {1: 1}]
+    (record,) = records.requests
+    assert (record.finish_reason, record.output_tokens) == (FinishReason.STOP, 3)
+    assert record.finish_us == records.steps[2].end_us
+
+
+@pytest.mark.parametrize("mode", AHEAD)
+def test_a_row_in_vain_holds_no_block_of_a_request_that_ended(mode: str) -> None:
+    """Somebody else may have them at once: two requests that fill the pool one after the other."""
+    sent = workload(request(0, prompt=15, output=2), request(1, 0, prompt=15, output=2))
+    config = planning(mode, num_kv_blocks=4, enable_prefix_cache=False)
+    records = run_audited(sent, config, Fcfs())
+    assert [r.finish_reason for r in records.requests] == [FinishReason.LENGTH] * 2
+    assert [r.num_preemptions for r in records.requests] == [0, 0]
+
+
+@pytest.mark.parametrize("mode", AHEAD)
+def test_a_client_that_leaves_loses_the_token_under_way(mode: str) -> None:
+    """It leaves during step 1, whose token it gets; step 2 was planned with it, and draws one for nobody."""
+    records = run(workload(request(0, cancel_us=15, output=9)), planning(mode), Fcfs())
+    assert tokens(records) == [{0: 4}, {0: 1}, {0: 1}]
+    (record,) = records.requests
+    assert (record.finish_reason, record.finish_us) == (FinishReason.CANCELLED, 20)
+    assert list(record.token_times_us) == [10, 20]
+
+
+@pytest.mark.parametrize("mode", AHEAD)
+@pytest.mark.parametrize("decode_all", [False, True])
+def test_who_loses_its_kv_loses_the_token_under_way(mode: str, decode_all: bool) -> None:
+    """Step 2 takes the KV of 0 while step 1 still computes it: that token is drawn anew, when all is recomputed."""
+    decode = plan_of({}, decode_all=True) if decode_all else plan_of({0: 1})
+    policy = Scripted(script=[plan_of({0: 4}), decode, plan_of({1: 4}, preempt=(0,))])
+    config = planning(mode, enable_prefix_cache=False)
+    records = run_audited(workload(request(0, output=3), request(1, output=1)), config, policy)
+    assert tokens(records)[:3] == [{0: 4}, {0: 1}, {1: 4}]
+    assert tokens(records)[3][0] == 5
+    record = records.requests[0]
+    assert (record.num_preemptions, list(record.token_times_us)) == (1, [10, 40, 50])

@@ -161,9 +161,10 @@ class Scheduler:
         self._num_steps = self._num_recorded = 0
         self._live: dict[RequestId, RequestState] = {}
         self._lockstep = Lockstep(config.block_size)
-        # Decoding requests outside the lockstep; and those that left it with a tick under way, and which turn it was.
+        # Decoding requests outside the lockstep; and those that left it with a tick under way: which turn it was, and
+        # the tokens in KV after it.
         self._singles: dict[RequestId, RequestState] = {}
-        self._owed: list[tuple[RequestState, int]] = []
+        self._owed: list[tuple[RequestState, int, int]] = []
         self._view = _View(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._foresees_length = config.async_scheduling == "length_aware"
@@ -419,9 +420,11 @@ class Scheduler:
         ended = {state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()}
         if sampled is None and not self._owed:
             return list(ended.values())
-        for state, turn in self._owed:
+        for state, turn, num_computed in self._owed:
             # It left while this tick was under way: its token is its own.
             if state.is_running and state.num_preemptions == turn and self._live.get(state.id) is state:
+                if self.ledger.enable_prefix_cache:
+                    self._publish(state, num_computed)
                 reason = _take_token(state, sampled, now_us)
                 if reason is not None:
                     ended[state.id] = (state, reason)
@@ -488,7 +491,7 @@ class Scheduler:
         self._lockstep.leave(state)
         self._singles[state.id] = state
         if self._lockstep.done < self._lockstep.clock:
-            self._owed.append((state, state.num_preemptions))
+            self._owed.append((state, state.num_preemptions, state.num_computed_tokens))
 
     def _drain(self, state: RequestState) -> None:
         if state.lockstep is not None:

@@ -328,6 +328,13 @@ def test_a_context_beyond_the_models_is_refused_before_anything_is_measured(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("mode", ["on", "length_aware"])
+def test_planning_ahead_is_refused(mode: str) -> None:
+    """This engine plans a step when the one before it is over, and says so before it begins."""
+    with pytest.raises(ConfigError, match=f"async_scheduling is '{mode}', this engine accepts 'off'"):
+        engine().serve(crowd(), replace(config(), async_scheduling=mode), make_batch_policy("fcfs"), Records())
+
+
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     """A trace with another model's tokens."""
     other = Request(

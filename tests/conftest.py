@@ -41,3 +41,15 @@ def every_engine_run_is_decided_alike() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "replay", replay)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_simulated_run_obeys_the_laws() -> Iterator[None]:
+    """Whatever a test simulates, alone or as a fleet, obeys `tests.laws`; the test need not ask."""
+    from tests.watched_runs import watched_alone, watched_fleets
+    from xllm_lab.sim import fleet, simulator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulator, "serve_alone", watched_alone(simulator.serve_alone))
+        watched_fleets(patch, fleet.Fleet)
+        yield

@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 
 from xllm_lab.errors import RequestTooLargeError
+from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import ceil_div
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
@@ -41,6 +42,41 @@ def obey_the_laws(
     nothing_comes_before_its_cause(workload, useful)
     computed_catches_up_with_known(config, useful)
     prefix_hits_were_computed_before(workload, config, useful, vocab_size=vocab_size)
+
+
+def fleet_obeys_the_laws(
+    work: Workload, fleet: FleetConfig, config: InstanceConfig, records: Records, *, vocab_size: int = VOCAB_SIZE
+) -> None:
+    """What `this module` says of one instance, of each; and of all together what outages leave of it."""
+    assert Counter(r.id for r in records.requests) == Counter(r.id for r in work.requests), "requests are lost or made"
+    every_step_fits(config, records)
+    for k in range(fleet.num_instances):
+        steps = [s for s in records.steps if s.instance == k]
+        assert [s.step for s in steps] == list(range(len(steps))), f"steps of instance {k} are not numbered in order"
+        for one, other in pairwise(steps):
+            assert one.end_us <= other.start_us, f"steps {one.step} and {other.step} of instance {k} overlap"
+        for outage in fleet.outages:
+            for step in steps if outage.instance == k else ():
+                is_apart = step.end_us <= outage.start_us or step.start_us >= outage.end_us
+                assert is_apart, f"instance {k} ran step {step.step} while it was down"
+    for record in records.requests:
+        times = list(record.token_times_us)
+        assert times == sorted(set(times)), f"request {record.id} has tokens out of order"
+        assert record.finish_us is not None, f"request {record.id} never ended"
+        assert not times or record.arrival_us < times[0] <= times[-1] <= record.finish_us
+        if record.finish_reason is FinishReason.LENGTH:
+            asked = next(r.output_tokens for r in work.requests if r.id == record.id)
+            assert record.output_tokens == asked, f"request {record.id} has {record.output_tokens} of {asked} tokens"
+    if not fleet.outages:
+        for k in range(fleet.num_instances):
+            # Without those whose client went away before an instance knew of them.
+            computed = {i for s in records.steps for i in s.ids}
+            known = [r for r in records.requests if r.id in computed or r.finish_reason != "cancelled"]
+            mine = {r.id for r in known if r.instance == k}
+            part = tuple(r for r in work.requests if r.id in mine)
+            if part:
+                own = Records([r for r in known if r.instance == k], [s for s in records.steps if s.instance == k])
+                obey_the_laws(replace(work, requests=part), config, own, vocab_size=vocab_size)
 
 
 def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:

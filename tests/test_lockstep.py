@@ -109,11 +109,13 @@ class Ticking(RuleBasedStateMachine):
         ends = [m for m in self.active if m.missing] if self.foresees else []
         num_ticks = min([num_ticks, *(m.num_missing for m in ends)])
         taken = {m.state.id: m.blocks(num_ticks, self.block_size) for m in self.active}
-        told = {state.id: num_blocks for state, num_blocks in self.lockstep.at_full_blocks(num_ticks)}
-        assert told == {request_id: num_blocks for request_id, num_blocks in taken.items() if num_blocks}
+        ledger = Ledger(sum(taken.values()), self.block_size, enable_prefix_cache=False)
+        for request_id in taken:
+            ledger.attach(request_id, ())
+        self.lockstep.advance(num_ticks, ledger)
+        assert {request_id: ledger.num_blocks_of(request_id) for request_id in taken} == taken
         for member in self.active:
             member.ticks.extend(range(self.scheduled + 1, self.scheduled + num_ticks + 1))
-        self.lockstep.clock += num_ticks
         self.scheduled += num_ticks
         if self.foresees:
             drained = self.lockstep.drain()
@@ -202,7 +204,7 @@ class Ticking(RuleBasedStateMachine):
         ended = [self.ends_us[tick - 1] for tick in member.ticks if tick <= len(self.ends_us)]
         assert list(member.state.record.token_times_us) == member.times_us + ended
         assert member.is_draining or member.state.num_computed_tokens == member.num_computed
-        assert not member.state.is_in_lockstep
+        assert member.state.lockstep is None
 
 
 @pytest.mark.parametrize("most_ends", [0, 5, 1 << 14])

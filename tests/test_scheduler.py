@@ -178,7 +178,8 @@ ILLEGAL = {
     "too many tokens beside decodes": plan_of({3: 15}, decode_all=True),
     "too many blocks beside decodes": plan_of({3: 5}, decode_all=True),
     "holds without decoding everything": plan_of({0: 1}, holds_for=1),
-    "holds while it computes a prompt": plan_of({2: 1}, decode_all=True, holds_for=1),
+    "holds while it computes two prompts": plan_of({2: 1, 3: 1}, decode_all=True, holds_for=1),
+    "holds until it finishes a prompt": plan_of({2: 2}, decode_all=True, holds_for=1),
 }
 
 

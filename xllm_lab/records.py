@@ -128,14 +128,14 @@ class ScheduledChunk(NamedTuple):
 
 @dataclass(slots=True)
 class StepSpan:
-    """Consecutive steps of one instance that differ by one more token in KV per decode, and in the blocks in use.
+    """Consecutive steps of one instance in which the same requests compute as many tokens, each time their next ones.
 
     Attributes:
         step, start_us: of the first one.
-        ends_us: each step's end, at which the next one starts. A span of two or more has no `chunks`.
+        ends_us: each step's end, at which the next one starts.
         decode_ids: requests that compute one token in every step, before the `chunks`.
         decode_offsets: per decode, tokens in KV before the first step, less `clock`.
-        chunks: what else the step computes.
+        chunks: what else the first step computes.
         num_used_blocks, num_idle_blocks: per step.
     """
 
@@ -162,7 +162,6 @@ class StepSpan:
         """One record per step."""
         ids = [*self.decode_ids, *(c.id for c in self.chunks)]
         num_tokens = [1] * len(self.decode_ids) + [c.num_tokens for c in self.chunks]
-        chunks_computed = [c.num_computed_tokens for c in self.chunks]
         start_us = self.start_us
         for k, end_us in enumerate(self.ends_us):
             yield StepRecord(
@@ -171,7 +170,10 @@ class StepSpan:
                 end_us=end_us,
                 ids=list(ids),
                 num_tokens=list(num_tokens),
-                num_computed_tokens=[o + self.clock + k for o in self.decode_offsets] + chunks_computed,
+                num_computed_tokens=[
+                    *(offset + self.clock + k for offset in self.decode_offsets),
+                    *(c.num_computed_tokens + c.num_tokens * k for c in self.chunks),
+                ],
                 num_logits=self.num_logits,
                 admitted=list(self.admitted) if k == 0 else [],
                 preempted=list(self.preempted) if k == 0 else [],
@@ -374,7 +376,7 @@ def _request_from(row: dict[str, Any]) -> RequestRecord:
 def _entries(
     spans: Sequence[StepSpan], of_span: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64]
 ) -> dict[str, pa.ListArray]:
-    """The per-request columns: those of each span's first step, repeated, decodes growing by one per step."""
+    """The per-request columns: those of each span's first step, repeated, growing by their tokens per step."""
     num_decodes = np.asarray([len(s.decode_ids) for s in spans], dtype=np.int64)
     num_chunks = np.asarray([len(s.chunks) for s in spans], dtype=np.int64)
     sizes = num_decodes + num_chunks
@@ -390,7 +392,7 @@ def _entries(
     ids[~is_decode], tokens[~is_decode], computed[~is_decode] = chunks[:, 0], chunks[:, 1], chunks[:, 2]
     per_row = sizes[of_span]
     source = _ranges(first[of_span], per_row)
-    grown = computed[source] + np.repeat(ahead, per_row) * is_decode[source]
+    grown = computed[source] + np.repeat(ahead, per_row) * tokens[source]
     bounds = np.concatenate([[0], np.cumsum(per_row)]).astype(np.int32)
     return {
         "ids": pa.ListArray.from_arrays(bounds, pa.array(ids[source])),

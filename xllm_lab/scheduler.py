@@ -18,8 +18,8 @@ import bisect
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from operator import attrgetter
+from itertools import accumulate, pairwise
+from operator import add, attrgetter
 from typing import NamedTuple
 
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
@@ -34,6 +34,7 @@ from xllm_lab.policies.api import (
     StepTimeView,
     admission_key,
     arrival_key,
+    ceil_div,
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
@@ -52,7 +53,7 @@ class Step:
         decodes: requests that compute one token, kept as a whole.
         others: the rest, after the decodes in packing order.
         turns: per chunk of `others`, how often its request had lost its KV when the step was planned.
-        holds_for: for how many further steps the policy would plan the same.
+        holds_for, keeps_free_blocks: for how many further steps the policy would plan the same, see `BatchPlan`.
         num_waiting, num_used_blocks, num_idle_blocks: after the plan; blocks of requests that end meanwhile included.
         num_repeats: how many further steps, all alike, the host may run in one go.
     """
@@ -66,6 +67,7 @@ class Step:
     preempted: tuple[RequestId, ...]
     reason: str
     holds_for: int
+    keeps_free_blocks: int
     num_waiting: int
     num_used_blocks: int
     num_idle_blocks: int
@@ -167,6 +169,7 @@ class Scheduler:
         self._owed: list[tuple[RequestState, int, int]] = []
         self._view = _View(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
+        self._chunk: ScheduledChunk | None = None  # of the plan made last, if that may be repeated
         self._foresees_length = config.async_scheduling == "length_aware"
 
     @property
@@ -178,16 +181,21 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._view.waiting)
 
-    @property
-    def num_outstanding_tokens(self) -> int:
-        """Known tokens that are not in KV: one for a decoding request, more for a prompt."""
+    def num_outstanding_tokens_after(self, num_repeats: int) -> int:
+        """Known tokens that are not in KV when the step under way has been repeated so often.
+
+        One for a decoding request, more for a prompt.
+        """
         view = self._view
         missing = sum(s.num_tokens - s.num_computed_tokens for s in view.prefilling)
+        if self._chunk is not None:
+            missing -= self._chunk.num_tokens * num_repeats
         return len(view.decoding) + missing + sum(s.num_tokens for s in view.waiting)
 
     def num_used_blocks_after(self, num_repeats: int) -> int:
         """KV blocks in use when the step under way has been repeated so often."""
-        return self.ledger.num_used_blocks + self._lockstep.num_blocks(num_repeats)
+        growth = self._lockstep.num_blocks(num_repeats) + sum(self._chunk_blocks_per_repeat(num_repeats))
+        return self.ledger.num_used_blocks + growth
 
     def is_live(self, request: RequestId) -> bool:
         return request in self._live
@@ -258,7 +266,7 @@ class Scheduler:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
         latest = step if ahead is None else ahead
-        if not latest.holds_for or step.others:
+        if not latest.holds_for or (ahead is not None and step.others):
             return 0
         is_same = latest is step or (
             latest.decodes.ids is step.decodes.ids
@@ -277,8 +285,26 @@ class Scheduler:
             return 0
         # Evicting what a waiting request would have found may change the plan.
         is_watched = (bool(self._view.waiting) or self.is_index_watched) and ledger.enable_prefix_cache
+        if step.others:
+            # Nor may blocks that a waiting request would find be published in the middle.
+            return 0 if is_watched else self._num_chunk_repeats(step, min(most, latest.holds_for))
         free = ledger.num_clean_blocks if is_watched else ledger.num_free_blocks
         return min(most, latest.holds_for, lockstep.most_ticks(free))
+
+    def _num_chunk_repeats(self, step: Step, most: int) -> int:
+        """Of `most` repeats of a step with a prompt's chunk, those for which blocks are left."""
+        left = self.ledger.num_free_blocks - step.keeps_free_blocks
+        taken = map(add, self._lockstep.blocks_per_tick(most), self._chunk_blocks_per_repeat(most))
+        return sum(total <= left for total in accumulate(taken))
+
+    def _chunk_blocks_per_repeat(self, num_repeats: int) -> list[int]:
+        """Blocks that the prompt whose chunk is under way takes when that is repeated."""
+        if self._chunk is None:
+            return [0] * num_repeats
+        _, num_tokens, computed, _ = self._chunk
+        size = self.config.block_size
+        held = [ceil_div(computed + num_tokens * k, size) for k in range(1, num_repeats + 2)]
+        return [after - before for before, after in pairwise(held)]
 
     def complete(
         self, step: Step, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None, ahead: Step | None = None
@@ -306,7 +332,7 @@ class Scheduler:
             if state is None or not state.is_running or state.num_preemptions != turn:
                 continue
             if self.ledger.enable_prefix_cache:
-                self._publish(state, chunk.num_computed_tokens + chunk.num_tokens)
+                self._publish(state, chunk.num_computed_tokens + chunk.num_tokens * len(ends_us))
             if chunk.samples and (reason := _take_token(state, sampled, now_us)):
                 ended.append((state, reason))
         for state, reason in ended:
@@ -369,6 +395,7 @@ class Scheduler:
         if plan.tokens:
             others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
             turns = tuple([state.record.num_preemptions for state in scheduled])
+        self._chunk = others[0] if others and plan.holds_for else None
         index, ledger = self._num_steps, self.ledger
         self._num_steps = index + 1
         # Keywords would take three times as long, on every step of every simulation.
@@ -382,6 +409,7 @@ class Scheduler:
             preempted,
             plan.reason,
             plan.holds_for,
+            plan.keeps_free_blocks,
             len(self._view.waiting),
             ledger.num_used_blocks,
             ledger.num_idle_blocks,
@@ -403,6 +431,12 @@ class Scheduler:
     def _repeat(self, num_more: int, ahead: Step | None) -> None:
         self._advance_decodes(num_more)
         self._num_steps += num_more
+        if self._chunk is not None:
+            request_id, num_tokens, computed, _ = self._chunk
+            state = self._live[request_id]
+            self.ledger.grow(request_id, computed + num_tokens * (num_more + 1))
+            draws = state.compute(num_tokens * num_more)
+            assert not draws, f"a chunk of request {request_id} that ends its prompt was repeated"
         if ahead is not None:
             ahead.index += num_more
             ahead.decodes = ahead.decodes.later(num_more)
@@ -441,7 +475,8 @@ class Scheduler:
     def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[array[int], array[int]]:
         """(used, idle) after the plans of a step and its repeats; the last of them is `ahead`, if there is one."""
         latest = step if ahead is None else ahead
-        used = array("i", accumulate(self._lockstep.blocks_per_tick(num_more), initial=latest.num_used_blocks))
+        taken = map(add, self._lockstep.blocks_per_tick(num_more), self._chunk_blocks_per_repeat(num_more))
+        used = array("i", accumulate(taken, initial=latest.num_used_blocks))
         idle = array("i", (latest.num_idle_blocks,)) * len(used)
         if latest.num_idle_blocks:
             evicts_from = latest.num_used_blocks + self.ledger.num_clean_blocks

@@ -61,9 +61,11 @@ def plan(tokens: dict[int, int] | None = None, *preempt: int, decode_all: bool =
     )
 
 
-@pytest.mark.parametrize("legal", [plan(), plan({2: 8}), plan({}, 2), plan(holds_for=7)], ids=str)
+@pytest.mark.parametrize(
+    "legal", [plan(), plan({2: 8}), plan({}, 2), plan(holds_for=7), plan({2: 2}, holds_for=2)], ids=str
+)
 def test_decoding_everything_is_legal_beside_prompts_and_preempted_prompts(legal: BatchPlan) -> None:
-    """And alone for as long as the policy likes."""
+    """And alone for as long as the policy likes, beside a prompt's chunks up to the one before its last."""
     assert batch_violations(scene(), legal) == []
 
 
@@ -74,7 +76,7 @@ def test_decoding_everything_is_legal_beside_prompts_and_preempted_prompts(legal
         (plan({2: 1, 1: 1}), "schedules request 1 twice, it is decoding"),
         (plan({}, 1), "both preempts and schedules request 1"),
         (plan({2: 1}, 2), "both preempts and schedules request 2"),
-        (plan({2: 1}, holds_for=3), "holds for 3 more steps, only a plan that just decodes everything may"),
+        (plan({2: 2}, holds_for=3), "holds for 3 more steps, only a plan that just decodes everything may"),
         (plan({}, 2, holds_for=3), "holds for 3 more steps, only a plan that just decodes everything may"),
         (plan({0: 1}, decode_all=False, holds_for=1), "holds for 1 more steps, only a plan that just decodes every"),
         (plan(decode_all=False, holds_for=1), "holds for 1 more steps, only a plan that just decodes everything may"),

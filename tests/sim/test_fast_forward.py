@@ -21,6 +21,7 @@ from tests.small_runs import (
 )
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.batch.admission import ORDERS
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.records import Records, request_table, step_table
 from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
@@ -74,6 +75,16 @@ def long_answers(draw: st.DrawFn) -> Workload:
     return replace(busy, requests=tuple(longer))
 
 
+@st.composite
+def long_prompts(draw: st.DrawFn) -> Workload:
+    """Busy workloads whose prompts take several chunks, beside answers that take as many steps."""
+    busy = draw(busy_workloads())
+    sizes = draw(st.lists(st.integers(1, 60), min_size=len(busy.requests), max_size=len(busy.requests)))
+    prompts = [request(r.id, prompt=n).prompt for r, n in zip(busy.requests, sizes, strict=True)]
+    requests = [replace(r, prompt=p, output_tokens=9) for r, p in zip(busy.requests, prompts, strict=True)]
+    return replace(busy, requests=tuple(requests))
+
+
 @given(
     work=busy_workloads() | long_answers(),
     config=tight_configs(),
@@ -82,6 +93,10 @@ def long_answers(draw: st.DrawFn) -> Workload:
 )
 def test_skipping_steps_changes_nothing(work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str) -> None:
     """Any workload, policy, and way of scheduling: the records are equal, on disk too, and so is what was counted."""
+    same_records(work, config, policy, mode)
+
+
+def same_records(work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str) -> None:
     config = replace(config, async_scheduling=mode)
     stepped, slow = simulated(work, config, policy, Uneven(), fast_forward=False)
     skipped, fast = simulated(work, config, policy, Uneven(), fast_forward=True)
@@ -94,6 +109,24 @@ def test_skipping_steps_changes_nothing(work: Workload, config: InstanceConfig, 
     obey_the_laws(work, config, skipped)
 
 
+@given(
+    work=long_prompts(),
+    config=tight_configs(),
+    policy=st.builds(
+        DecodeFirst,
+        max_tokens_per_chunk=st.integers(1, 24),
+        watermark_frac=st.floats(0.5, 1),
+        order=st.sampled_from(ORDERS),
+    ),
+    mode=st.sampled_from(ASYNC_SCHEDULING),
+)
+def test_skipping_chunks_changes_nothing(
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str
+) -> None:
+    """As above, where chunks of a prompt repeat themselves."""
+    same_records(work, config, policy, mode)
+
+
 @pytest.mark.parametrize("mode", ASYNC_SCHEDULING)
 def test_steps_are_skipped(mode: str) -> None:
     """Or the law above would say nothing: two requests and fifty tokens each are a handful of events."""
@@ -102,3 +135,13 @@ def test_steps_are_skipped(mode: str) -> None:
     records, timing = simulated(work, config, DecodeFirst(), Uneven(), fast_forward=True)
     assert timing.num_steps == len(records.steps) > 60
     assert timing.num_events < 20
+
+
+def test_chunks_of_a_prompt_are_skipped() -> None:
+    """A prompt that takes what one decode leaves, six times over, is three events: its first, equal and last chunks."""
+    work = Workload(requests=(request(0, prompt=4, output=40), request(1, 10, prompt=6 * 15 + 1, output=1)))
+    config = instance_config(num_kv_blocks=64)
+    records, timing = simulated(work, config, DecodeFirst(), Uneven(), fast_forward=True)
+    assert [s.num_tokens for s in records.steps if 1 in s.ids] == [[1, 15]] * 6 + [[1, 1]]
+    assert [len(s.ends_us) for s in records.spans if any(c.id == 1 for c in s.chunks)] == [6, 1]
+    assert timing.num_events < 10

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.laws import VOCAB_SIZE, every_step_fits, obey_the_laws
+from tests.laws import VOCAB_SIZE, fleet_obeys_the_laws
 from tests.sim.test_fast_forward import Uneven, long_answers
 from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, tight_configs
 from xllm_lab.errors import PolicyError
@@ -77,39 +75,6 @@ def fleets(draw: st.DrawFn, *, outages: bool = True) -> FleetConfig:
         route=make_policy("route", route, {}),
         failover=make_policy("failover", failover, {}),
     )
-
-
-def fleet_obeys_the_laws(work: Workload, fleet: FleetConfig, config: InstanceConfig, records: Records) -> None:
-    """What `tests.laws` says of one instance, of each; and of all together what outages leave of it."""
-    assert Counter(r.id for r in records.requests) == Counter(r.id for r in work.requests), "requests are lost or made"
-    every_step_fits(config, records)
-    for k in range(fleet.num_instances):
-        steps = [s for s in records.steps if s.instance == k]
-        assert [s.step for s in steps] == list(range(len(steps))), f"steps of instance {k} are not numbered in order"
-        for one, other in pairwise(steps):
-            assert one.end_us <= other.start_us, f"steps {one.step} and {other.step} of instance {k} overlap"
-        for outage in fleet.outages:
-            for step in steps if outage.instance == k else ():
-                is_apart = step.end_us <= outage.start_us or step.start_us >= outage.end_us
-                assert is_apart, f"instance {k} ran step {step.step} while it was down"
-    for record in records.requests:
-        times = list(record.token_times_us)
-        assert times == sorted(set(times)), f"request {record.id} has tokens out of order"
-        assert record.finish_us is not None, f"request {record.id} never ended"
-        assert not times or record.arrival_us < times[0] <= times[-1] <= record.finish_us
-        if record.finish_reason is FinishReason.LENGTH:
-            asked = next(r.output_tokens for r in work.requests if r.id == record.id)
-            assert record.output_tokens == asked, f"request {record.id} has {record.output_tokens} of {asked} tokens"
-    if not fleet.outages:
-        for k in range(fleet.num_instances):
-            # Without those whose client went away before an instance knew of them.
-            computed = {i for s in records.steps for i in s.ids}
-            known = [r for r in records.requests if r.id in computed or r.finish_reason != "cancelled"]
-            mine = {r.id for r in known if r.instance == k}
-            part = tuple(r for r in work.requests if r.id in mine)
-            if part:
-                own = Records([r for r in known if r.instance == k], [s for s in records.steps if s.instance == k])
-                obey_the_laws(replace(work, requests=part), config, own)
 
 
 @given(

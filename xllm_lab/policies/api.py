@@ -196,7 +196,9 @@ class BatchPlan:
             then lists none of them. Hosts do this in a time that does not grow with the batch.
         preempt: running requests that lose their KV first and wait again; it is recomputed later.
         holds_for: for how many further steps `decide` would return this plan again, if no request arrives, ends, or
-            is cancelled, and every block it takes is free. Only a plan that does nothing but `decode_all` may hold.
+            is cancelled, and every block it takes is free. Only a plan that does nothing but `decode_all` may hold, or
+            that computes one chunk of a prompt besides: then as long as the prompt lacks more than another such chunk.
+        keeps_free_blocks: it holds only while so many blocks stay free.
         reason: one phrase for the decision log.
     """
 
@@ -204,6 +206,7 @@ class BatchPlan:
     decode_all: bool = False
     preempt: tuple[RequestId, ...] = ()
     holds_for: int = 0
+    keeps_free_blocks: int = 0
     reason: str
 
     @property
@@ -338,14 +341,28 @@ class Packing:
         self._preempted.append(request.id)
         self.blocks_left += request.num_private_blocks
 
-    def plan(self, reason: str, *, repeats: bool = False) -> BatchPlan:
-        """The plan; `repeats` if one that only decodes would be made again until something changes."""
-        holds = repeats and self._decode_all and not self._tokens and not self._preempted
+    def plan(
+        self, reason: str, *, repeats: bool = False, chunk_repeats: int = 0, keeps_free_blocks: int = 0
+    ) -> BatchPlan:
+        """The plan.
+
+        Args:
+            repeats: one that only decodes would be made again until something changes.
+            chunk_repeats: one that decodes and computes one prompt's chunk would be made so many times again, while
+                `keeps_free_blocks` stay free.
+        """
+        holds_for = 0
+        if self._decode_all and not self._preempted:
+            if not self._tokens:
+                holds_for, keeps_free_blocks = UNTIL_SOMETHING_CHANGES if repeats else 0, 0
+            elif len(self._tokens) == 1:
+                holds_for = chunk_repeats
         return BatchPlan(
             tokens=self._tokens,
             decode_all=self._decode_all,
             preempt=tuple(self._preempted),
-            holds_for=UNTIL_SOMETHING_CHANGES if holds else 0,
+            holds_for=holds_for,
+            keeps_free_blocks=keeps_free_blocks,
             reason=reason,
         )
 

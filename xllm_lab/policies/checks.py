@@ -10,7 +10,7 @@ def batch_violations(view: BatchView, plan: BatchPlan) -> list[str]:
 
     A legal plan schedules known requests only, each once, at least one token and at most its missing ones; preempts
     only running requests and schedules none of those; keeps the step's tokens, sequences and KV blocks; and holds for
-    further steps only if it does nothing but decode everything.
+    further steps only if it does nothing but decode everything, and compute chunks of one prompt that do not finish it.
     """
     broken: list[str] = []
     blocks = 0
@@ -26,9 +26,21 @@ def batch_violations(view: BatchView, plan: BatchPlan) -> list[str]:
             blocks += blocks_to_take(view, request, num_tokens)
     if plan.preempt:
         broken += _bad_preemptions(view, plan)
-    if plan.holds_for and (plan.tokens or plan.preempt or not plan.decode_all):
-        broken.append(f"holds for {plan.holds_for} more steps, only a plan that just decodes everything may")
+    if plan.holds_for and not _may_hold(view, plan):
+        broken.append(
+            f"holds for {plan.holds_for} more steps, only a plan that just decodes everything may, or one that besides "
+            "computes one prompt's chunks up to the one before its last"
+        )
     return broken or _over_budget(view, plan, blocks)
+
+
+def _may_hold(view: BatchView, plan: BatchPlan) -> bool:
+    if plan.preempt or not plan.decode_all or len(plan.tokens) > 1:
+        return False
+    for request_id, num_tokens in plan.tokens.items():
+        request = view.find(request_id)
+        return request is not None and num_missing_tokens(request) > num_tokens * (plan.holds_for + 1)
+    return True
 
 
 def _bad_preemptions(view: BatchView, plan: BatchPlan) -> list[str]:

@@ -170,7 +170,7 @@ class Member:
             as_of_us=self._fleet.now_us,
             num_running=scheduler.num_live - scheduler.num_waiting,
             num_waiting=scheduler.num_waiting + self.inbox.num_arrivals,
-            num_outstanding_tokens=scheduler.num_outstanding_tokens,
+            num_outstanding_tokens=scheduler.num_outstanding_tokens_after(num_over),
             kv_used_frac=scheduler.num_used_blocks_after(num_over) / scheduler.config.num_kv_blocks,
             cached_keys=scheduler.ledger.keys() if self._fleet.needs_index else None,
         )

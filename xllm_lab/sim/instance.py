@@ -27,7 +27,7 @@ from xllm_lab.workload import RequestId
 
 # Steps of a stretch that are priced at once: an arrival usually cuts it, and what lies behind is thrown away.
 _MOST_STEPS = 256
-# Fewer are faster one by one.
+# Fewer are priced faster one by one.
 _FEWEST_STEPS = 4
 # At equal times: what comes from outside, then instances in order of id.
 FROM_OUTSIDE, FIRST_INSTANCE = 0, 1
@@ -89,14 +89,25 @@ class Predicted:
     def stretch(self, step: Step) -> Stretch:
         batch = batch_of_step(step)
         num_steps = min(step.num_repeats + 1, self._most_steps)
-        if num_steps < _FEWEST_STEPS:
+        if num_steps == 1:
             us, is_extrapolated = self._cost.step(batch)[:2]
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
+        if num_steps < _FEWEST_STEPS or step.others:
+            return self._one_by_one(step.start_us, batch, num_steps)
         prices = self._cost.decode_steps(batch, num_steps)
         times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
         times[0] += step.start_us
         # As an array: the records keep it, and a list of integers takes five times the memory.
         return Stretch(array("q", times.cumsum().tobytes()), prices.is_extrapolated)
+
+    def _one_by_one(self, now_us: int, batch: Batch, num_steps: int) -> Stretch:
+        ends_us, are_extrapolated = array("q"), []
+        for ahead in range(num_steps):
+            us, is_extrapolated = self._cost.step(batch.later(ahead))[:2]
+            now_us += max(1, round(us))
+            ends_us.append(now_us)
+            are_extrapolated.append(is_extrapolated)
+        return Stretch(ends_us, tuple(are_extrapolated))
 
     def ran(self, stretch: Stretch) -> None:
         num_steps = len(stretch.ends_us)

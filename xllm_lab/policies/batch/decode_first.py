@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Flag, Knob, Packing
+from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Flag, Knob, Packing, RequestView, num_missing_tokens
 from xllm_lab.policies.batch.admission import (
     ORDERS,
     Admission,
@@ -84,4 +85,19 @@ class DecodeFirst:
         if not packing:
             unblock_the_oldest(packing, chunking, self.max_tokens_per_chunk)
         # What keeps a prompt out, keeps it out while blocks in use only grow; a time budget weighs the clock.
-        return packing.plan("decode first", repeats=decode_watch.is_unlimited)
+        if not decode_watch.is_unlimited:
+            return packing.plan("decode first")
+        return packing.plan(
+            "decode first",
+            repeats=True,
+            chunk_repeats=_chunks_to_come(packing, admission.granted),
+            # Or its next chunk would find the pool in use up to the watermark.
+            keeps_free_blocks=view.num_blocks - ceil(self.watermark_frac * view.num_blocks) + 1,
+        )
+
+
+def _chunks_to_come(packing: Packing, granted: list[RequestView]) -> int:
+    """How often the only prompt, which takes all tokens that decodes leave, does so again without being finished."""
+    if len(granted) != 1 or packing.tokens_left:
+        return 0
+    return (num_missing_tokens(granted[0]) - 1) // packing.granted(granted[0]) - 1

@@ -42,9 +42,9 @@ class Batch(NamedTuple):
         return self.num_decodes + len(self.prefills)
 
     def later(self, num_steps: int) -> Batch:
-        """The same decodes after `num_steps` more steps."""
-        assert not self.prefills, "only decodes repeat themselves"
+        """The same requests after `num_steps` more steps that computed as many tokens of each."""
         return self._replace(
+            prefills=tuple([Chunk(n, computed + n * num_steps) for n, computed in self.prefills]),
             decode_kv_tokens=self.decode_kv_tokens + self.num_decodes * num_steps,
             max_decode_kv_tokens=self.max_decode_kv_tokens + num_steps,
         )

@@ -287,12 +287,17 @@ class Scheduler:
         if most < 1:
             return 0
         # Evicting what a waiting request would have found may change the plan.
-        is_watched = (bool(self._view.waiting) or self.is_index_watched) and ledger.enable_prefix_cache
+        is_read = self._is_prefix_index_read
         if step.others:
             # Nor may blocks that a waiting request would find be published in the middle.
-            return 0 if is_watched else self._num_chunk_repeats(step, min(most, latest.holds_for))
-        free = ledger.num_clean_blocks if is_watched else ledger.num_free_blocks
+            return 0 if is_read else self._num_chunk_repeats(step, min(most, latest.holds_for))
+        free = ledger.num_clean_blocks if is_read else ledger.num_free_blocks
         return min(most, latest.holds_for, lockstep.most_ticks(free))
+
+    @property
+    def _is_prefix_index_read(self) -> bool:
+        """Whether anybody looks up cached blocks between one plan and the next."""
+        return self.ledger.enable_prefix_cache and (bool(self._view.waiting) or self.is_index_watched)
 
     def _num_chunk_repeats(self, step: Step, most: int) -> int:
         """Of `most` repeats of a step with a prompt's chunk, those for which blocks are left."""
@@ -385,6 +390,7 @@ class Scheduler:
         return not batch_violations(self._view, replace(plan, preempt=()))
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
+        version = self.ledger.version
         decodes = self._begin_decodes() if plan.decode_all else NO_DECODES
         scheduled: list[RequestState] = []
         admitted: tuple[RequestId, ...] = ()
@@ -402,6 +408,8 @@ class Scheduler:
         self._chunk = others[0] if others and plan.holds_for else None
         index, ledger = self._num_steps, self.ledger
         self._num_steps = index + 1
+        # What this step evicted, the policy did not know.
+        is_news = ledger.version != version and self._is_prefix_index_read
         # Keywords would take three times as long, on every step of every simulation.
         return Step(
             index,
@@ -412,7 +420,7 @@ class Scheduler:
             admitted,
             preempted,
             plan.reason,
-            plan.holds_for,
+            0 if is_news else plan.holds_for,
             plan.keeps_free_blocks,
             len(self._view.waiting),
             ledger.num_used_blocks,

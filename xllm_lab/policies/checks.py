@@ -26,7 +26,7 @@ def batch_violations(view: BatchView, plan: BatchPlan) -> list[str]:
             blocks += blocks_to_take(view, request, num_tokens)
     if plan.preempt:
         broken += _bad_preemptions(view, plan)
-    if plan.holds_for and not _may_hold(view, plan):
+    if plan.holds_for < 0 or (plan.holds_for and not _may_hold(view, plan)):
         broken.append(
             f"holds for {plan.holds_for} more steps, only a plan that just decodes everything may, or one that besides "
             "computes one prompt's chunks up to the one before its last"

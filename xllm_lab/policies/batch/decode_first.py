@@ -100,4 +100,4 @@ def _chunks_to_come(packing: Packing, granted: list[RequestView]) -> int:
     """How often the only prompt, which takes all tokens that decodes leave, does so again without being finished."""
     if len(granted) != 1 or packing.tokens_left:
         return 0
-    return (num_missing_tokens(granted[0]) - 1) // packing.granted(granted[0]) - 1
+    return max(0, (num_missing_tokens(granted[0]) - 1) // packing.granted(granted[0]) - 1)

@@ -269,7 +269,7 @@ class Scheduler:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
         latest = step if ahead is None else ahead
-        if not latest.holds_for or (ahead is not None and step.others):
+        if not latest.holds_for or (ahead is not None and (step.others or ahead.others)):
             return 0
         is_same = latest is step or (
             latest.decodes.ids is step.decodes.ids

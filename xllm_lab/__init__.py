@@ -27,14 +27,25 @@ if TYPE_CHECKING:
     from xllm_lab.profiles import read_profile
     from xllm_lab.runs import read_run
     from xllm_lab.summary_of_run import summarize_run
-    from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, timeline, tune, verify
+    from xllm_lab.verbs import (
+        calibrate,
+        compare,
+        export,
+        parity,
+        replay,
+        report,
+        simulate,
+        timeline,
+        tune,
+        validate_measured,
+        validate_npu,
+        verify,
+    )
 
 # Loaded when asked for: the simulator must not pull in torch, nor the engine SimPy or Optuna.
 _HOME = {
-    **dict.fromkeys(
-        ("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline", "tune", "verify"),
-        "verbs",
-    ),
+    **dict.fromkeys(("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline"), "verbs"),
+    **dict.fromkeys(("tune", "validate_measured", "validate_npu", "verify"), "verbs"),
     "read_profile": "profiles",
     "read_run": "runs",
     "read_trace": "formats",
@@ -57,6 +68,8 @@ __all__ = [
     "summarize_run",
     "timeline",
     "tune",
+    "validate_measured",
+    "validate_npu",
     "verify",
 ]
 

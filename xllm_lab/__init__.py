@@ -1,8 +1,8 @@
 """A simulation-backed research and tuning platform for the xLLM inference engine.
 
 Read three files first: `policies/api.py` (what decides), `scheduler.py` (the loop that both hosts drive), and
-`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the hosts; `sim/fleet.py`, many
-instances behind a router; `sim/cost/__init__.py` (what a step costs) and `sim/machine.py` (who can say so);
+`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the two hosts; `sim/fleet.py`,
+many instances behind a router; `sim/cost/__init__.py` (what a step costs) and `sim/machine.py` (who can say so);
 `run_writer.py` and `summary_of_run.py`, for runs larger than memory; and `tuning/search.py`.
 
 The verbs of the `xllm-lab` command are functions of this package:
@@ -27,14 +27,25 @@ if TYPE_CHECKING:
     from xllm_lab.profiles import read_profile
     from xllm_lab.runs import read_run
     from xllm_lab.summary_of_run import summarize_run
-    from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, timeline, tune, verify
+    from xllm_lab.verbs import (
+        calibrate,
+        compare,
+        export,
+        parity,
+        replay,
+        report,
+        simulate,
+        timeline,
+        tune,
+        validate_measured,
+        validate_npu,
+        verify,
+    )
 
 # Loaded when asked for: the simulator must not pull in torch, nor the engine SimPy or Optuna.
 _HOME = {
-    **dict.fromkeys(
-        ("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline", "tune", "verify"),
-        "verbs",
-    ),
+    **dict.fromkeys(("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline"), "verbs"),
+    **dict.fromkeys(("tune", "validate_measured", "validate_npu", "verify"), "verbs"),
     "read_profile": "profiles",
     "read_run": "runs",
     "read_trace": "formats",
@@ -57,6 +68,8 @@ __all__ = [
     "summarize_run",
     "timeline",
     "tune",
+    "validate_measured",
+    "validate_npu",
     "verify",
 ]
 

@@ -16,6 +16,7 @@ from xllm_lab.cli.options import (
     configuration_options,
     engine,
     engine_options,
+    refuse_transforms,
     settings,
     trace_options,
     transform_options,
@@ -95,6 +96,8 @@ def _simulate_options(parser: argparse.ArgumentParser) -> None:
 def _simulate(o: argparse.Namespace) -> int:
     if (o.trace is None) == (o.like is None):
         raise ConfigError("give a trace or --like RUN, one of them")
+    if o.like is not None:
+        refuse_transforms(o, "--like")
     source = read_run(o.like) if o.like else workload(o.trace, o)
     chosen = verbs.chosen_for(source, o.policy, settings(o)).instance
     run = verbs.simulate(

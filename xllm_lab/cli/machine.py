@@ -50,6 +50,7 @@ def machine(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> Mach
     model = None if o.model_config is None else model_of(o.model_config)
     deployment = _deployment(o, async_scheduling, max_seqs)
     if o.profile is not None:
+        _refuse_beside_profile(o)
         return profiled_machine(o.profile, model, deployment, device)
     if device is None:
         raise ConfigError("no machine to simulate; accepted: --calibration FILE, --profile DIR, or --hardware NAME")
@@ -99,3 +100,13 @@ def _refuse_beside_calibration(o: argparse.Namespace) -> None:
     given += ["--host-us"] * bool(o.host_us) + ["--host-us-per-seq"] * bool(o.host_us_per_seq)
     if given:
         raise ConfigError(f"{', '.join(given)} beside --calibration, which has it all; accepted: one or the other")
+
+
+def _refuse_beside_profile(o: argparse.Namespace) -> None:
+    """Options that measured operators leave without effect."""
+    given = ["--data-parallel"] * (o.data_parallel != 1) + ["--expert-parallel"] * (o.expert_parallel != 1)
+    given += ["--precision"] * (o.precision != "bf16")
+    if given:
+        raise ConfigError(f"{', '.join(given)} beside --profile, which was measured as it is; accepted: --hardware")
+    if o.hardware is not None and o.tensor_parallel == 1:
+        raise ConfigError("--hardware beside --profile is for links; accepted: with --tensor-parallel of at least 2")

@@ -109,6 +109,15 @@ def _microseconds(option: str, value: float, unit_us: float) -> int:
     return round(value * unit_us)
 
 
+def refuse_transforms(o: argparse.Namespace, beside: str) -> None:
+    """ConfigError if an option asks to change a trace that is taken as it is."""
+    parser = argparse.ArgumentParser()
+    transform_options(parser)
+    usual = vars(parser.parse_args([]))
+    if given := [f"--{name.replace('_', '-')}" for name, value in usual.items() if getattr(o, name) != value]:
+        raise ConfigError(f"{', '.join(given)} beside {beside}, which has its requests; accepted: with a trace")
+
+
 def settings(o: argparse.Namespace) -> dict[str, str]:
     pairs = [text.partition("=") for text in o.set]
     for name, equals, _ in pairs:

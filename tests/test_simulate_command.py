@@ -1,0 +1,163 @@
+"""`xllm-lab simulate` on machines nobody calibrated, and with fleets: what a run says it was, and repeating it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.report_inputs import calibration, workload
+from tests.sim.cost.profile_bundles import write_bundle
+from tests.tiny_loop import Said, said
+from xllm_lab.fleet_config import FleetConfig, fleet_config
+from xllm_lab.fleet_file import read_fleet
+from xllm_lab.formats import own
+from xllm_lab.runs import Run, read_run
+from xllm_lab.sim.calibrate import write_calibration
+
+FLEET = """
+[fleet]
+num_instances = 3
+heartbeat_us = 50_000
+[link]
+latency_us = 200
+bytes_per_s = 1_000_000
+[router]
+policy = "least-loaded"
+[failover]
+policy = "requeue"
+[[outage]]
+instance = 1
+start_us = 60_000
+end_us = 700_000
+[[outage]]
+instance = 0
+start_us = 1_000_000
+end_us = 1_050_000
+"""
+ROOFLINE = ("--hardware", "ascend-910c", "--model-config", "qwen3-8b")
+FILES = ("requests.parquet", "steps.parquet", "transfers.parquet")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trace, a calibration, a bundle of operators and a cluster file."""
+    folder = tmp_path_factory.mktemp("inputs")
+    own.write(workload(), folder / "trace.jsonl")
+    write_calibration(calibration(), folder / "machine.json")
+    write_calibration(calibration(highest=60.0), folder / "small.json")
+    write_bundle(folder / "bundle")
+    (folder / "cluster.toml").write_text(FLEET, encoding="utf-8")
+    return folder
+
+
+def simulated(inputs: Path, out: Path, *words: str | Path) -> tuple[Said, Run]:
+    got = said("simulate", inputs / "trace.jsonl", *words, "--out", out, "--json", "--quiet")
+    assert got.status == 0, got.err
+    return got, read_run(out)
+
+
+def machine_words(inputs: Path, kind: str) -> tuple[str | Path, ...]:
+    return {
+        "fitted": ("--calibration", inputs / "machine.json"),
+        "roofline": ROOFLINE,
+        "profiled": ("--profile", inputs / "bundle"),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["fitted", "roofline", "profiled"])
+def test_any_machine_serves_everybody(kind: str, inputs: Path, tmp_path: Path) -> None:
+    """And the manifest says what priced the steps."""
+    got, run = simulated(inputs, tmp_path / "run", *machine_words(inputs, kind))
+    assert json.loads(got.out)["num_served"] == 24
+    assert run.manifest.timing["cost_model"] == kind
+    assert run.manifest.step_time_model() is not None
+
+
+def test_a_roofline_says_its_error_is_unknown(inputs: Path, tmp_path: Path) -> None:
+    """With the device, how the model was put there, and no error that nobody measured."""
+    words = ("--tensor-parallel", "2", "--precision", "w8a8", "--graphs", "vllm", "--host-us", "1500")
+    _, run = simulated(inputs, tmp_path / "run", *ROOFLINE, *words)
+    timing = run.manifest.timing
+    assert (timing["device"], timing["tensor_parallel"], timing["precision"]) == ("ascend-910c", 2, "w8a8")
+    assert timing["graph_buckets"][:4] == [1, 2, 4, 8]
+    assert timing["host"]["step_us"] == 1500
+    assert "unknown" in timing["error"]
+    assert "total_error_frac" not in timing
+
+
+def test_a_fitted_run_tells_how_far_to_trust_it(inputs: Path, tmp_path: Path) -> None:
+    """How much of it extrapolates, and within what its total is known."""
+    got, run = simulated(inputs, tmp_path / "run", "--calibration", inputs / "machine.json")
+    assert run.manifest.timing["extrapolated_frac"] == 0
+    assert run.manifest.timing["total_error_frac"] >= 0
+    assert "outside" not in got.err
+
+
+def test_more_than_a_twentieth_outside_is_warned_of(inputs: Path, tmp_path: Path) -> None:
+    """On stderr, with the percentage that the manifest has."""
+    got, run = simulated(inputs, tmp_path / "run", "--calibration", inputs / "small.json")
+    frac = run.manifest.timing["extrapolated_frac"]
+    assert frac > 0.05
+    assert f"{frac:.0%} of the steps are outside the calibrated range" in got.err
+
+
+@pytest.mark.parametrize("kind", ["fitted", "roofline", "profiled"])
+@pytest.mark.parametrize("fleet", [(), ("--cluster", "cluster.toml")], ids=["alone", "fleet with outages"])
+def test_files_are_the_same_step_by_step(kind: str, fleet: tuple[str, ...], inputs: Path, tmp_path: Path) -> None:
+    """Skipping equal steps is an exact shortcut: byte for byte, with links, outages and failovers."""
+    words = [*machine_words(inputs, kind), *(inputs / w if w.endswith("toml") else w for w in fleet)]
+    (fast, _), (slow, _) = (
+        simulated(inputs, tmp_path / "fast", *words),
+        simulated(inputs, tmp_path / "slow", *words, "--no-fast-forward"),
+    )
+    for name in FILES if fleet else FILES[:2]:
+        assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "slow" / name).read_bytes(), name
+    assert without_run(fast) == without_run(slow)
+
+
+def without_run(got: Said) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(got.out)
+    del value["run"]
+    return value
+
+
+def test_a_run_without_steps_keeps_its_requests(inputs: Path, tmp_path: Path) -> None:
+    """The same bytes; steps.parquet is there and empty."""
+    simulated(inputs, tmp_path / "with", *ROOFLINE)
+    got, run = simulated(inputs, tmp_path / "without", *ROOFLINE, "--no-steps")
+    assert (tmp_path / "with" / FILES[0]).read_bytes() == (tmp_path / "without" / FILES[0]).read_bytes()
+    assert pq.read_metadata(tmp_path / "without" / "steps.parquet").num_rows == 0
+    assert (json.loads(got.out)["num_steps"], run.records.steps) == (0, [])
+
+
+def test_a_fleets_manifest_is_its_cluster_file(inputs: Path, tmp_path: Path) -> None:
+    """Router, failover, link and outages come back as they were given."""
+    cluster = inputs / "cluster.toml"
+    _, run = simulated(inputs, tmp_path / "run", *ROOFLINE, "--cluster", cluster)
+    assert run.manifest.fleet is not None
+    assert fleet_config(run.manifest.fleet) == read_fleet(cluster)
+    assert any(r.num_failovers for r in run.records.requests)
+
+
+def test_instances_take_turns(inputs: Path, tmp_path: Path) -> None:
+    """`--instances` is the plainest fleet."""
+    _, run = simulated(inputs, tmp_path / "run", *ROOFLINE, "--instances", "4")
+    assert run.manifest.fleet is not None
+    assert fleet_config(run.manifest.fleet) == FleetConfig(num_instances=4)
+    assert [r.instance for r in run.records.requests] == [k % 4 for k in range(24)]
+
+
+def test_a_run_like_a_fleets_is_that_fleet(inputs: Path, tmp_path: Path) -> None:
+    """The same bytes; and another fleet when one is asked for."""
+    cluster = ("--cluster", inputs / "cluster.toml")
+    simulated(inputs, tmp_path / "one", *ROOFLINE, *cluster)
+    assert said("simulate", "--like", tmp_path / "one", *ROOFLINE, "--out", tmp_path / "two").status == 0
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    other = ("simulate", "--like", tmp_path / "one", *ROOFLINE, "--instances", "2", "--out", tmp_path / "three")
+    assert said(*other).status == 0
+    assert {r.instance for r in read_run(tmp_path / "three").records.requests} == {0, 1}

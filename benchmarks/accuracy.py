@@ -20,7 +20,7 @@ import xllm_lab as lab
 from xllm_lab import provenance, transforms
 from xllm_lab.arrivals import with_arrivals
 from xllm_lab.engine.engine import Engine, EngineOptions
-from xllm_lab.metrics import makespan_us
+from xllm_lab.metrics import summarize
 from xllm_lab.runs import Run
 from xllm_lab.sim.compare import Row
 from xllm_lab.wording import metric_label, metric_text
@@ -41,7 +41,7 @@ def main() -> None:
     learn, held_out = (transforms.part(whole, k * o.requests, (k + 1) * o.requests) for k in (0, 1))
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
     full = lab.replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full", settings=SETTINGS, engine=engine)
-    capacity_per_s = o.requests * 1e6 / makespan_us(full.records)
+    capacity_per_s = o.requests / summarize(full.records).makespan_s
     paced = transforms.scale_rate_to(learn, capacity_per_s)
     learnt: list[Run] = []
     measured: dict[float, list[Run]] = {load: [] for load in LOADS}

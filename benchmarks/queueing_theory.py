@@ -20,6 +20,7 @@ from xllm_lab.sim.queueing_theory import (
     Memoryless,
     PerStep,
     PerToken,
+    Service,
     TwoLengths,
     bus,
     bus_wait_us,
@@ -31,7 +32,7 @@ from xllm_lab.sim.queueing_theory import (
 
 # Requests a run: the nearer to saturation, the longer a queue remembers.
 LOADS = {0.3: 200, 0.5: 300, 0.7: 600, 0.8: 1000, 0.9: 2500, 0.95: 5000}
-QUEUES = {"M/D/1": Fixed(), "M/M/1": Memoryless(), "M/G/1, two lengths": TwoLengths()}
+QUEUES: dict[str, Service] = {"M/D/1": Fixed(), "M/M/1": Memoryless(), "M/G/1, two lengths": TwoLengths()}
 BUS_RATES = (0.2, 1.0, 4.0)
 STEP_US = 10_000
 

@@ -19,7 +19,7 @@ from tests.tiny_loop import SETTINGS, Said, TinyLoop, engine_words, said, tiny_l
 from tests.tiny_models import write_tiny_model
 from xllm_lab import verbs
 from xllm_lab.errors import RunError
-from xllm_lab.runs import read_run
+from xllm_lab.runs import FORMAT, read_run
 
 Words = tuple[str | Path, ...]
 Spoil = Callable[[Path], object]
@@ -431,7 +431,9 @@ DAMAGE = {
     "a manifest of nothing": Damage("paced", "manifest.json", holding("")),
     "a manifest of a list": Damage("paced", "manifest.json", holding("[]")),
     "a manifest of brackets": Damage("paced", "manifest.json", holding("[" * 100_000)),
-    "a manifest of another format": Damage("paced", "manifest.json", changed("format", value=9), ("9", "format 1")),
+    "a manifest of another format": Damage(
+        "paced", "manifest.json", changed("format", value=9), ("9", f"format {FORMAT}")
+    ),
     "a manifest without a policy": Damage("paced", "manifest.json", without("policy")),
     "a manifest of a nameless policy": Damage("paced", "manifest.json", without("policy", "name")),
     "a manifest without a vocabulary": Damage("paced", "manifest.json", without("model", "vocab_size")),

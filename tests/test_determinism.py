@@ -15,6 +15,7 @@ from tests.small_runs import STEP_TIME, request
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import make_batch_policy, policies
 from xllm_lab.sim.calibrate import Calibration, Residual
+from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
 from xllm_lab.step_time import TERMS
 from xllm_lab.workload import Priority, Slo, Workload
@@ -54,7 +55,7 @@ def write_runs(folder: Path) -> None:
     """One run of each policy, in folders named after them."""
     config = InstanceConfig(max_tokens_per_batch=24, max_seqs_per_batch=6, block_size=4, num_kv_blocks=20)
     for name in policies("batch"):
-        simulate(busy_workload(), config, make_batch_policy(name), CALIBRATION, out=folder / name)
+        simulate(busy_workload(), config, make_batch_policy(name), fitted_machine(CALIBRATION), out=folder / name)
 
 
 def in_process(hash_seed: int, program: str, *arguments: str) -> str:

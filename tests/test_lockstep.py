@@ -109,6 +109,7 @@ class Ticking(RuleBasedStateMachine):
         ends = [m for m in self.active if m.missing] if self.foresees else []
         num_ticks = min([num_ticks, *(m.num_missing for m in ends)])
         taken = {m.state.id: m.blocks(num_ticks, self.block_size) for m in self.active}
+        # Nobody holds a block yet: what `advance` gives out is what it thinks the ticks take.
         ledger = Ledger(sum(taken.values()), self.block_size, enable_prefix_cache=False)
         for request_id in taken:
             ledger.attach(request_id, ())

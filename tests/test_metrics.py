@@ -57,6 +57,7 @@ SERVED = record(0, [130, 150, 190])
 SHORT = record(1, [120], cached_tokens=4, finish_reason=FinishReason.STOP, num_preemptions=2)
 CANCELLED = record(2, [140], finish_us=1100, finish_reason=FinishReason.CANCELLED)
 REJECTED = record(3, [], arrival_us=300, first_scheduled_us=None, finish_us=300, finish_reason=FinishReason.REJECTED)
+FAILED = record(4, [140], finish_us=1100, finish_reason=FinishReason.FAILED)
 RUN = Records([SERVED, SHORT, CANCELLED, REJECTED], [step(0, 110, 140), step(1, 140, 360)])
 
 
@@ -64,14 +65,14 @@ def test_latencies_of_one_request() -> None:
     """Each from the times in its record."""
     assert metrics.ttft_us(SERVED) == 30
     assert metrics.tpot_us(SERVED) == 30.0
-    assert metrics.itl_us(SERVED) == [20, 40]
     assert metrics.e2e_us(SERVED) == 90
     assert metrics.queue_us(SERVED) == 10
 
 
 def test_one_token_has_no_time_per_output_token() -> None:
     """There is nothing after the first."""
-    assert (metrics.tpot_us(SHORT), metrics.itl_us(SHORT)) == (None, [])
+    summary = metrics.summarize(Records([SHORT]))
+    assert (metrics.tpot_us(SHORT), summary.tpot_us, summary.itl_us) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -89,42 +90,43 @@ def test_one_token_has_no_time_per_output_token() -> None:
 )
 def test_a_promise_is_kept_to_the_microsecond(promise: dict[str, int], kept: bool) -> None:
     """At most what was promised, each of them; what was not promised is kept."""
-    assert metrics.meets_slo(record(0, [130, 150, 190], **promise)) is kept
+    summary = metrics.summarize(Records([record(0, [130, 150, 190], **promise)]))
+    assert summary.slo_attainment_frac == kept
 
 
 def test_whoever_was_not_served_met_no_promise() -> None:
     """Even if nothing was promised."""
-    assert not metrics.meets_slo(CANCELLED)
-    assert not metrics.meets_slo(REJECTED)
+    summary = metrics.summarize(Records([CANCELLED, REJECTED, FAILED]))
+    assert (summary.slo_attainment_frac, summary.goodput_per_s) == (0, 0)
 
 
 def test_the_makespan_is_from_first_arrival_to_last_finish() -> None:
     """Cancelled requests end too."""
-    assert metrics.makespan_us(RUN) == 1100 - 100
+    assert metrics.summarize(RUN).makespan_s == 0.001
 
 
 def test_rates_are_per_second_of_makespan() -> None:
     """Four tokens of two served requests in 1000 us; the cancelled one's token is nobody's."""
-    assert metrics.output_throughput_per_s(RUN) == 4 * 1000
-    assert metrics.request_throughput_per_s(RUN) == 2 * 1000
+    assert metrics.summarize(RUN).output_throughput_per_s == 4 * 1000
+    assert metrics.summarize(RUN).request_throughput_per_s == 2 * 1000
 
 
 def test_goodput_counts_tokens_of_kept_promises() -> None:
     """The three tokens of a broken promise do not count."""
     late = Records([record(0, [130, 150, 190], ttft_slo_us=29), SHORT, CANCELLED, REJECTED])
-    assert metrics.goodput_per_s(RUN) == 4 * 1000
-    assert metrics.goodput_per_s(late) == 1 * 1000
-    assert metrics.slo_attainment_frac(late) == 1 / 4
+    assert metrics.summarize(RUN).goodput_per_s == 4 * 1000
+    assert metrics.summarize(late).goodput_per_s == 1 * 1000
+    assert metrics.summarize(late).slo_attainment_frac == 1 / 4
 
 
 def test_prefix_hits_are_a_fraction_of_admitted_prompts() -> None:
     """Four of the 24 prompt tokens of three admitted requests."""
-    assert metrics.prefix_hit_frac(RUN) == 4 / 24
+    assert metrics.summarize(RUN).prefix_hit_frac == 4 / 24
 
 
 def test_busy_is_time_in_steps() -> None:
     """250 of 1000 us."""
-    assert metrics.busy_frac(RUN) == 0.25
+    assert metrics.summarize(RUN).busy_frac == 0.25
 
 
 def test_a_distribution_interpolates_between_order_statistics() -> None:
@@ -158,14 +160,17 @@ def test_metrics_agree_with_one_another(workload: Workload, config: InstanceConf
     """Every request ends in one way; fractions are fractions; nothing good exceeds the whole."""
     records = run(workload, config, policy)
     summary = metrics.summarize(records)
-    assert summary.num_served + summary.num_cancelled + summary.num_rejected == summary.num_requests
+    assert (
+        summary.num_served + summary.num_cancelled + summary.num_rejected + summary.num_failed == summary.num_requests
+    )
     assert 0 <= summary.goodput_per_s <= summary.output_throughput_per_s
     assert 0 <= summary.slo_attainment_frac <= summary.num_served / summary.num_requests
     assert 0 <= summary.prefix_hit_frac < 1
     assert 0 <= summary.busy_frac <= 1 + 1e-9
     for request in filter(metrics.is_served, records.requests):
-        first_us, rest_us = metrics.ttft_us(request), sum(metrics.itl_us(request))
+        itl_us = np.diff(request.token_times_us).tolist()
+        first_us, rest_us = metrics.ttft_us(request), sum(itl_us)
         assert metrics.e2e_us(request) == first_us + rest_us
         assert metrics.queue_us(request) < first_us
         if (tpot_us := metrics.tpot_us(request)) is not None:
-            assert np.isclose(tpot_us, np.mean(metrics.itl_us(request)))
+            assert np.isclose(tpot_us, np.mean(itl_us))

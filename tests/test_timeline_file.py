@@ -28,9 +28,17 @@ from xllm_lab.lives import lanes
 from xllm_lab.perfetto import Fields, Label, TraceWriter, encode
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
-from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, FinishReason, Records, request_table, step_table
+from xllm_lab.records import (
+    REQUEST_SCHEMA,
+    STEP_SCHEMA,
+    TRANSFER_SCHEMA,
+    FinishReason,
+    Records,
+    request_table,
+    table_of_steps,
+)
 from xllm_lab.runs import Manifest, Run, describe, read_run, write_run
-from xllm_lab.timeline_file import TRANSFER_SCHEMA, write_timeline
+from xllm_lab.timeline_file import write_timeline
 from xllm_lab.workload import Workload
 
 US = 1000
@@ -189,7 +197,7 @@ def test_instances_and_links_have_their_own_tracks(crowded_run: Run) -> None:
     """Records of a fleet: a column says which instance, a table tells of the transfers."""
     folder, records = crowded_run.path, crowded_run.records
     later = 7
-    requests, steps = request_table(records), step_table(records)
+    requests, steps = request_table(records.requests), table_of_steps(records.steps)
     for name, table in (("requests", requests), ("steps", steps)):
         shifted = table.set_column(
             0, table.field(0), pa.array(np.asarray(table.column(0)) + (name == "requests") * 1000)
@@ -272,10 +280,10 @@ def long_run(folder: Path, num_steps: int) -> Run:
                 replace(step, step=k, start_us=20 * k, end_us=20 * k + 19, num_used_blocks=k % 7, num_waiting=k % 3)
                 for k in some
             ]
-            writer.write_table(step_table(Records(steps=rows)))
+            writer.write_table(table_of_steps(rows))
     (record,) = presented.records.requests
     record.finish_us = 20 * num_steps
-    pq.write_table(request_table(Records([record])), presented.path / "requests.parquet")
+    pq.write_table(request_table([record]), presented.path / "requests.parquet")
     return read_run(presented.path)
 
 

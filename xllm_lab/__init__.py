@@ -1,8 +1,9 @@
 """A simulation-backed research and tuning platform for the xLLM inference engine.
 
 Read three files first: `policies/api.py` (what decides), `scheduler.py` (the loop that both hosts drive), and
-`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the two hosts, and
-`tuning/search.py`.
+`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the hosts; `sim/fleet.py`, many
+instances behind a router; `sim/cost/__init__.py` (what a step costs) and `sim/machine.py` (who can say so);
+`run_writer.py` and `summary_of_run.py`, for runs larger than memory; and `tuning/search.py`.
 
 The verbs of the `xllm-lab` command are functions of this package:
 
@@ -12,7 +13,7 @@ The verbs of the `xllm-lab` command are functions of this package:
     run = lab.replay(trace, out="runs/first")
     fitted = lab.calibrate([run])
     guess = lab.simulate(trace, fitted, out="runs/guess", policy="prefill-first")
-    print(lab.summarize(guess.records).ttft_us)
+    print(lab.summarize_run(guess).ttft_us)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from xllm_lab.metrics import summarize
     from xllm_lab.profiles import read_profile
     from xllm_lab.runs import read_run
+    from xllm_lab.summary_of_run import summarize_run
     from xllm_lab.verbs import calibrate, compare, export, parity, replay, report, simulate, timeline, tune, verify
 
 # Loaded when asked for: the simulator must not pull in torch, nor the engine SimPy or Optuna.
@@ -37,6 +39,7 @@ _HOME = {
     "read_run": "runs",
     "read_trace": "formats",
     "summarize": "metrics",
+    "summarize_run": "summary_of_run",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "report",
     "simulate",
     "summarize",
+    "summarize_run",
     "timeline",
     "tune",
     "verify",

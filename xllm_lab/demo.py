@@ -20,7 +20,7 @@ from xllm_lab.arrivals import with_arrivals
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import read_trace
-from xllm_lab.metrics import makespan_us
+from xllm_lab.metrics import summarize
 from xllm_lab.progress import tell
 from xllm_lab.runs import Run, new_file, read_run, write_json
 from xllm_lab.sim.calibrate import Calibration
@@ -112,7 +112,7 @@ def demo(
         return verbs.replay(workload, out=out / name, settings=SETTINGS, engine=engine, progress=progress)
 
     full = replay(with_arrivals(learn, [0] * len(learn.requests)), "full", "1/6  capacity: window A, all at once")
-    rate_per_s = len(learn.requests) * 1e6 / makespan_us(full.records)
+    rate_per_s = len(learn.requests) / summarize(full.records).makespan_s
     tell(f"     {rate_per_s:.2f} requests/s")
     paced = replay(
         transforms.scale_rate_to(learn, rate_per_s), "paced", f"2/6  window A at {rate_per_s:.2f} requests/s"

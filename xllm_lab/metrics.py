@@ -1,4 +1,4 @@
-"""Every metric, defined once, as a pure function of records.
+"""Every metric, defined once, of records in memory and of columns of a file.
 
 Percentiles interpolate linearly between order statistics (numpy's default). Only requests that finished with all
 their tokens count in latencies; the others are counted by reason.
@@ -6,24 +6,43 @@ their tokens count in latencies; the others are counted by reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from xllm_lab.exact_counts import ExactCounts
 from xllm_lab.records import FinishReason, Records, RequestRecord
+from xllm_lab.request_columns import Flags, Floats, Ints, RequestColumns, columns_of
 
 SERVED = (FinishReason.LENGTH, FinishReason.STOP)
 PERCENTILES = (50, 90, 99)
+
+N = TypeVar("N", int, Floats)
+N_co = TypeVar("N_co", int, Floats, covariant=True)
+
+
+class Lived(Protocol[N_co]):
+    """One request's record, or columns of many: the definitions below are of both."""
+
+    @property
+    def arrival_us(self) -> N_co: ...
+    @property
+    def first_scheduled_us(self) -> N_co | None: ...
+    @property
+    def first_token_us(self) -> N_co | None: ...
+    @property
+    def finish_us(self) -> N_co | None: ...
 
 
 def is_served(request: RequestRecord) -> bool:
     return request.finish_reason in SERVED
 
 
-def ttft_us(request: RequestRecord) -> int:
+def ttft_us(request: Lived[N]) -> N:
     """Time to first token: first_token - arrival."""
     assert request.first_token_us is not None
     return request.first_token_us - request.arrival_us
@@ -32,80 +51,51 @@ def ttft_us(request: RequestRecord) -> int:
 def tpot_us(request: RequestRecord) -> float | None:
     """Time per output token after the first: (last_token - first_token) / (output_tokens - 1); none for one token."""
     times = request.token_times_us
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    return _tpot_us(times[0], times[-1], len(times)) if len(times) > 1 else None
 
 
-def itl_us(request: RequestRecord) -> list[int]:
-    """Inter-token latencies: differences of successive token times."""
-    times = request.token_times_us
-    return [b - a for a, b in pairwise(times)]
+def _tpot_us(first_us: Any, last_us: Any, output_tokens: Any) -> Any:
+    return (last_us - first_us) / (output_tokens - 1)
 
 
-def e2e_us(request: RequestRecord) -> int:
+def e2e_us(request: Lived[N]) -> N:
     """End to end: finish - arrival."""
     assert request.finish_us is not None
     return request.finish_us - request.arrival_us
 
 
-def queue_us(request: RequestRecord) -> int:
+def queue_us(request: Lived[N]) -> N:
     """Queue time: first_scheduled - arrival."""
     assert request.first_scheduled_us is not None
     return request.first_scheduled_us - request.arrival_us
 
 
-def meets_slo(request: RequestRecord) -> bool:
+def itl_us(requests: RequestColumns, chosen: Flags) -> Ints:
+    """Inter-token latencies: differences of successive token times of the requests that are `chosen`."""
+    between = np.diff(requests.token_times_us)
+    is_first = np.zeros(len(requests.token_times_us) + 1, dtype=np.bool_)
+    is_first[np.cumsum(requests.output_tokens)] = True
+    return between[~is_first[1:-1] & requests.of_tokens(chosen)[1:]]
+
+
+def meets_slo(requests: RequestColumns) -> Flags:
     """Served, with TTFT, TPOT and E2E each at most its promise. A missing promise is kept."""
-    if not is_served(request):
-        return False
+    kept = np.isin(requests.finish_reason, SERVED)
     pairs = (
-        (ttft_us(request), request.ttft_slo_us),
-        (tpot_us(request), request.tpot_slo_us),
-        (e2e_us(request), request.e2e_slo_us),
+        (ttft_us(requests), requests.ttft_slo_us),
+        (_tpots_us(requests), requests.tpot_slo_us),
+        (e2e_us(requests), requests.e2e_slo_us),
     )
-    return all(value is None or limit is None or value <= limit for value, limit in pairs)
+    for value, limit in pairs:
+        kept &= ~(value > limit)  # nothing is more than NaN
+    return kept
 
 
-def makespan_us(records: Records) -> int:
-    """From the first arrival to the last finish."""
-    ends = [r.finish_us for r in records.requests if r.finish_us is not None]
-    return max(ends) - min(r.arrival_us for r in records.requests) if ends else 0
-
-
-def output_throughput_per_s(records: Records) -> float:
-    """Output tokens of served requests / makespan."""
-    return _per_s(sum(r.output_tokens for r in records.requests if is_served(r)), makespan_us(records))
-
-
-def request_throughput_per_s(records: Records) -> float:
-    """Served requests / makespan."""
-    return _per_s(sum(is_served(r) for r in records.requests), makespan_us(records))
-
-
-def goodput_per_s(records: Records) -> float:
-    """Output tokens of requests that met every promise / makespan."""
-    return _per_s(sum(r.output_tokens for r in records.requests if meets_slo(r)), makespan_us(records))
-
-
-def slo_attainment_frac(records: Records) -> float:
-    """Requests that met every promise / all requests."""
-    return sum(meets_slo(r) for r in records.requests) / len(records.requests)
-
-
-def prefix_hit_frac(records: Records) -> float:
-    """Prompt tokens supplied by the prefix cache at first admission / prompt tokens of admitted requests."""
-    admitted = [r for r in records.requests if r.first_scheduled_us is not None]
-    prompt_tokens = sum(r.prompt_tokens for r in admitted)
-    return sum(r.cached_tokens for r in admitted) / prompt_tokens if prompt_tokens else 0.0
-
-
-def num_preemptions(records: Records) -> int:
-    return sum(r.num_preemptions for r in records.requests)
-
-
-def busy_frac(records: Records) -> float:
-    """Sum of step times / makespan."""
-    span = makespan_us(records)
-    return sum(s.step_us for s in records.steps) / span if span else 0.0
+def _tpots_us(requests: RequestColumns) -> Floats:
+    """NaN for less than two tokens."""
+    num_tokens = np.where(requests.output_tokens > 1, requests.output_tokens, np.nan)
+    times: Floats = _tpot_us(requests.first_token_us, requests.last_token_us, num_tokens)
+    return times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +109,48 @@ class Distribution:
 
     @staticmethod
     def of(values: Iterable[float]) -> Distribution:
-        """Of at least one value."""
+        """Of at least one value, in any order."""
         array = np.fromiter(values, dtype=np.float64)
-        p50, p90, p99 = (float(np.percentile(array, p)) for p in PERCENTILES)
-        return Distribution(mean=float(array.mean()), p50=p50, p90=p90, p99=p99)
+        p50, p90, p99 = (float(p) for p in np.percentile(array, PERCENTILES))
+        return Distribution(mean=math.fsum(array) / len(array), p50=p50, p90=p90, p99=p99)
+
+    @staticmethod
+    def of_counts(values: Ints, counts: Ints) -> Distribution:
+        """Of values that came so often, in ascending order; at least one."""
+        last = np.cumsum(counts)  # places of a value's last copy, from 1
+        places = [(int(last[-1]) - 1) * (p / 100) for p in PERCENTILES]
+        p50, p90, p99 = (_between(values, last, place) for place in places)
+        return Distribution(mean=int(values @ counts) / int(last[-1]), p50=p50, p90=p90, p99=p99)
+
+
+def _between(values: Ints, last: Ints, place: float) -> float:
+    """The value at a place, from 0, between order statistics; rounded as numpy rounds it."""
+    whole = math.floor(place)
+    low, high = (float(values[np.searchsorted(last, k, side="right")]) for k in (whole, math.ceil(place)))
+    part = place - whole
+    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One run in numbers. Latencies are `None` when no request was served (or none had two tokens)."""
+    """One run in numbers. Latencies are `None` when no request was served (or none had two tokens).
+
+    Attributes:
+        makespan_s: from the first arrival to the last finish.
+        busy_frac: sum of step times / makespan; of a fleet, the sum over its instances.
+        request_throughput_per_s: served requests / makespan.
+        output_throughput_per_s: output tokens of served requests / makespan.
+        goodput_per_s: output tokens of requests that met every promise / makespan.
+        slo_attainment_frac: requests that met every promise / all requests.
+        prefix_hit_frac: prompt tokens supplied by the prefix cache at first admission / prompt tokens of admitted
+            requests.
+    """
 
     num_requests: int
     num_served: int
     num_cancelled: int
     num_rejected: int
+    num_failed: int
     num_steps: int
     makespan_s: float
     busy_frac: float
@@ -152,30 +170,90 @@ class Summary:
         return asdict(self)
 
 
+class Tally:
+    """A run added up part by part, in any order: a few sums, and four numbers per served request."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._first_arrival_us = math.inf
+        self._last_finish_us = -math.inf
+        self._latencies: dict[str, list[Floats]] = {"ttft_us": [], "tpot_us": [], "e2e_us": [], "queue_us": []}
+        self._itl_us = ExactCounts()
+
+    def add_requests(self, requests: RequestColumns) -> None:
+        """At least one."""
+        served, good = np.isin(requests.finish_reason, SERVED), meets_slo(requests)
+        admitted = ~np.isnan(requests.first_scheduled_us)
+        self._first_arrival_us = min(self._first_arrival_us, float(requests.arrival_us.min()))
+        self._last_finish_us = max(self._last_finish_us, float(np.fmax.reduce(requests.finish_us, initial=-np.inf)))
+        self._sums.update(Counter(requests.finish_reason.tolist()))
+        self._sums.update(
+            requests=len(served),
+            served=int(served.sum()),
+            served_tokens=int(requests.output_tokens[served].sum()),
+            good=int(good.sum()),
+            good_tokens=int(requests.output_tokens[good].sum()),
+            prompt_tokens=int(requests.prompt_tokens[admitted].sum()),
+            cached_tokens=int(requests.cached_tokens[admitted].sum()),
+            preemptions=int(requests.num_preemptions.sum()),
+        )
+        self._itl_us.add(itl_us(requests, served))
+        for name, values in (
+            ("ttft_us", ttft_us(requests)),
+            ("tpot_us", _tpots_us(requests)),
+            ("e2e_us", e2e_us(requests)),
+            ("queue_us", queue_us(requests)),
+        ):
+            # Of one token there is no TPOT, though it is served.
+            self._latencies[name].append(values[served & ~np.isnan(values)])
+
+    def add_steps(self, num_steps: int, busy_us: int) -> None:
+        """Steps that took so long in all."""
+        self._sums.update(steps=num_steps, busy_us=busy_us)
+
+    def summary(self) -> Summary:
+        """All metrics; at least one request has been added."""
+        sums = self._sums
+        span_us = max(0.0, self._last_finish_us - self._first_arrival_us)  # nothing has finished: none
+        return Summary(
+            num_requests=sums["requests"],
+            num_served=sums["served"],
+            num_cancelled=sums[FinishReason.CANCELLED],
+            num_rejected=sums[FinishReason.REJECTED],
+            num_failed=sums[FinishReason.FAILED],
+            num_steps=sums["steps"],
+            makespan_s=span_us / 1e6,
+            busy_frac=_ratio(sums["busy_us"], span_us),
+            request_throughput_per_s=_ratio(sums["served"] * 1e6, span_us),
+            output_throughput_per_s=_ratio(sums["served_tokens"] * 1e6, span_us),
+            goodput_per_s=_ratio(sums["good_tokens"] * 1e6, span_us),
+            slo_attainment_frac=sums["good"] / sums["requests"],
+            prefix_hit_frac=_ratio(sums["cached_tokens"], sums["prompt_tokens"]),
+            num_preemptions=sums["preemptions"],
+            itl_us=self._itl(),
+            **{name: self._distribution(parts) for name, parts in self._latencies.items()},
+        )
+
+    def _itl(self) -> Distribution | None:
+        values, counts = self._itl_us.in_order()
+        return Distribution.of_counts(values, counts) if len(values) else None
+
+    def _distribution(self, parts: list[Floats]) -> Distribution | None:
+        values = np.concatenate(parts)
+        return Distribution.of(values) if len(values) else None
+
+
 def summarize(records: Records) -> Summary:
-    """All metrics of a run that has at least one request."""
-    served = [r for r in records.requests if is_served(r)]
-    reasons = [r.finish_reason for r in records.requests]
-    return Summary(
-        num_requests=len(records.requests),
-        num_served=len(served),
-        num_cancelled=reasons.count(FinishReason.CANCELLED),
-        num_rejected=reasons.count(FinishReason.REJECTED),
-        num_steps=len(records.steps),
-        makespan_s=makespan_us(records) / 1e6,
-        busy_frac=busy_frac(records),
-        request_throughput_per_s=request_throughput_per_s(records),
-        output_throughput_per_s=output_throughput_per_s(records),
-        goodput_per_s=goodput_per_s(records),
-        slo_attainment_frac=slo_attainment_frac(records),
-        prefix_hit_frac=prefix_hit_frac(records),
-        num_preemptions=num_preemptions(records),
-        ttft_us=_distribution([float(ttft_us(r)) for r in served]),
-        tpot_us=_distribution([t for r in served if (t := tpot_us(r)) is not None]),
-        itl_us=_distribution([float(t) for r in served for t in itl_us(r)]),
-        e2e_us=_distribution([float(e2e_us(r)) for r in served]),
-        queue_us=_distribution([float(queue_us(r)) for r in served]),
-    )
+    """All metrics of a run that has at least one request. `summary_of_run` has those of a run that is too large."""
+    tally = Tally()
+    for requests in columns_of(records.requests):
+        tally.add_requests(requests)
+    if records.spans:  # steps that nobody asked for are not made
+        steps_us = [(len(s.ends_us), s.ends_us[-1] - s.start_us) for s in records.spans]
+    else:
+        steps_us = [(1, s.step_us) for s in records.steps]
+    tally.add_steps(sum(num for num, _ in steps_us), sum(us for _, us in steps_us))
+    return tally.summary()
 
 
 def metric_value(summary: Summary, metric: str) -> float | None:
@@ -186,9 +264,5 @@ def metric_value(summary: Summary, metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _distribution(values: Sequence[float]) -> Distribution | None:
-    return Distribution.of(values) if values else None
-
-
-def _per_s(amount: float, span_us: int) -> float:
-    return amount * 1e6 / span_us if span_us else 0.0
+def _ratio(amount: float, whole: float) -> float:
+    return amount / whole if whole else 0.0

@@ -10,6 +10,7 @@ in which spans came in: a run writes the same bytes with and without skipped ste
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,13 @@ class RunWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self.close()
+        try:
+            if error is None:
+                self.close()
+        finally:
+            for file in (self._steps, self._requests, self._transfers):
+                if file is not None:
+                    file.let_go()
 
     def _write_steps(self, before_us: int | None) -> None:
         table = step_table(self._spans).sort_by([("end_us", "ascending"), ("instance", "ascending")])
@@ -147,6 +153,13 @@ class _Groups:
         if self._settled.num_rows:
             self._write(self._settled.num_rows)
         self._file.close()
+
+    def let_go(self) -> None:
+        """Be done with the file, whatever state it is in."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._file.close()
+        # Or it would try again when it is collected, and print what stopped it.
+        self._file.is_open = False
 
     def _write(self, num_rows: int) -> None:
         # In one piece: how it came in pieces must not show in the file.

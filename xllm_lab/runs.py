@@ -104,19 +104,20 @@ class Run:
     def workload(self) -> Workload:
         """The requests as they were sent."""
         workload = own.read(self.path / "workload.jsonl")
-        self._expect_all("workload.jsonl", len(workload.requests))
+        self.expect_all("workload.jsonl", len(workload.requests))
         return workload
 
     @cached_property
     def records(self) -> Records:
         requests = _read_table(self.path / "requests.parquet", REQUEST_SCHEMA)
-        self._expect_all("requests.parquet", requests.num_rows)
+        self.expect_all("requests.parquet", requests.num_rows)
         try:
             return records_from(requests, _read_table(self.path / "steps.parquet", STEP_SCHEMA))
         except ValueError as error:
             raise RunError(f"{self.path / 'requests.parquet'}: {error}; accepted: {_FINISHED}") from None
 
-    def _expect_all(self, name: str, count: int) -> None:
+    def expect_all(self, name: str, count: int) -> None:
+        """RunError unless a file of the folder holds as many requests as the manifest says."""
         expected = self.manifest.workload["num_requests"]
         if count != expected:
             raise RunError(f"{self.path / name}: holds {count} requests, manifest.json says {expected}")

@@ -167,6 +167,8 @@ class Scheduler:
         # the tokens in KV after it.
         self._singles: dict[RequestId, RequestState] = {}
         self._owed: list[tuple[RequestState, int, int]] = []
+        # Who lost its KV since the last step was planned; usually in the plan of the next one.
+        self._victims: list[RequestId] = []
         self._view = _View(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._chunk: ScheduledChunk | None = None  # of the plan made last, if that may be repeated
@@ -237,14 +239,15 @@ class Scheduler:
         Raises:
             PolicyError: the policy returned an illegal plan; nothing was changed.
         """
-        preempted: list[RequestId] = []
         while self._live:
             plan = self._decide(now_us)
             for request_id in plan.preempt:
-                preempted.append(request_id)
+                self._victims.append(request_id)
                 self._preempt(self._live[request_id])
             if not plan.is_empty and (not plan.preempt or self._still_fits(plan)):
-                return self._act(plan, tuple(preempted), now_us)
+                preempted = tuple(self._victims)
+                self._victims.clear()
+                return self._act(plan, preempted, now_us)
             if not plan.preempt:
                 break
             # What a preemption frees is an estimate: two victims that shared blocks free more together than the policy
@@ -352,6 +355,7 @@ class Scheduler:
             _fill_placeholders(state)
         self._live.clear()
         self._owed.clear()
+        self._victims.clear()
         config = self.config
         self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
         self._lockstep = Lockstep(config.block_size)

@@ -8,6 +8,7 @@ _OTHERS = {
     "num_served": "Served",
     "num_cancelled": "Cancelled",
     "num_rejected": "Rejected",
+    "num_failed": "Failed",
     "makespan_s": "Makespan, s",
     "busy_frac": "Busy, %",
     "request_throughput_per_s": "Served, req/s",

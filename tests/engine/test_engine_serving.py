@@ -21,7 +21,7 @@ from tests.tiny_models import EOS_TOKEN_IDS, MAX_POSITION, VOCAB_SIZE, tiny_mode
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.metrics import num_preemptions, prefix_hit_frac
+from xllm_lab.metrics import summarize
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
 from xllm_lab.policies.catalog import make_batch_policy, policies
 from xllm_lab.records import FinishReason, Records
@@ -121,10 +121,10 @@ def _chunks(records: Records) -> bool:
 
 SCENES = {
     "everything at once": Scene(crowd, config(), _any),
-    "prefix hits": Scene(crowd, config(), lambda r: prefix_hit_frac(r) > 0),
-    "no prefix cache": Scene(crowd, config(enable_prefix_cache=False), lambda r: prefix_hit_frac(r) == 0),
+    "prefix hits": Scene(crowd, config(), lambda r: summarize(r).prefix_hit_frac > 0),
+    "no prefix cache": Scene(crowd, config(enable_prefix_cache=False), lambda r: summarize(r).prefix_hit_frac == 0),
     "a small pool": Scene(
-        lambda: crowd(output=40), config(block_size=4, num_kv_blocks=24), lambda r: num_preemptions(r) > 0
+        lambda: crowd(output=40), config(block_size=4, num_kv_blocks=24), lambda r: summarize(r).num_preemptions > 0
     ),
     "small steps": Scene(crowd, config(max_tokens_per_batch=9), _chunks),
     "one at a time": Scene(crowd, config(max_seqs_per_batch=1), lambda r: all(len(s.ids) == 1 for s in r.steps)),

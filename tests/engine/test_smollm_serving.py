@@ -10,7 +10,7 @@ from tests.engine.tiny import reference_logits
 from tests.laws import obey_the_laws
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.metrics import num_preemptions, prefix_hit_frac
+from xllm_lab.metrics import summarize
 from xllm_lab.policies.catalog import make_batch_policy
 from xllm_lab.records import Records
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
@@ -48,8 +48,8 @@ def test_prompts_were_cut_shared_and_recomputed(served: tuple[Workload, Records]
     workload, records = served
     obey_the_laws(workload, WHERE, records, vocab_size=49152)
     assert any(sum(s.num_tokens) == WHERE.max_tokens_per_batch and len(s.ids) > s.num_logits for s in records.steps)
-    assert prefix_hit_frac(records) > 0
-    assert num_preemptions(records) > 0
+    assert summarize(records).prefix_hit_frac > 0
+    assert summarize(records).num_preemptions > 0
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from xllm_lab.sim.calibrate import (
 )
 from xllm_lab.sim.cost import Batch, batch_of
 from xllm_lab.sim.cost.fitted import FittedCost
+from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
 from xllm_lab.sim.spread import UNKNOWN
 from xllm_lab.step_samples import StepSample, samples
@@ -135,7 +136,9 @@ def test_files_of_other_forms_are_refused(change: dict[str, object], words: tupl
 @pytest.fixture(scope="module")
 def engine_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("engine")
-    return as_engine(simulate(workload(), CONFIG, POLICY, calibration(), out=folder / "raw"), folder / "engine")
+    return as_engine(
+        simulate(workload(), CONFIG, POLICY, fitted_machine(calibration()), out=folder / "raw"), folder / "engine"
+    )
 
 
 def test_a_run_and_its_samples_teach_the_same(engine_run: Run) -> None:

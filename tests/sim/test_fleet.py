@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import event, given
@@ -127,7 +128,7 @@ def test_a_stale_router_sends_everything_to_who_was_idle() -> None:
     """Between heartbeats it knows what it sent itself, but not what has ended."""
 
     class SeesOnlyHeartbeats:
-        decides = "route"
+        decides: ClassVar[str] = "route"
 
         def decide(self, view: RouteView) -> RoutePlan:
             least = min(view.instances, key=lambda i: (i.num_running + i.num_waiting, i.id))
@@ -201,7 +202,7 @@ def test_a_router_that_names_nobody_is_told() -> None:
     """In one line, with the policy's name."""
 
     class Lost:
-        decides = "route"
+        decides: ClassVar[str] = "route"
 
         def decide(self, view: RouteView) -> RoutePlan:
             return RoutePlan(instance=InstanceId(7), reason="")

@@ -22,9 +22,9 @@ from xllm_lab.cli.options import (
     workload,
 )
 from xllm_lab.errors import ConfigError
-from xllm_lab.metrics import summarize
 from xllm_lab.progress import tell
 from xllm_lab.runs import Run, new_file, read_run, write_json
+from xllm_lab.summary_of_run import summarize_run
 from xllm_lab.text import (
     comparison_table,
     gain_line,
@@ -318,7 +318,7 @@ def _validate_measured(o: argparse.Namespace) -> int:
 
 
 def _print_run(run: Run, o: argparse.Namespace) -> int:
-    summary = summarize(run.records)
+    summary = summarize_run(run)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from xllm_lab.hardware import Device, hardware
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
-from xllm_lab.metrics import output_throughput_per_s, request_throughput_per_s, tpot_us
+from xllm_lab.metrics import summarize, tpot_us
 from xllm_lab.model_spec import PRECISIONS
 from xllm_lab.policies.catalog import make_batch_policy
 from xllm_lab.records import Records
@@ -149,7 +149,7 @@ def _nightly(row: _Row, table: Points) -> Iterator[Point]:
     per_s = None
     if "not_modelled" not in row:
         cost = _cost(row, drafts=_drafts(row.get("mtp", False)))
-        per_s = output_throughput_per_s(_serve(row, cost, 3584, 1536)) * row.get("data", 1)
+        per_s = summarize(_serve(row, cost, 3584, 1536)).output_throughput_per_s * row.get("data", 1)
     yield _point(
         row,
         table,
@@ -168,7 +168,7 @@ def _prefix(row: _Row, table: Points) -> Iterator[Point]:
         name="vllm-ascend nightly, prompts/s",
         what=f"{_layout(row)}, {row['cached_frac']:.0%} cached",
         published=row["per_s"],
-        predicted=request_throughput_per_s(records) * row.get("data", 1),
+        predicted=summarize(records).request_throughput_per_s * row.get("data", 1),
     )
 
 

@@ -1,0 +1,35 @@
+"""The summary of a run on disk, read a bounded number of rows at a time, for runs of millions of requests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xllm_lab.columns import batches, ints
+from xllm_lab.errors import RunError
+from xllm_lab.metrics import Summary, Tally
+from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
+from xllm_lab.request_columns import NAMES, columns_from
+from xllm_lab.run_writer import REQUESTS_FILE, STEPS_FILE
+from xllm_lab.runs import Run
+
+_REASONS = ("", *FinishReason)
+
+
+def summarize_run(run: Run) -> Summary:
+    """As `metrics.summarize(run.records)`, without the records in memory: exact percentiles too.
+
+    Raises:
+        RunError: a file is not what the run's manifest says.
+    """
+    tally = Tally()
+    path, count = run.path / REQUESTS_FILE, 0
+    for batch in batches(path, REQUEST_SCHEMA, NAMES):
+        requests = columns_from(batch)
+        for reason in np.setdiff1d(requests.finish_reason, _REASONS).tolist():
+            raise RunError(f"{path}: finish_reason is {reason!r}; accepted: {', '.join(FinishReason)}")
+        tally.add_requests(requests)
+        count += len(requests.finish_reason)
+    run.expect_all(REQUESTS_FILE, count)
+    for batch in batches(run.path / STEPS_FILE, STEP_SCHEMA, ("start_us", "end_us")):
+        tally.add_steps(len(batch["end_us"]), int((ints(batch["end_us"]) - ints(batch["start_us"])).sum()))
+    return tally.summary()

@@ -110,7 +110,8 @@ class Watch:
         self.num_ended += 1
         if self._every is not None and self.num_ended % self._every == 0:
             self.rss_mib[self.num_ended] = rss_mib()
-            print(self.num_ended, "ended", self.rss_mib[self.num_ended], "MiB", file=sys.stderr, flush=True)
+            told = f"{self.num_ended} ended, {self.rss_mib[self.num_ended]} MiB, {time.process_time():.1f} CPU s"
+            print(told, file=sys.stderr, flush=True)
 
 
 def rss_mib() -> int:

@@ -18,6 +18,7 @@ from xllm_lab.policies.batch.vllm import Vllm
 from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.interpolation import Surface
 from xllm_lab.sim.cost.profile_bundle import ProfileBundle, read_bundle
+from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.cost.profiled_attention import Attention
 from xllm_lab.sim.validate import measured
 
@@ -49,6 +50,7 @@ VARIANTS: dict[str, Change] = {
     "unequal lengths add a third": bundles(skew_times(1 / 3)),
     "no padding to graphs": lambda: patch.object(measured, "graph_buckets", lambda *a: GraphBuckets()),
     "several chunks as one": one_chunk,
+    "no whole tiles": lambda: patch.object(ProfiledCost, "_whole_tiles", lambda self, tokens: tokens),
     "no planning ahead": lambda: patch.object(
         measured, "instance_config", lambda *a, of=measured.instance_config: replace(of(*a), async_scheduling="off")
     ),

@@ -134,6 +134,18 @@ def test_tokens_are_padded_to_the_graph_but_attention_is_not(folder: Path) -> No
     assert graphs.step(decodes(16, 64)).us == pytest.approx(expected, rel=1e-6)
 
 
+def test_matrix_products_compute_whole_tiles(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "profile", attention=lambda *point: 8.0)
+    cost = ProfiledCost(read_bundle(folder), MODEL)
+
+    def us(tokens: int) -> float:
+        return cost.step(Batch((Chunk(tokens, 0),), 0, 0, 0, 1)).us
+
+    assert us(129) == us(144) < us(145) == us(160)
+    measured = other_us(folder, 128, 1) + MODEL.num_layers * 8.0
+    assert us(128) == pytest.approx(measured, rel=1e-6)  # a size that was measured is as it was measured
+
+
 def test_skew_adds_what_the_sweep_says(skewed_folder: Path, folder: Path) -> None:
     cost, plain = ProfiledCost(read_bundle(skewed_folder), MODEL), ProfiledCost(read_bundle(folder), MODEL)
     # Half of 8 decodes have 256 tokens, half 64: 160 on average; the sweep found 0.2 * (1 - 1/2) more.

@@ -9,6 +9,7 @@ every request in a batch, finished prompt or not.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ ONCE_PER_STEP = ("embedding", "final_layernorm")
 PER_SEQUENCE = ("lm_head", "sampler")
 _ALWAYS = ("embedding", "layernorm", "qkv_proj", "o_proj", "final_layernorm")
 EAGER = GraphBuckets()
+# Every tile of a tensor core's matrix product has a multiple of so many rows: PTX ISA, `mma.m16n8k16` (bf16).
+TILE_TOKENS = 16
 _FEED_FORWARD = ("gate_up_proj", "act_fn", "down_proj")
 
 
@@ -90,6 +93,7 @@ class ProfiledCost:
             for name, calls in CALLS_PER_LAYER.items()
             if name in bundle.dense
         ] + [(1, _line(bundle.dense[name])) for name in ONCE_PER_STEP]
+        self._measured_tokens = sorted(bundle.dense["embedding"])
         self._on_rows = [_line(bundle.per_sequence[name]) for name in PER_SEQUENCE]
         self._experts = _by_tokens(bundle.moe)
         self._attention = Attention(bundle.attention, bundle.skew)
@@ -165,7 +169,14 @@ class ProfiledCost:
 
     def _own_us(self, tokens: int) -> float:
         """What acts on a device's own tokens."""
-        return sum(calls * line(tokens) for calls, line in self._on_tokens)
+        padded = self._whole_tiles(tokens)
+        return sum(calls * line(padded) for calls, line in self._on_tokens)
+
+    def _whole_tiles(self, tokens: int) -> int:
+        """Matrix products compute whole tiles: sizes that share one cost alike, and a line between them would not."""
+        whole = -(-tokens // TILE_TOKENS) * TILE_TOKENS
+        above = bisect_left(self._measured_tokens, tokens)
+        return whole if above == len(self._measured_tokens) else min(whole, self._measured_tokens[above])
 
     def _head_us(self, rows: int) -> float:
         found = self._rows_us.get(rows)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.laws import VOCAB_SIZE
 from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, tight_configs
 from tests.test_determinism import CALIBRATION
-from xllm_lab import columns
+from xllm_lab import summary_of_run
 from xllm_lab.errors import RunError
 from xllm_lab.exact_counts import _FEW, ExactCounts
 from xllm_lab.fleet_config import FleetConfig
@@ -73,7 +73,7 @@ def test_a_run_on_disk_has_the_summary_of_its_records(
     workload: Workload, config: InstanceConfig, policy: BatchPolicy, fleet: int, batch_rows: int
 ) -> None:
     """Served, cancelled, rejected and failed ones; alone and in a fleet with outages."""
-    with tempfile.TemporaryDirectory() as folder, patch.object(columns, "BATCH_ROWS", batch_rows):
+    with tempfile.TemporaryDirectory() as folder, patch.object(summary_of_run, "_REQUESTS_AT_A_TIME", batch_rows):
         run = served(Path(folder), workload, config, policy, fleet)
         assert summarize_run(run) == summarize(run.records)
 

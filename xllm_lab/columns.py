@@ -19,8 +19,8 @@ from xllm_lab.step_time import feature_rows
 BATCH_ROWS = 16_384
 
 
-def batches(path: Path, schema: pa.Schema, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Columns of a Parquet file, a bounded number of rows at a time, `instance` too if it is there.
+def batches(path: Path, schema: pa.Schema, names: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[dict[str, Any]]:
+    """Columns of a Parquet file, at most `rows` rows at a time, `instance` too if it is there.
 
     RunError names what is wrong with the file.
     """
@@ -32,7 +32,7 @@ def batches(path: Path, schema: pa.Schema, names: Sequence[str]) -> Iterator[dic
                 if name not in there.names or there.field(name).type != schema.field(name).type:
                     raise RunError(f"{path}: has no column {name} of {schema.field(name).type}; accepted: {accepted}")
             also = [n for n in ("instance",) if n in there.names and n not in names]
-            for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *also]):
+            for batch in file.iter_batches(rows, columns=[*names, *also]):
                 yield dict(zip(batch.schema.names, batch.columns, strict=True))
     except FileNotFoundError:
         raise RunError(f"{path}: is not there; accepted: {accepted}") from None

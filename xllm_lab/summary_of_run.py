@@ -13,6 +13,8 @@ from xllm_lab.run_writer import REQUESTS_FILE, STEPS_FILE
 from xllm_lab.runs import Run
 
 _REASONS = ("", *FinishReason)
+# Each has a time for each of its tokens, often hundreds.
+_REQUESTS_AT_A_TIME = 1 << 12
 
 
 def summarize_run(run: Run) -> Summary:
@@ -23,7 +25,7 @@ def summarize_run(run: Run) -> Summary:
     """
     tally = Tally()
     path, count = run.path / REQUESTS_FILE, 0
-    for batch in batches(path, REQUEST_SCHEMA, NAMES):
+    for batch in batches(path, REQUEST_SCHEMA, NAMES, _REQUESTS_AT_A_TIME):
         requests = columns_from(batch)
         for reason in np.setdiff1d(requests.finish_reason, _REASONS).tolist():
             raise RunError(f"{path}: finish_reason is {reason!r}; accepted: {', '.join(FinishReason)}")

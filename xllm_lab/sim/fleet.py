@@ -32,6 +32,7 @@ from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import new_record
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Event, WorkloadFeed, serve
+from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.instance import FROM_OUTSIDE, Instance, Timing, at
 from xllm_lab.sim.links import Link, Transfer
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
@@ -285,7 +286,8 @@ class Fleet:
         if self.config.heartbeat_us:
             self._beat()
         self._look_for_clients()
-        self._env.run()
+        with seldom_collecting():
+            self._env.run()
         starved = sum(m.scheduler.num_live for m in self._members)
         if starved:
             name = policy_name(self._members[0].scheduler.policy)

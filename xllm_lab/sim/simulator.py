@@ -20,6 +20,7 @@ from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed, serve
 from xllm_lab.sim.calibrate import Calibration
+from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Instance, Predicted, Timing
 from xllm_lab.sim.machine import Machine
@@ -76,7 +77,8 @@ def serve_alone(
     env = simpy.Environment(initial_time=0)
     feed = WorkloadFeed(workload)
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
-    env.run()
+    with seldom_collecting():
+        env.run()
 
 
 def simulate(

@@ -449,6 +449,8 @@ class Scheduler:
             self.ledger.grow(request_id, computed + num_tokens * (num_more + 1))
             draws = state.compute(num_tokens * num_more)
             assert not draws, f"a chunk of request {request_id} that ends its prompt was repeated"
+            if state.is_decoding:  # it computes anew what it had generated, up to the last token
+                self._enter_running(state, self._view.decoding)
         if ahead is not None:
             ahead.index += num_more
             ahead.decodes = ahead.decodes.later(num_more)

@@ -94,7 +94,8 @@ class WorkloadFeed:
 
     def __init__(self, workload: Workload) -> None:
         self._events: list[tuple[int, int, RequestId, Request]] = []
-        self._ended: set[RequestId] = set()
+        # Those that have not ended and whose client goes away some time. Who ended is not remembered: that would grow.
+        self._may_leave: set[RequestId] = set()
         self._loop = workload.closed_loop
         if self._loop is None:
             self._backlog: list[Request] = []
@@ -122,14 +123,14 @@ class WorkloadFeed:
 
     def on_end(self, request: RequestId, now_us: int) -> None:
         """A request ended; in a closed loop its client thinks and sends the next one."""
-        self._ended.add(request)
+        self._may_leave.discard(request)
         self._forget_the_ended()
         if self._loop is not None:
             self._send_next(now_us + self._loop.think_us)
 
     def _forget_the_ended(self) -> None:
         # Or an engine would wait, with nothing left to do, for a client that it has served to go away.
-        while self._events and self._events[0][1] == _CANCELS and self._events[0][2] in self._ended:
+        while self._events and self._events[0][1] == _CANCELS and self._events[0][2] not in self._may_leave:
             heapq.heappop(self._events)
 
     def _send_next(self, now_us: int) -> None:
@@ -139,6 +140,7 @@ class WorkloadFeed:
     def _push(self, request: Request) -> None:
         heapq.heappush(self._events, (request.arrival_us, _ARRIVES, request.id, request))
         if request.cancel_us is not None:
+            self._may_leave.add(request.id)
             heapq.heappush(self._events, (request.cancel_us, _CANCELS, request.id, request))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import ClassVar
 
@@ -22,7 +23,8 @@ from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.failover.requeue import Requeue
 from xllm_lab.policies.route.prefix_affinity import PrefixAffinity
 from xllm_lab.policies.routing import InstanceId, RoutePlan, RouteView
-from xllm_lab.records import FinishReason, Records
+from xllm_lab.records import FinishReason, Records, RequestRecord, StepSpan
+from xllm_lab.request_state import RequestState
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.links import Transfer
@@ -209,3 +211,43 @@ def test_a_router_that_names_nobody_is_told() -> None:
 
     with pytest.raises(PolicyError, match=r"sends request 0 to instance 7, up are 0, 1"):
         served(Workload(requests=(request(0),)), FleetConfig(num_instances=2, route=Lost()), instance_config(), Fcfs())
+
+
+def num_states() -> int:
+    """Live requests that somebody can still reach, their records with them."""
+    gc.collect()
+    return sum(type(o) is RequestState for o in gc.get_objects())
+
+
+class Forgetful:
+    """A `Recorder` that keeps nothing, and counts what the fleet still holds whenever a request ends."""
+
+    def __init__(self) -> None:
+        self.num_held: list[int] = []
+
+    def span(self, span: StepSpan) -> None: ...
+
+    def request(self, record: RequestRecord) -> None:
+        self.num_held.append(num_states())
+
+
+def test_what_ended_is_not_held() -> None:
+    """Memory does not grow with requests that ended, whether or not their clients would have gone away later."""
+    sent = tuple(
+        request(k, arrival_us=k * 1000, prompt=8, output=3, cancel_us=k * 1000 + 900 if k % 2 else None)
+        for k in range(30)
+    )
+    fleet, forgetful, num_before = FleetConfig(num_instances=3, heartbeat_us=0), Forgetful(), num_states()
+    Fleet(
+        Workload(requests=sent),
+        fleet,
+        instance_config(),
+        Fcfs(),
+        Predicted(Uneven()),
+        recorder=forgetful,
+        vocab_size=VOCAB_SIZE,
+        step_time=STEP_TIME,
+    ).run()
+    assert len(forgetful.num_held) == len(sent)
+    # Each instance may still have its last one at hand.
+    assert max(forgetful.num_held) - num_before <= fleet.num_instances

@@ -126,6 +126,12 @@ CASES: dict[str, Case] = {
     "unknown hardware": Case(
         plain("--hardware", "ascend-999", "--model-config", "qwen2.5-7b"), ("'ascend-999'", "ascend-910c", ".toml")
     ),
+    "more KV than memory": Case(
+        plain(*ROOFLINE, "--set", "num_kv_blocks=100000"), ("num_kv_blocks is 100000", "room for", "tokens")
+    ),
+    "more context than the model": Case(
+        plain(*ROOFLINE, "--set", "max_model_len=1000000"), ("max_model_len is 1000000", "Qwen2.5-7B", "accepts")
+    ),
     "hardware without a model": Case(plain("--hardware", "ascend-910c"), ("--hardware needs a model", "config.json")),
     "unknown model": Case(
         plain("--hardware", "ascend-910c", "--model-config", "gpt-9"), ("'gpt-9'", "qwen2.5-7b", "config.json")

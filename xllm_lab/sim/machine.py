@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm_lab.errors import ConfigError, ModelError
 from xllm_lab.hardware import Device
+from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spec
 from xllm_lab.sim.calibrate import Calibration
@@ -21,6 +22,7 @@ from xllm_lab.sim.cost.host import Hosted, HostOverhead
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.cost.roofline import roofline_cost
+from xllm_lab.sim.cost.sharding import kv_blocks_that_fit
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 
 
@@ -34,6 +36,7 @@ class Machine:
         timing: how step times are had, and how far they can be trusted.
         step_time: what policies are told of step times.
         calibration: what they were fitted to, if they were.
+        most_kv_tokens: for which the devices have room beside the weights, where that is known.
     """
 
     cost: CostModel
@@ -41,6 +44,20 @@ class Machine:
     timing: Mapping[str, Any]
     step_time: StepTime
     calibration: Calibration | None = None
+    most_kv_tokens: int | None = None
+
+    def refuse_if_too_large(self, config: InstanceConfig) -> None:
+        """ConfigError for an instance that the machine's memory or its model's context cannot hold."""
+        if self.most_kv_tokens is not None and config.num_kv_tokens > self.most_kv_tokens:
+            most = self.most_kv_tokens // config.block_size
+            raise ConfigError(
+                f"num_kv_blocks is {config.num_kv_blocks}, the devices have room for {most} of "
+                f"{config.block_size} tokens"
+            )
+        longest = self.model.get("max_model_len")
+        if longest is not None and config.max_model_len > longest:
+            name = self.model.get("name", "served")
+            raise ConfigError(f"max_model_len is {config.max_model_len}, model {name} accepts {longest}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +127,17 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         graphs=d.graphs,
         host=d.host,
     )
+    room = kv_blocks_that_fit(
+        device,
+        model,
+        tensor_parallel=d.tensor_parallel,
+        data_parallel=d.data_parallel,
+        expert_parallel=d.expert_parallel,
+        precision=d.bytes_and_rates,
+        block_size=1,
+    )
     told = {"cost_model": "roofline", "device": device.name, "error": "unknown: nothing was measured", **_told(d)}
-    return Machine(cost=cost, model=_described(model), timing=told, step_time=step_time_of(cost))
+    return Machine(cost=cost, model=_described(model), timing=told, step_time=step_time_of(cost), most_kv_tokens=room)
 
 
 def profiled_machine(

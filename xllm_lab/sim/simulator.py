@@ -105,9 +105,10 @@ def simulate(
 
     Raises:
         RequestTooLargeError: a request could never run on this configuration.
-        ConfigError, PolicyError: as `run_simulation`.
+        ConfigError: the machine cannot hold the instance; and as `run_simulation`, which PolicyError is too.
         RunError: the folder exists, or cannot be written.
     """
+    machine.refuse_if_too_large(config)
     for request in workload.requests:
         config.refuse_if_too_large(request)
     timing = Predicted(machine.cost, fast_forward=fast_forward)

@@ -15,6 +15,7 @@ import bisect
 import heapq
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -60,15 +61,16 @@ class Lockstep:
         "_block_size",
         "_cached",
         "_draining",
+        "_due",
         "_ends",
         "_first_end",
         "_last_ticks",
         "_member_ids",
         "_member_offsets",
+        "_num_due",
         "_num_joins",
         "_offset_sum",
         "_offsets",
-        "_phases",
         "clock",
         "done",
         "members",
@@ -78,8 +80,9 @@ class Lockstep:
         self.clock = self.done = 0
         self.members: ByAdmission[RequestState] = ByAdmission()
         self._block_size = block_size
-        # By offset modulo the block size: whose block is full at the same clock.
-        self._phases: list[dict[RequestId, RequestState]] = [{} for _ in range(block_size)]
+        # By the clock modulo the block size: whose blocks are full then, and how many they are.
+        self._due: list[dict[RequestId, RequestState]] = [{} for _ in range(block_size)]
+        self._num_due = [0] * block_size
         self._member_ids: list[RequestId] = []
         self._member_offsets: list[int] = []
         self._offsets: list[int] = []
@@ -109,7 +112,9 @@ class Lockstep:
         self._member_offsets.insert(place, offset)
         bisect.insort(self._offsets, offset)
         self._offset_sum += offset
-        self._phases[offset % self._block_size][state.id] = state
+        due = -offset % self._block_size
+        self._due[due][state.id] = state
+        self._num_due[due] += 1
         self._cached = None
         # A token that is still being computed, and is the last, ends its request without us.
         if num_missing := state.request.output_tokens - state.num_drawn:
@@ -131,7 +136,9 @@ class Lockstep:
         del self.members[place], self._member_ids[place], self._member_offsets[place]
         del self._offsets[bisect.bisect_left(self._offsets, state.offset)]
         self._offset_sum -= state.offset
-        del self._phases[state.offset % self._block_size][state.id]
+        due = -state.offset % self._block_size
+        del self._due[due][state.id]
+        self._num_due[due] -= 1
         self._cached = None
 
     def take_times(self, state: RequestState) -> None:
@@ -152,31 +159,26 @@ class Lockstep:
     def num_blocks(self, num_ticks: int = 1) -> int:
         """Blocks that the next `num_ticks` ticks take."""
         if num_ticks == 1:
-            return len(self._phases[-self.clock % self._block_size])
+            return self._num_due[self.clock % self._block_size]
         rounds, rest = divmod(num_ticks, self._block_size)
-        count = rounds * len(self.members)
-        for ahead in range(rest):
-            count += len(self._phases[-(self.clock + ahead) % self._block_size])
-        return count
+        return rounds * len(self.members) + sum(self._next_round()[:rest])
 
     def blocks_per_tick(self, num_ticks: int) -> list[int]:
         """Blocks that each of the next `num_ticks` ticks takes."""
-        size, clock = self._block_size, self.clock
-        sizes = [len(self._phases[-(clock + ahead) % size]) for ahead in range(min(num_ticks, size))]
-        return (sizes * -(-num_ticks // size))[:num_ticks]
+        return (self._next_round() * -(-num_ticks // self._block_size))[:num_ticks]
 
     def most_ticks(self, num_blocks: int) -> int:
         """How many ticks `num_blocks` are enough for; at most about a million."""
         if not self.members:
             return 0
         rounds = min(num_blocks // len(self.members), (1 << 20) // self._block_size)
-        ticks, left = rounds * self._block_size, num_blocks - rounds * len(self.members)
-        for _ in range(self._block_size):
-            left -= len(self._phases[-(self.clock + ticks) % self._block_size])
-            if left < 0:
-                break
-            ticks += 1
-        return ticks
+        left = num_blocks - rounds * len(self.members)
+        return rounds * self._block_size + bisect.bisect_right(list(accumulate(self._next_round())), left)
+
+    def _next_round(self) -> list[int]:
+        """Blocks that each of the next ticks takes, as many ticks as a block has tokens; then it begins again."""
+        due = self.clock % self._block_size
+        return self._num_due[due:] + self._num_due[:due]
 
     def advance(self, num_ticks: int, ledger: Ledger) -> None:
         """Move the clock; members whose blocks are full meanwhile take new ones."""
@@ -186,13 +188,13 @@ class Lockstep:
             for state in self.members:
                 ledger.extend(state.id, rounds)
         for now in range(clock, clock + rest):
-            ledger.extend_each(self._phases[-now % size])
+            ledger.extend_each(self._due[now % size])
         self.clock = clock + num_ticks
 
     def at_clock(self, clock: int) -> list[RequestState]:
         """Requests whose blocks are all full when the clock stands there."""
         size = self._block_size
-        found = [s for s in self._phases[-clock % size].values() if s.joined < clock]
+        found = [s for s in self._due[clock % size].values() if s.joined < clock]
         for _, _, ticket, state in self._draining:
             if ticket == state.ticket and state.joined < clock and (state.offset + clock) % size == 0:
                 found.append(state)

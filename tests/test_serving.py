@@ -27,6 +27,7 @@ from xllm_lab.errors import PolicyError
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, by_admission
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.batch.vllm import Vllm
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Completion, Idle, WorkloadFeed, serve
@@ -126,6 +127,15 @@ def test_nobody_waits_for_a_client_that_is_served_to_go_away() -> None:
     command = conversation.send(Completion((10,), EqualSteps().sampled(step)))
     assert command == Idle(500)
     obey_the_laws(sent, instance_config(), run(sent, instance_config(), Fcfs()))
+
+
+def test_planning_ahead_needs_room_for_the_wasted_row() -> None:
+    """A request that just fits would lose its last token to itself, for ever; it is refused instead."""
+    fits = request(0, prompt=7, output=10)
+    for mode, reason in (("off", "length"), ("length_aware", "length"), ("on", "rejected")):
+        config = instance_config(block_size=1, num_kv_blocks=16, async_scheduling=mode)
+        (record,) = run(workload(fits), config, Vllm()).requests
+        assert record.finish_reason == reason, mode
 
 
 def test_a_closed_loop_sends_when_the_last_answer_came() -> None:
@@ -265,8 +275,8 @@ def test_a_stop_token_is_foreseen_by_nobody(mode: str) -> None:
 @pytest.mark.parametrize("mode", AHEAD)
 def test_a_row_in_vain_holds_no_block_of_a_request_that_ended(mode: str) -> None:
     """Somebody else may have them at once: two requests that fill the pool one after the other."""
-    sent = workload(request(0, prompt=15, output=2), request(1, 0, prompt=15, output=2))
-    config = planning(mode, num_kv_blocks=4, enable_prefix_cache=False)
+    sent = workload(request(0, prompt=18, output=2), request(1, 0, prompt=18, output=2))
+    config = planning(mode, num_kv_blocks=5, enable_prefix_cache=False)
     records = run_audited(sent, config, Fcfs())
     assert [r.finish_reason for r in records.requests] == [FinishReason.LENGTH] * 2
     assert [r.num_preemptions for r in records.requests] == [0, 0]

@@ -55,8 +55,9 @@ class InstanceConfig:
     def refuse_if_too_large(self, request: Request) -> None:
         """Raise RequestTooLargeError, with the numbers, if the request could never run to its end."""
         length = request.prompt.num_tokens + request.output_tokens
-        # The last token is drawn but never computed, so it needs no room.
-        blocks = ceil_div(length - 1, self.block_size)
+        # The last token is drawn but never computed, so it needs no room; unless a step is planned before it is known
+        # to be the last, whose row is wasted.
+        blocks = ceil_div(length if self.async_scheduling == "on" else length - 1, self.block_size)
         if length <= self.max_model_len and blocks <= self.num_kv_blocks:
             return
         told = (

@@ -12,11 +12,13 @@ import pytest
 from tests.report_inputs import calibration, workload
 from tests.sim.cost.profile_bundles import write_bundle
 from tests.tiny_loop import Said, said
+from xllm_lab.errors import ConfigError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
 from xllm_lab.fleet_file import read_fleet
 from xllm_lab.formats import own
 from xllm_lab.runs import Run, read_run
 from xllm_lab.sim.calibrate import write_calibration
+from xllm_lab.sim.machine import Deployment, profiled_machine
 
 FLEET = """
 [fleet]
@@ -161,3 +163,10 @@ def test_a_run_like_a_fleets_is_that_fleet(inputs: Path, tmp_path: Path) -> None
     other = ("simulate", "--like", tmp_path / "one", *ROOFLINE, "--instances", "2", "--out", tmp_path / "three")
     assert said(*other).status == 0
     assert {r.instance for r in read_run(tmp_path / "three").records.requests} == {0, 1}
+
+
+@pytest.mark.parametrize("other", [{"data_parallel": 2}, {"expert_parallel": 2}, {"precision": "w8a8"}], ids=str)
+def test_a_profile_is_of_one_instance_as_it_was(other: dict[str, Any], tmp_path: Path) -> None:
+    """What its tables cannot answer is refused, not ignored, from a notebook too."""
+    with pytest.raises(ConfigError, match="'bf16' are accepted"):
+        profiled_machine(tmp_path, deployment=Deployment(**other))

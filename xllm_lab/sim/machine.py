@@ -152,9 +152,14 @@ def profiled_machine(
 
     Raises:
         ProfileError: the bundle cannot be read, or lacks an operator.
-        ConfigError: tensor parallelism without a `device`.
+        ConfigError: tensor parallelism without a `device`; or a deployment other than the profiled one.
     """
     d = deployment or Deployment()
+    if (d.data_parallel, d.expert_parallel, d.precision) != (1, 1, "bf16"):
+        raise ConfigError(
+            f"a profile is of one instance as it was: data_parallel is {d.data_parallel}, expert_parallel "
+            f"{d.expert_parallel} and precision {d.precision!r}; 1, 1 and 'bf16' are accepted"
+        )
     bundle = read_bundle(folder, d.tensor_parallel)
     spec = known_model(bundle.model) if model is None else model
     links = None if device is None or d.tensor_parallel == 1 else collectives(device, d.tensor_parallel)

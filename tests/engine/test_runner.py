@@ -49,7 +49,7 @@ def test_token_by_token(variant: str) -> None:
     """Decoding: every token's logits, one step each, over blocks in no order."""
     tokens, table = prompt(40, seed=1), (7, 2, 5, 0, 3)
     subject = runner(variant, num_blocks=8, block_size=8)
-    logits_RV = torch.cat([subject.run([SequenceChunk([t], i, table, True)]) for i, t in enumerate(tokens)])
+    logits_RV = torch.cat([subject.run([SequenceChunk([t], i, table, True)]).clone() for i, t in enumerate(tokens)])
     torch.testing.assert_close(
         logits_RV, reference_logits(tiny_model(variant).reference, tokens), rtol=0, atol=TOLERANCE
     )

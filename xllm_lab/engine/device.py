@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -109,8 +110,8 @@ def _accelerator(*, wants_npu: bool) -> str | None:
 
 
 def _open_cpu() -> Device:
-    facts = _cpu_facts()
-    note = ", AMX advertised but faulty: not used" if "amx_tile" in facts.flags and _amx_is_off() else ""
+    facts = cpu_facts()
+    note = ", AMX kept from oneDNN, which fails on it here" if "amx_tile" in facts.flags and _amx_is_off() else ""
     return Device(
         name="cpu",
         torch_device=torch.device("cpu"),
@@ -129,11 +130,25 @@ def _amx_is_off() -> bool:
 
 
 def _bfloat16_matmul_survives() -> bool:
-    """Tries one AMX-sized product in a child process.
+    """Tries one AMX-sized product of oneDNN's.
 
-    Some virtual machines advertise AMX and kill the process that uses it (illegal instruction at `tilezero`, seen
-    with torch 2.13 on Sapphire Rapids). The child inherits this process's torch, so the trial costs milliseconds; it
-    uses one thread, because the OpenMP pool does not survive a fork, and leaves neither a core file nor a zombie.
+    On some virtual machines it kills the process (illegal instruction at `tilezero`, torch 2.13 on Sapphire Rapids):
+    the matrix unit is there and works, but the hypervisor hides CPUID leaf 0x1D, from which oneDNN reads the shape of
+    a tile, so that it configures tiles of no rows. Our own kernels (`ops/kernels/linear.cpp`) know the shape.
+    """
+
+    def trial() -> bool:
+        x = torch.ones(16, 64, dtype=torch.bfloat16)
+        return torch.nn.functional.linear(x, x).sum().item() == 16 * 16 * 64
+
+    return survives(trial)
+
+
+def survives(trial: Callable[[], bool]) -> bool:
+    """Whether `trial` returns True in a child process: for what may kill the process that tries it.
+
+    The child inherits this process's torch, so the trial costs milliseconds; it uses one thread, because the OpenMP
+    pool does not survive a fork, and leaves neither a core file nor a zombie.
     """
     child = os.fork()
     if child == 0:
@@ -143,19 +158,21 @@ def _bfloat16_matmul_survives() -> bool:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.alarm(10)  # seconds; a lock that another thread held during the fork would never open
             torch.set_num_threads(1)
-            x = torch.ones(16, 64, dtype=torch.bfloat16)
-            status = 0 if torch.nn.functional.linear(x, x).sum().item() == 16 * 16 * 64 else 1
+            status = 0 if trial() else 1
         finally:
             os._exit(status)
     return os.waitpid(child, 0)[1] == 0
 
 
-class _CpuFacts(NamedTuple):
+class CpuFacts(NamedTuple):
+    """What /proc/cpuinfo says of the first core; no flags where there is no such file."""
+
     model_name: str
     flags: frozenset[str]
 
 
-def _cpu_facts() -> _CpuFacts:
+def cpu_facts() -> CpuFacts:
+    """Model and instruction sets of this machine's cores."""
     model_name, flags = platform.processor() or platform.machine(), frozenset[str]()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -169,7 +186,7 @@ def _cpu_facts() -> _CpuFacts:
             flags = frozenset(value.split())
         if not line and flags:
             break
-    return _CpuFacts(model_name, flags)
+    return CpuFacts(model_name, flags)
 
 
 def _cpu_memory() -> DeviceMemory:

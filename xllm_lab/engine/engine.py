@@ -140,6 +140,7 @@ class Engine:
             "device": self.device.description,
             "vocab_size": self.model.config.vocab_size,
             "max_model_len": self.model.config.max_position,
+            "ops": self.model.model.describe_ops(),
             "kv_bytes_per_token": self.model.config.kv_bytes_per_token(dtype),
         }
 
@@ -190,7 +191,10 @@ class Engine:
             dtype=self.model.model.dtype,
             device=self.device,
         )
-        return Runner(self.model.model, pool, self.device)
+        runner = Runner(self.model.model, pool, self.device)
+        longest = min(config.max_tokens_per_batch, config.num_kv_tokens)
+        runner.workspace.reserve(tokens=longest, logits=min(config.max_seqs_per_batch, longest))
+        return runner
 
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
@@ -215,6 +219,7 @@ class Engine:
             [state.request.sampling for _, state in drawing],
             [state.id for _, state in drawing],
             [c.num_computed_tokens + c.num_tokens - state.num_prompt_tokens for c, state in drawing],
+            argmax=self.model.model.ops.argmax,
         )
         return {s.id: Sampled(t, self._stops(s.request, t)) for (_, s), t in zip(drawing, tokens, strict=True)}
 

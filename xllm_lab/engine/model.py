@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xllm_lab.engine.kv import LayerKv
 from xllm_lab.engine.model_config import ModelConfig
-from xllm_lab.engine.ops.attention import PagedBatch, paged_attention, reshape_and_cache
-from xllm_lab.engine.ops.elementwise import rms_norm, rope, swiglu
-from xllm_lab.engine.ops.linear import Linear
+from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.linear import Linear, TorchLinear
+from xllm_lab.engine.ops.table import choose
+from xllm_lab.engine.workspace import Rows, Workspace
 
 
 class _Layer(NamedTuple):
@@ -30,19 +32,23 @@ class _Layer(NamedTuple):
 
 
 class DecoderModel:
-    """A decoder ready to run: fused and packed weights, rotary tables.
+    """A decoder ready to run: fused and packed weights, and the operators that serve them.
 
     Built from checked weights, which it takes over: the dictionary is emptied layer by layer, so that the peak is
     one copy of the model and not two.
+
+    Attributes:
+        ops: the operators chosen for this device, dtype and shape.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], *, device: torch.device, packed: bool | None = None
+        self, config: ModelConfig, weights: dict[str, Tensor], *, device: torch.device, without: Sequence[str] = ()
     ) -> None:
-        """Args: `weights` as `weights.checked` returns them; `packed` as in `Linear`."""
+        """Args: `weights` as `weights.checked` returns them; `without` names implementations not to use."""
         self.config = config
         self.dtype = weights["model.norm.weight"].dtype
         self.device = device
+        self.ops = choose(device, self.dtype, head_dim=config.head_dim, hidden_size=config.hidden_size, without=without)
 
         def take(name: str) -> Tensor:
             return weights.pop(name).to(device)
@@ -50,10 +56,15 @@ class DecoderModel:
         def fuse(prefix: str, parts: Sequence[str]) -> Linear:
             names = [f"{prefix}{part}_proj." for part in parts]
             bias = torch.cat([take(n + "bias") for n in names]) if names[0] + "bias" in weights else None
-            return Linear(torch.cat([take(n + "weight") for n in names]), bias, packed=packed)
+            return self.ops.linear(torch.cat([take(n + "weight") for n in names]), bias)
 
-        self._embedding_VD = take("model.embed_tokens.weight")
-        self._head = Linear(self._embedding_VD if config.tie_embeddings else take("lm_head.weight"), packed=packed)
+        embedding_VD = take("model.embed_tokens.weight")
+        if config.tie_embeddings:
+            self._head = self.ops.linear(embedding_VD, keep_rows=True)
+            self._embed = self._head.rows
+        else:
+            self._head = self.ops.linear(take("lm_head.weight"))
+            self._embed = TorchLinear(embedding_VD).rows
         self._norm_D = take("model.norm.weight")
         self._layers: list[_Layer] = []
         for i in range(config.num_layers):
@@ -76,13 +87,23 @@ class DecoderModel:
         assert not weights, f"weights nobody took: {sorted(weights)}"
         self._frequencies_H2 = rope_frequencies(config).to(device)
 
-    @property
-    def linear_kind(self) -> str:
-        """How the matrix products run, for the manifest; see `Linear.kind`."""
-        return self._head.kind
+    def describe_ops(self) -> dict[str, Any]:
+        """What serves each operator, and why nothing earlier in the table does; for the manifest."""
+        return {op: asdict(served) for op, served in self.ops.served.items()}
+
+    def workspace(self) -> Workspace:
+        """Memory for steps of this model."""
+        return Workspace(self.config, self.dtype, self.device)
 
     def forward(
-        self, token_T: Tensor, position_T: Tensor, wanted_R: Tensor, batch: PagedBatch, kv: Sequence[LayerKv]
+        self,
+        token_T: Tensor,
+        position_T: Tensor,
+        wanted_R: Tensor,
+        *,
+        batch: PagedBatch,
+        kv: Sequence[LayerKv],
+        workspace: Workspace,
     ) -> Tensor:
         """Computes T tokens, writes their keys and values into `kv`, and returns logits.
 
@@ -91,38 +112,43 @@ class DecoderModel:
             wanted_R: indices into T.
 
         Returns:
-            Shape [R, V], float32.
+            Shape [R, V], float32; they are the workspace's, and stand until the next step.
         """
-        x_TD = self._embedding_VD[token_T]
-        cos_T1H, sin_T1H = rope_rows(position_T, self._frequencies_H2, self.dtype)
-        eps = self.config.rms_norm_eps
-        for layer, layer_kv in zip(self._layers, kv, strict=True):
-            normed_TD = rms_norm(x_TD, layer.attention_norm_D, eps)
-            x_TD = x_TD + self._attend(layer, normed_TD, cos_T1H, sin_T1H, batch=batch, kv=layer_kv)
-            x_TD = x_TD + layer.down(swiglu(layer.gate_up(rms_norm(x_TD, layer.mlp_norm_D, eps))))
-        return self._head(rms_norm(x_TD[wanted_R], self._norm_D, eps)).float()
+        ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(token_T))
+        angles = rope_rows(position_T, self._frequencies_H2, self.dtype)
+        self._embed(token_T, rows.hidden_TD)
+        ops.rms_norm(rows.hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
+        # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
+        next_norms = [*(layer.attention_norm_D for layer in self._layers[1:]), self._norm_D]
+        for layer, layer_kv, next_norm_D in zip(self._layers, kv, next_norms, strict=True):
+            self._attend(layer, rows, angles, batch, layer_kv)
+            ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
+            layer.gate_up(rows.normed_TD, rows.gate_up_TF2)
+            ops.swiglu(rows.gate_up_TF2, rows.gated_TF)
+            layer.down(rows.gated_TF, rows.branch_TD)
+            ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
+        logits_RV = workspace.logits(len(wanted_R))
+        self._head(rows.normed_TD[wanted_R], logits_RV)
+        return logits_RV
 
-    def _attend(
-        self, layer: _Layer, x_TD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, *, batch: PagedBatch, kv: LayerKv
-    ) -> Tensor:
-        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        # q, k and v lie side by side as heads; norm and rotation treat the N + K heads of q and k as one tensor.
-        qkv_TNH = layer.qkv(x_TD).view(-1, N + 2 * K, H)
-        qk_TNH = qkv_TNH[:, : N + K]
+    def _attend(self, layer: _Layer, rows: Rows, angles: RopeRows, batch: PagedBatch, kv: LayerKv) -> None:
+        N, K = self.config.num_heads, self.config.num_kv_heads
+        qkv_THn = rows.qkv_THn
+        layer.qkv(rows.normed_TD, qkv_THn.flatten(1))
+        qk_TNH = qkv_THn[:, : N + K]  # norm and rotation treat the heads of q and k as one tensor
         if layer.qk_norm_weight_NH is not None:
-            qk_TNH = rms_norm(qk_TNH, torch.ones_like(sin_T1H[0, 0]), self.config.rms_norm_eps)
-            qk_TNH = qk_TNH * layer.qk_norm_weight_NH
-        qk_TNH = rope(qk_TNH, cos_T1H, sin_T1H)
-        reshape_and_cache(qk_TNH[:, N:], qkv_TNH[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch.slot_T)
-        out_TNH = paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch)
-        return layer.out(out_TNH.view(-1, N * H))
+            self.ops.head_norm(qk_TNH, layer.qk_norm_weight_NH, self.config.rms_norm_eps)
+        self.ops.rope(qk_TNH, angles.cos_TH, angles.sin_TH)
+        self.ops.reshape_and_cache(qk_TNH[:, N:], qkv_THn[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch)
+        self.ops.paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch, rows.attended_TNH)
+        layer.out(rows.attended_TNH.flatten(1), rows.branch_TD)
 
 
 class RopeRows(NamedTuple):
     """Cosine and sine of every token's angles; the first half of `sin` is negated, as `rope` wants it."""
 
-    cos_T1H: Tensor
-    sin_T1H: Tensor
+    cos_TH: Tensor
+    sin_TH: Tensor
 
 
 def rope_rows(position_T: Tensor, frequencies_H2: Tensor, dtype: torch.dtype) -> RopeRows:
@@ -130,7 +156,7 @@ def rope_rows(position_T: Tensor, frequencies_H2: Tensor, dtype: torch.dtype) ->
 
     Anew each step: for T tokens that is nothing next to one layer, while a table is as long as the longest context.
     """
-    angles = torch.outer(position_T.float(), frequencies_H2).unsqueeze(1)
+    angles = torch.outer(position_T.float(), frequencies_H2)
     cos, sin = angles.cos(), angles.sin()
     return RopeRows(torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
-from xllm_lab.engine.ops.attention import paged_batch
+from xllm_lab.engine.ops.batch import paged_batch
 
 
 class SequenceChunk(NamedTuple):
@@ -36,10 +36,15 @@ class SequenceChunk(NamedTuple):
 
 
 class Runner:
-    """Runs steps of a model over a KV pool. It keeps no state of its own: the pool and the arguments are all."""
+    """Runs steps of a model over a KV pool. Between steps it keeps memory and no state: the pool is all there is.
+
+    Attributes:
+        workspace: the memory of a step.
+    """
 
     def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device) -> None:
         self._model, self._kv_pool, self._device = model, kv_pool, device
+        self.workspace = model.workspace()
 
     def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
         """Computes one step; sequences may share blocks as long as nobody writes into a shared one.
@@ -47,7 +52,8 @@ class Runner:
         Prefill and decode mix freely: matrix products run over all tokens at once, attention sequence by sequence.
 
         Returns:
-            Logits of the chunks that want them, in their order: shape [R, V], float32.
+            Logits of the chunks that want them, in their order: shape [R, V], float32. They stand until the next step,
+            which writes its own into the same memory.
         """
         assert chunks, "a step of no chunks"
         tokens: list[int] = []
@@ -72,6 +78,7 @@ class Runner:
                 torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
                 torch.tensor(wanted, dtype=torch.int64, device=device),
-                batch,
-                self._kv_pool.layers,
+                batch=batch,
+                kv=self._kv_pool.layers,
+                workspace=self.workspace,
             )

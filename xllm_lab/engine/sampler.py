@@ -4,17 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.ops.reference import argmax
 from xllm_lab.workload import RequestId, Sampling
 
 
 def sample(
-    logits_RV: Tensor, params: Sequence[Sampling], ids: Sequence[RequestId], positions: Sequence[int]
+    logits_RV: Tensor,
+    params: Sequence[Sampling],
+    ids: Sequence[RequestId],
+    positions: Sequence[int],
+    *,
+    argmax: Callable[[Tensor], list[int]] = argmax,
 ) -> list[int]:
     """One token a row.
 
@@ -24,9 +30,10 @@ def sample(
     Args:
         logits_RV: float32.
         params, ids, positions: for each row, how to draw, whose it is, and which output token it becomes (0 first).
+        argmax: the operator of `ops`.
     """
     assert len(logits_RV) == len(params) == len(ids) == len(positions)
-    tokens: list[int] = logits_RV.argmax(-1).tolist()  # torch documents the first of equal maxima
+    tokens = argmax(logits_RV)
     for row, sampling in enumerate(params):
         if sampling.temperature > 0:
             tokens[row] = _draw(logits_RV[row], sampling, (sampling.seed, ids[row], positions[row]))

@@ -1,0 +1,4 @@
+// One translation unit: read vectors.h first.
+#include "attention.cpp"
+#include "elementwise.cpp"
+#include "linear.cpp"

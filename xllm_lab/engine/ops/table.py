@@ -1,0 +1,162 @@
+"""Which implementation serves which operator: one table, read once when a model is built.
+
+    op -> device -> implementations, the preferred one first
+
+`choose` walks each row until one says that it can serve, and keeps what the others said.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xllm_lab.engine.ops import native, reference
+from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.build import NotBuiltError
+from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
+
+_ELEMENTWISE = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch",)}
+TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "linear": {"cpu": ("native", "onednn", "torch"), "cuda": ("torch",), "npu": ("torch",)},
+    "paged_attention": {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch",)},
+    "reshape_and_cache": _ELEMENTWISE,
+    "rms_norm": _ELEMENTWISE,
+    "add_rms_norm": _ELEMENTWISE,
+    "head_norm": _ELEMENTWISE,
+    "rope": _ELEMENTWISE,
+    "swiglu": _ELEMENTWISE,
+    "argmax": _ELEMENTWISE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What serves an operator.
+
+    Attributes:
+        by: the implementation's name in `TABLE`.
+        instead_of: those before it in the table, with what each said against itself.
+    """
+
+    by: str
+    instead_of: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """The operators of one device and dtype; what each does is told in `reference`.
+
+    Attributes:
+        served: which implementation each one is.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float, Tensor], None]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
+    head_norm: Callable[[Tensor, Tensor, float], None]
+    rope: Callable[[Tensor, Tensor, Tensor], None]
+    swiglu: Callable[[Tensor, Tensor], None]
+    reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, Tensor], None]
+    argmax: Callable[[Tensor], list[int]]
+    served: Mapping[str, Served]
+    _dtype: torch.dtype
+    _device: str
+    _without: frozenset[str]
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, keep_rows: bool = False) -> Linear:
+        """A layer over these weights, which it takes over; `keep_rows` if its `rows` will be called."""
+        by = _pick("linear", self._device, _linear_fails(self._dtype, weight_OI.shape[1], self._without)).by
+        if by == "native":
+            return native.NativeLinear(native.load(), torch.get_num_threads(), weight_OI, bias_O)
+        if by == "onednn":
+            return OneDnnLinear(weight_OI, bias_O, keep_rows=keep_rows)
+        return TorchLinear(weight_OI, bias_O)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Operators that something else than their first choice serves."""
+        return tuple(op for op, served in self.served.items() if served.instead_of)
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, *, head_dim: int, hidden_size: int, without: Sequence[str] = ()
+) -> Ops:
+    """The best operators for a model here.
+
+    Args:
+        head_dim, hidden_size: of the model; some implementations take multiples of a vector's length only.
+        without: implementations not to use, e.g. "native".
+
+    Warns:
+        Once a process, if the kernels could not be compiled.
+    """
+    left_out = frozenset(without)
+    served: dict[str, Served] = {}
+    for op in TABLE:
+        if op == "linear":
+            served[op] = _pick(op, device.type, _linear_fails(dtype, hidden_size, left_out))
+        else:
+            served[op] = _pick(op, device.type, _op_fails(op, dtype, head_dim, left_out))
+    made = None
+    if any(s.by == "native" for op, s in served.items() if op != "linear"):
+        made = native.NativeOps(native.load(), dtype, torch.get_num_threads())
+    functions = {op: getattr(made if s.by == "native" else reference, op) for op, s in served.items() if op != "linear"}
+    return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
+
+
+def _pick(op: str, device: str, fails: Callable[[str], str | None]) -> Served:
+    against: dict[str, str] = {}
+    for name in TABLE[op][device]:
+        reason = fails(name)
+        if reason is None:
+            return Served(name, against)
+        against[name] = reason
+    raise AssertionError(f"nothing serves {op} on {device}: {against}")
+
+
+def _linear_fails(dtype: torch.dtype, inputs: int, without: frozenset[str]) -> Callable[[str], str | None]:
+    def fails(name: str) -> str | None:
+        if name in without:
+            return "left out on request"
+        if name == "onednn":
+            return onednn_fails(dtype)
+        if name == "native":
+            return _native_fails(dtype) or native.linear_fails(native.load(), dtype, inputs)
+        return None
+
+    return fails
+
+
+def _op_fails(op: str, dtype: torch.dtype, head_dim: int, without: frozenset[str]) -> Callable[[str], str | None]:
+    def fails(name: str) -> str | None:
+        if name in without:
+            return "left out on request"
+        if name == "native":
+            reason = _native_fails(dtype)
+            if reason is None and op == "paged_attention":
+                return native.attention_fails(native.load(), head_dim)
+            return reason
+        return None
+
+    return fails
+
+
+def _native_fails(dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernels for {str(dtype).removeprefix('torch.')}"
+    return _build_fails()
+
+
+@functools.cache
+def _build_fails() -> str | None:
+    try:
+        native.load()
+    except NotBuiltError as error:
+        warnings.warn(f"the CPU kernels are not available, PyTorch serves instead: {error}", stacklevel=2)
+        return str(error)
+    return None

@@ -26,6 +26,7 @@ _DEFAULT_ALIGNMENT = 32
 # GGUF specification, `gguf_metadata_value_type`: number -> struct code.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_BYTES_AT_ONCE = 1 << 13  # of the file; half of it in float32 fits the first-level cache of most cores
 
 
 class TensorPlace(NamedTuple):
@@ -67,8 +68,11 @@ class GgufFile:
             num_rows = math.prod(place.shape[:-1])
             if place.start + num_rows * row_bytes > len(self.data):
                 raise ModelError(f"{self.path}: ends inside tensor {name}; the file is truncated")
-            raw = np.frombuffer(self.data, np.uint8, num_rows * row_bytes, place.start).reshape(num_rows, row_bytes)
-            values = gguf.dequantize(_as_stored(raw, kind.name), kind)
+            raw = np.frombuffer(self.data, np.uint8, num_rows * row_bytes, place.start)
+            # The package loops over groups of 16 rows. Nobody's blocks cross a row's end, so that longer rows, made of
+            # several, give the same values in fewer and larger steps.
+            rows_at_once = math.gcd(num_rows, max(1, _BYTES_AT_ONCE // row_bytes))
+            values = gguf.dequantize(_as_stored(raw.reshape(-1, rows_at_once * row_bytes), kind.name), kind)
         except (ValueError, KeyError, IndexError, OverflowError, NotImplementedError) as error:
             if isinstance(error, ModelError):
                 raise

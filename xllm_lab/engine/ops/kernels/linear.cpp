@@ -7,6 +7,8 @@
 
 #include "product.h"
 
+constexpr long ROWS = 64;  // whose sums stay in the first-level cache while their panel passes by
+
 extern "C" long linear_f32_panel() { return PANEL; }
 
 // [outputs, inputs] -> [ceil(outputs / PANEL), inputs, PANEL], padded with zeros.
@@ -23,17 +25,17 @@ extern "C" void linear_f32(const float* x, long rows, long inputs, const float* 
     for (long o = 0; o < outputs; o += PANEL) {
         const float* panel = packed + o * inputs;
         const long width = outputs - o < PANEL ? outputs - o : PANEL;
-        if (width == PANEL && !bias) {
-            rows_times_panel<PANEL_VECS, false>(rows, x, inputs, panel, PANEL, inputs, y + o, outputs);
-            continue;
-        }
-        for (long r = 0; r < rows; r += TILE_ROWS) {
-            float part[TILE_ROWS * PANEL];
-            const long count = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
-            tile_of<PANEL_VECS, false>(count, x + r * inputs, inputs, panel, PANEL, inputs, part, PANEL);
-            for (long i = 0; i < count; i++)
-                for (long j = 0; j < width; j++)
-                    y[(r + i) * outputs + o + j] = part[i * PANEL + j] + (bias ? bias[o + j] : 0.0f);
+        alignas(64) float sums[ROWS * PANEL];
+        for (long r = 0; r < rows; r += ROWS) {
+            const long count = rows - r < ROWS ? rows - r : ROWS;
+            rows_times_panel<PANEL_VECS, false>(count, x + r * inputs, inputs, panel, PANEL, inputs, sums, PANEL);
+            for (long i = 0; i < count; i++) {
+                float* to = y + (r + i) * outputs + o;
+                if (width == PANEL && !bias)
+                    memcpy(to, sums + i * PANEL, sizeof(float) * PANEL);
+                else
+                    for (long j = 0; j < width; j++) to[j] = sums[i * PANEL + j] + (bias ? bias[o + j] : 0.0f);
+            }
         }
     }
 }

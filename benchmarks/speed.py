@@ -35,10 +35,11 @@ from workloads import MAX_MODEL_LEN, azure_conversation, chat, fixed_length
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
-from xllm_lab.records import RequestRecord, StepSpan
+from xllm_lab.records import RequestRecord
 from xllm_lab.run_writer import RunWriter
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Predicted
+from xllm_lab.step import Step
 from xllm_lab.workload import Workload
 
 CHATS_PER_S = 1.3  # per instance: Azure's rate over four
@@ -87,7 +88,7 @@ class Unkept:
     def __init__(self, on_request: Callable[[], object]) -> None:
         self._on_request = on_request
 
-    def span(self, span: StepSpan) -> None:
+    def span(self, span: Step) -> None:
         pass
 
     def request(self, record: RequestRecord) -> None:

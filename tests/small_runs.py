@@ -17,10 +17,11 @@ from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, Choice, Kno
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
 from xllm_lab.records import Records, RequestRecord
-from xllm_lab.scheduler import Sampled, Scheduler, Step
+from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.step import Step
 from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, Slo, Workload, prompt_token_ids
 

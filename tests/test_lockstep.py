@@ -20,9 +20,10 @@ from hypothesis.stateful import (
 from tests.small_runs import request
 from xllm_lab import lockstep
 from xllm_lab.ledger import Ledger
-from xllm_lab.lockstep import NO_DECODES, Lockstep
+from xllm_lab.lockstep import Lockstep
 from xllm_lab.policies.api import admission_key, ceil_div
 from xllm_lab.request_state import RequestState, new_record
+from xllm_lab.step import NO_DECODES
 
 
 def decoding(number: int, *, block_size: int, arrival_us: int = 0, prompt: int = 4, output: int = 9) -> RequestState:
@@ -30,7 +31,7 @@ def decoding(number: int, *, block_size: int, arrival_us: int = 0, prompt: int =
     one = request(number, arrival_us, prompt=prompt, output=output)
     ledger = Ledger(1, block_size, enable_prefix_cache=False)
     state = RequestState(one, np.zeros(prompt, dtype=np.int32), ledger, new_record(one))
-    state.admit(0, arrival_us)
+    state.admit(arrival_us)
     assert state.compute(prompt)
     return state
 
@@ -114,7 +115,7 @@ class Ticking(RuleBasedStateMachine):
         for request_id in taken:
             ledger.attach(request_id, ())
         self.lockstep.advance(num_ticks, ledger)
-        assert {request_id: ledger.num_blocks_of(request_id) for request_id in taken} == taken
+        assert {request_id: len(ledger.block_table(request_id)) for request_id in taken} == taken
         for member in self.active:
             member.ticks.extend(range(self.scheduled + 1, self.scheduled + num_ticks + 1))
         self.scheduled += num_ticks

@@ -17,8 +17,9 @@ from tests.laws import (
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.records import Recorder, Records, RequestRecord, StepSpan
+from xllm_lab.records import Recorder, Records, RequestRecord
 from xllm_lab.sim.fleet import Fleet
+from xllm_lab.step import Step
 from xllm_lab.workload import Workload
 
 # Steps times requests: the laws look at every request in every step, which in larger runs takes longer than the run.
@@ -32,7 +33,7 @@ class Listening:
         self.heard = Records()
         self._recorder = recorder
 
-    def span(self, span: StepSpan) -> None:
+    def span(self, span: Step) -> None:
         self.heard.span(span)
         self._recorder.span(span)
 

@@ -81,10 +81,6 @@ class Ledger:
         """Block ids in token order; empty for a request that holds none."""
         return self._tables.get(request, ())
 
-    def num_blocks_of(self, request: RequestId) -> int:
-        """Blocks that a request holds."""
-        return len(self._tables.get(request, ()))
-
     def num_private_blocks(self, request: RequestId) -> int:
         """Blocks that nobody else uses."""
         users = self._num_users
@@ -101,18 +97,17 @@ class Ledger:
             num_idle += self._num_users[block] == 0
         return num_cached, num_idle
 
-    def attach(self, request: RequestId, keys: Sequence[BlockKey]) -> int:
-        """Open a table with the longest cached run of `keys`; returns its number of blocks."""
+    def attach(self, request: RequestId, keys: Sequence[BlockKey]) -> Sequence[int]:
+        """Open a table with the longest cached run of `keys`, and return it; it grows as the request does."""
         assert request not in self._tables, f"request {request} holds blocks already"
-        num_cached, _ = self.lookup(keys)
-        table = [self._block_of[key] for key in keys[:num_cached]]
+        table = [self._block_of[key] for key in keys[: self.lookup(keys)[0]]] if keys else []
         for block in table:
             if self._num_users[block] == 0:
                 del self._idle[block]
             self._num_users[block] += 1
         self._tables[request] = table
         self.version += 1
-        return num_cached
+        return table
 
     def grow(self, request: RequestId, num_tokens: int) -> None:
         """Make the request's table hold `num_tokens` tokens. The caller has checked that the blocks are there."""

@@ -17,36 +17,15 @@ from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import attrgetter
-from typing import NamedTuple
 
 from xllm_lab.ledger import Ledger
 from xllm_lab.policies.api import ByAdmission, RequestId
 from xllm_lab.request_state import RequestState
+from xllm_lab.step import NO_DECODES, Decodes
 
 _BY_ADMISSION = attrgetter("admission_order")
 # How many ends of ticks are kept before those that no member needs any more are dropped.
 _MOST_ENDS = 1 << 14
-
-
-class Decodes(NamedTuple):
-    """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""
-
-    ids: tuple[RequestId, ...]
-    offsets: tuple[int, ...]
-    clock: int
-    kv_tokens: int
-    max_kv_tokens: int
-
-    def later(self, num_ticks: int) -> Decodes:
-        """The same requests, `num_ticks` ticks on."""
-        return self._replace(
-            clock=self.clock + num_ticks,
-            kv_tokens=self.kv_tokens + num_ticks * len(self.ids),
-            max_kv_tokens=self.max_kv_tokens + num_ticks,
-        )
-
-
-NO_DECODES = Decodes((), (), 0, 0, 0)
 
 
 class Lockstep:
@@ -188,7 +167,8 @@ class Lockstep:
             for state in self.members:
                 ledger.extend(state.id, rounds)
         for now in range(clock, clock + rest):
-            ledger.extend_each(self._due[now % size])
+            if full := self._due[now % size]:
+                ledger.extend_each(full)
         self.clock = clock + num_ticks
 
     def at_clock(self, clock: int) -> list[RequestState]:

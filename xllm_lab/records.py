@@ -10,13 +10,14 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from xllm_lab.policies.api import RequestId
+from xllm_lab.step import Step
 
 
 class FinishReason(enum.StrEnum):
@@ -117,79 +118,42 @@ class StepRecord:
         return self.end_us - self.start_us
 
 
-class ScheduledChunk(NamedTuple):
-    """One request's part of a step: its tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
-
-    id: RequestId
-    num_tokens: int
-    num_computed_tokens: int
-    samples: bool  # reaches the end of the known tokens, so the next one is drawn
-
-
-@dataclass(slots=True)
-class StepSpan:
-    """Consecutive steps of one instance in which the same requests compute as many tokens, each time their next ones.
-
-    Attributes:
-        step, start_us: of the first one.
-        ends_us: each step's end, at which the next one starts.
-        decode_ids: requests that compute one token in every step, before the `chunks`.
-        decode_offsets: per decode, tokens in KV before the first step, less `clock`.
-        chunks: what else the first step computes.
-        num_used_blocks, num_idle_blocks: per step.
-    """
-
-    step: int
-    start_us: int
-    ends_us: Sequence[int]
-    decode_ids: tuple[RequestId, ...]
-    decode_offsets: tuple[int, ...]
-    clock: int
-    chunks: tuple[ScheduledChunk, ...]
-    admitted: tuple[RequestId, ...]
-    preempted: tuple[RequestId, ...]
-    num_waiting: int
-    num_used_blocks: Sequence[int]
-    num_idle_blocks: Sequence[int]
-    reason: str
-    instance: int
-
-    @property
-    def num_logits(self) -> int:
-        return len(self.decode_ids) + sum(c.samples for c in self.chunks)
-
-    def records(self) -> Iterable[StepRecord]:
-        """One record per step."""
-        ids = [*self.decode_ids, *(c.id for c in self.chunks)]
-        num_tokens = [1] * len(self.decode_ids) + [c.num_tokens for c in self.chunks]
-        start_us = self.start_us
-        for k, end_us in enumerate(self.ends_us):
-            yield StepRecord(
-                step=self.step + k,
-                start_us=start_us,
-                end_us=end_us,
-                ids=list(ids),
-                num_tokens=list(num_tokens),
-                num_computed_tokens=[
-                    *(offset + self.clock + k for offset in self.decode_offsets),
-                    *(c.num_computed_tokens + c.num_tokens * k for c in self.chunks),
-                ],
-                num_logits=self.num_logits,
-                admitted=list(self.admitted) if k == 0 else [],
-                preempted=list(self.preempted) if k == 0 else [],
-                num_waiting=self.num_waiting,
-                num_used_blocks=self.num_used_blocks[k],
-                num_idle_blocks=self.num_idle_blocks[k],
-                reason=self.reason,
-                instance=self.instance,
-            )
-            start_us = end_us
+def steps_of(span: Step) -> Iterable[StepRecord]:
+    """One record for a step that is over, and one for each of its repeats."""
+    decodes, chunks = span.decodes, span.others
+    ids = [*decodes.ids, *(c.id for c in chunks)]
+    num_tokens = [1] * len(decodes.ids) + [c.num_tokens for c in chunks]
+    start_us = span.start_us
+    for k, end_us in enumerate(span.ends_us):
+        yield StepRecord(
+            step=span.index + k,
+            start_us=start_us,
+            end_us=end_us,
+            ids=list(ids),
+            num_tokens=list(num_tokens),
+            num_computed_tokens=[
+                *(offset + decodes.clock + k for offset in decodes.offsets),
+                *(c.num_computed_tokens + c.num_tokens * k for c in chunks),
+            ],
+            num_logits=span.num_logits,
+            admitted=list(span.admitted) if k == 0 else [],
+            preempted=list(span.preempted) if k == 0 else [],
+            num_waiting=span.num_waiting,
+            num_used_blocks=span.used_blocks[k],
+            num_idle_blocks=span.idle_blocks[k],
+            reason=span.reason,
+            instance=span.instance,
+        )
+        start_us = end_us
 
 
 class Recorder(Protocol):
     """Where a host's records go."""
 
-    def span(self, span: StepSpan) -> None: ...
+    def span(self, span: Step) -> None:
+        """A step is over, or several alike."""
+        ...
+
     def request(self, record: RequestRecord) -> None: ...
 
 
@@ -201,7 +165,7 @@ class Records:
     def __init__(self, requests: list[RequestRecord] | None = None, steps: list[StepRecord] | None = None) -> None:
         self.requests: list[RequestRecord] = [] if requests is None else requests
         self._steps: list[StepRecord] = [] if steps is None else steps
-        self.spans: list[StepSpan] = []
+        self.spans: list[Step] = []
         self._num_expanded = 0
 
     @property
@@ -209,12 +173,12 @@ class Records:
         """Spans become steps when somebody looks."""
         if self._num_expanded < len(self.spans):
             for span in self.spans[self._num_expanded :]:
-                self._steps.extend(span.records())
+                self._steps.extend(steps_of(span))
             self._num_expanded = len(self.spans)
             self._steps.sort(key=lambda s: (s.end_us, s.instance))
         return self._steps
 
-    def span(self, span: StepSpan) -> None:
+    def span(self, span: Step) -> None:
         self.spans.append(span)
 
     def request(self, record: RequestRecord) -> None:
@@ -322,7 +286,7 @@ def request_table(requests: Sequence[RequestRecord]) -> pa.Table:
     return pa.table({name: columns[name] for name in REQUEST_SCHEMA.names}, schema=REQUEST_SCHEMA)
 
 
-def step_table(spans: Sequence[StepSpan]) -> pa.Table:
+def step_table(spans: Sequence[Step]) -> pa.Table:
     """One row per step of the spans, in their order."""
     repeats = np.asarray([len(s.ends_us) for s in spans], dtype=np.int64)
     of_span = np.repeat(np.arange(len(spans)), repeats)  # row -> span
@@ -337,7 +301,7 @@ def step_table(spans: Sequence[StepSpan]) -> pa.Table:
         return np.asarray([getattr(s, name) for s in spans])[of_span]
 
     columns = {
-        "step": each("step") + ahead,
+        "step": each("index") + ahead,
         "start_us": starts,
         "end_us": ends,
         **entries,
@@ -345,8 +309,8 @@ def step_table(spans: Sequence[StepSpan]) -> pa.Table:
         "admitted": _first_only([s.admitted for s in spans], is_first),
         "preempted": _first_only([s.preempted for s in spans], is_first),
         "num_waiting": each("num_waiting"),
-        "num_used_blocks": [*chain.from_iterable(s.num_used_blocks for s in spans)],
-        "num_idle_blocks": [*chain.from_iterable(s.num_idle_blocks for s in spans)],
+        "num_used_blocks": [*chain.from_iterable(s.used_blocks for s in spans)],
+        "num_idle_blocks": [*chain.from_iterable(s.idle_blocks for s in spans)],
         "reason": pa.DictionaryArray.from_arrays(of_span, [s.reason for s in spans]).cast(pa.string()),
         "instance": each("instance"),
     }
@@ -374,21 +338,21 @@ def _request_from(row: dict[str, Any]) -> RequestRecord:
 
 
 def _entries(
-    spans: Sequence[StepSpan], of_span: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64]
+    spans: Sequence[Step], of_span: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64]
 ) -> dict[str, pa.ListArray]:
     """The per-request columns: those of each span's first step, repeated, growing by their tokens per step."""
-    num_decodes = np.asarray([len(s.decode_ids) for s in spans], dtype=np.int64)
-    num_chunks = np.asarray([len(s.chunks) for s in spans], dtype=np.int64)
+    num_decodes = np.asarray([len(s.decodes.ids) for s in spans], dtype=np.int64)
+    num_chunks = np.asarray([len(s.others) for s in spans], dtype=np.int64)
     sizes = num_decodes + num_chunks
     first = np.cumsum(sizes) - sizes
     total = int(sizes.sum())
     is_decode = np.zeros(total, dtype=np.bool_)
     is_decode[_ranges(first, num_decodes)] = True
     ids, tokens, computed = (np.ones(total, dtype=np.int64) for _ in range(3))
-    ids[is_decode] = [*chain.from_iterable(s.decode_ids for s in spans)]
-    offsets = np.asarray([*chain.from_iterable(s.decode_offsets for s in spans)], dtype=np.int64)
-    computed[is_decode] = offsets + np.repeat([s.clock for s in spans], num_decodes)
-    chunks = np.asarray([c for s in spans for c in s.chunks], dtype=np.int64).reshape(-1, 4)
+    ids[is_decode] = [*chain.from_iterable(s.decodes.ids for s in spans)]
+    offsets = np.asarray([*chain.from_iterable(s.decodes.offsets for s in spans)], dtype=np.int64)
+    computed[is_decode] = offsets + np.repeat([s.decodes.clock for s in spans], num_decodes)
+    chunks = np.asarray([c for s in spans for c in s.others], dtype=np.int64).reshape(-1, 4)
     ids[~is_decode], tokens[~is_decode], computed[~is_decode] = chunks[:, 0], chunks[:, 1], chunks[:, 2]
     per_row = sizes[of_span]
     source = _ranges(first[of_span], per_row)

@@ -6,6 +6,7 @@ this one runs; the record gets it when that step is over.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class RequestState:
         "_ledger",
         "_lookup",
         "_lookup_version",
+        "_table",
         "admission_order",
         "admitted_us",
         "arrival_order",
@@ -77,6 +79,7 @@ class RequestState:
         self._drawn = record.output_tokens
         self.lockstep: Lockstep | None = None
         self._ledger = ledger
+        self._table: Sequence[int] = ()
         self._keys: list[BlockKey] = []
         self._lookup = (0, 0)
         self._lookup_version = -1
@@ -112,7 +115,7 @@ class RequestState:
 
     @property
     def num_blocks(self) -> int:
-        return self._ledger.num_blocks_of(self.id) if self.is_running else self._cached()[0]
+        return len(self._table) if self.is_running else self._cached()[0]
 
     @property
     def num_idle_blocks(self) -> int:
@@ -146,13 +149,15 @@ class RequestState:
         self.lockstep, self.ticket = None, 0
         self._computed, self._drawn = computed, computed + 1 - self.num_prompt_tokens
 
-    def admit(self, num_cached_tokens: int, now_us: int) -> None:
-        """It holds KV, of which the prefix cache supplied some."""
+    def admit(self, now_us: int) -> int:
+        """It holds KV from now on; returns how many tokens of it the prefix cache supplied."""
+        self._table = self._ledger.attach(self.id, self.reusable_keys())
         self.is_running = True
-        self._computed = num_cached_tokens
-        self.num_published = num_cached_tokens // self._ledger.block_size
+        self.num_published = len(self._table)
+        self._computed = self.num_published * self._ledger.block_size
         self.admitted_us = now_us
         self.admission_order = (now_us, *self.arrival_order)
+        return self._computed
 
     def compute(self, num_tokens: int) -> bool:
         """A step with its next tokens is planned; returns whether that reaches the end, so that one more is drawn."""

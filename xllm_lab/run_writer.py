@@ -25,11 +25,11 @@ from xllm_lab.records import (
     TRANSFER_SCHEMA,
     RequestRecord,
     SentPrompt,
-    StepSpan,
     request_table,
     step_table,
     transfer_table,
 )
+from xllm_lab.step import Step
 
 STEPS_FILE, REQUESTS_FILE, TRANSFERS_FILE = "steps.parquet", "requests.parquet", "transfers.parquet"
 # Of a row group, and of what is kept in memory until it is one. A step has many entries, one per request.
@@ -62,15 +62,15 @@ class RunWriter:
         self._sent: list[SentPrompt] = []
         self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
         self._requests = _Groups(folder / REQUESTS_FILE, REQUEST_SCHEMA, _REQUESTS_PER_GROUP)
-        self._spans: list[StepSpan] = []
+        self._spans: list[Step] = []
         self._ended: list[RequestRecord] = []
         self._num_entries = 0
 
-    def span(self, span: StepSpan) -> None:
+    def span(self, span: Step) -> None:
         if not self._keeps_steps:
             return
         self._spans.append(span)
-        self._num_entries += len(span.ends_us) * (1 + len(span.decode_ids) + len(span.chunks))
+        self._num_entries += len(span.ends_us) * (1 + len(span.decodes.ids) + len(span.others))
         if self._num_entries > _MOST_ENTRIES:
             self._write_steps(None if self.low_water_us is None else self.low_water_us())
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import add, attrgetter
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import Ledger
-from xllm_lab.lockstep import NO_DECODES, Decodes, Lockstep
+from xllm_lab.lockstep import Lockstep
 from xllm_lab.policies.api import (
     BatchPlan,
     BatchPolicy,
@@ -38,52 +38,10 @@ from xllm_lab.policies.api import (
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
-from xllm_lab.records import FinishReason, Recorder, RequestRecord, ScheduledChunk, StepSpan
+from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
+from xllm_lab.step import NO_DECODES, Decodes, ScheduledChunk, Step
 from xllm_lab.workload import Request, RequestId, TokenIds
-
-
-@dataclass(slots=True)
-class Step:
-    """What a host has to run, blocks allocated.
-
-    Attributes:
-        index: 0, 1, 2, ...
-        start_us: when it starts; a step that was planned ahead gets it late.
-        decodes: requests that compute one token, kept as a whole.
-        others: the rest, after the decodes in packing order.
-        turns: per chunk of `others`, how often its request had lost its KV when the step was planned.
-        holds_for, keeps_free_blocks: for how many further steps the policy would plan the same, see `BatchPlan`.
-        num_waiting, num_used_blocks, num_idle_blocks: after the plan; blocks of requests that end meanwhile included.
-        num_repeats: how many further steps, all alike, the host may run in one go.
-    """
-
-    index: int
-    start_us: int
-    decodes: Decodes
-    others: tuple[ScheduledChunk, ...]
-    turns: tuple[int, ...]
-    admitted: tuple[RequestId, ...]
-    preempted: tuple[RequestId, ...]
-    reason: str
-    holds_for: int
-    keeps_free_blocks: int
-    num_waiting: int
-    num_used_blocks: int
-    num_idle_blocks: int
-    num_repeats: int = 0
-
-    @property
-    def chunks(self) -> tuple[ScheduledChunk, ...]:
-        """All of it, request by request."""
-        ids, offsets, clock, _, _ = self.decodes
-        grown = (ScheduledChunk(i, 1, offset + clock, True) for i, offset in zip(ids, offsets, strict=True))
-        return (*grown, *self.others)
-
-    @property
-    def num_logits(self) -> int:
-        return len(self.decodes.ids) + sum(c.samples for c in self.others)
-
 
 _BY_ARRIVAL, _BY_ADMISSION = attrgetter("arrival_order"), attrgetter("admission_order")
 
@@ -425,6 +383,7 @@ class Scheduler:
             len(self._view.waiting),
             ledger.num_used_blocks,
             ledger.num_idle_blocks,
+            self.instance,
         )
 
     def _begin_decodes(self) -> Decodes:
@@ -510,8 +469,7 @@ class Scheduler:
 
     def _admit(self, state: RequestState, now_us: int) -> RequestId:
         self._leave_queue(state)
-        num_cached = self.ledger.attach(state.id, state.reusable_keys()) * self.ledger.block_size
-        state.admit(num_cached, now_us)
+        num_cached = state.admit(now_us)
         if state.record.first_scheduled_us is None:
             state.record.cached_tokens = min(num_cached, state.num_prompt_tokens)
         return state.id
@@ -589,30 +547,12 @@ class Scheduler:
         self._recorder.request(state.record)
 
     def _record(self, step: Step, ends_us: Sequence[int], ahead: Step | None) -> None:
-        num_more = len(ends_us) - 1
-        used: Sequence[int] = (step.num_used_blocks,)
-        idle: Sequence[int] = (step.num_idle_blocks,)
+        step.ends_us, num_more = ends_us, len(ends_us) - 1
         if num_more:
-            used, idle = self._blocks_in_use(step, num_more, ahead)
-        ids, offsets, clock, _, _ = step.decodes
-        self._recorder.span(
-            StepSpan(  # without keywords, as `Step`
-                step.index,
-                step.start_us,
-                ends_us,
-                ids,
-                offsets,
-                clock,
-                step.others,
-                step.admitted,
-                step.preempted,
-                step.num_waiting,
-                used,
-                idle,
-                step.reason,
-                self.instance,
-            )
-        )
+            step.used_blocks, step.idle_blocks = self._blocks_in_use(step, num_more, ahead)
+        else:
+            step.used_blocks, step.idle_blocks = (step.num_used_blocks,), (step.num_idle_blocks,)
+        self._recorder.span(step)
         self._num_recorded = step.index + len(ends_us)
 
 

@@ -25,7 +25,8 @@ from typing import NamedTuple, Protocol
 from xllm_lab.errors import PolicyError
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.records import RequestRecord
-from xllm_lab.scheduler import Sampled, Scheduler, Step
+from xllm_lab.scheduler import Sampled, Scheduler
+from xllm_lab.step import Step
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload
 
 

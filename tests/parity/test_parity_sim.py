@@ -23,8 +23,9 @@ from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.catalog import make_batch_policy, policies
 from xllm_lab.records import FinishReason, Records, StepRecord
 from xllm_lab.runs import Manifest, Run, describe, read_run, write_run
-from xllm_lab.scheduler import Sampled, Step
+from xllm_lab.scheduler import Sampled
 from xllm_lab.sim.parity import parity
+from xllm_lab.step import Step
 from xllm_lab.workload import ClosedLoop, RequestId, Workload
 
 CONFIG = InstanceConfig(max_tokens_per_batch=24, max_seqs_per_batch=6, block_size=4, num_kv_blocks=20)

@@ -23,12 +23,13 @@ from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.failover.requeue import Requeue
 from xllm_lab.policies.route.prefix_affinity import PrefixAffinity
 from xllm_lab.policies.routing import InstanceId, RoutePlan, RouteView
-from xllm_lab.records import FinishReason, Records, RequestRecord, StepSpan
+from xllm_lab.records import FinishReason, Records, RequestRecord
 from xllm_lab.request_state import RequestState
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.links import Transfer
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.step import Step
 from xllm_lab.workload import ClosedLoop, Workload
 
 
@@ -225,7 +226,7 @@ class Forgetful:
     def __init__(self) -> None:
         self.num_held: list[int] = []
 
-    def span(self, span: StepSpan) -> None: ...
+    def span(self, span: Step) -> None: ...
 
     def request(self, record: RequestRecord) -> None:
         self.num_held.append(num_states())

@@ -18,8 +18,9 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
-from xllm_lab.scheduler import Sampled, Scheduler, Step
+from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.step import Step
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 

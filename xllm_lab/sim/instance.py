@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from xllm_lab.scheduler import Sampled, Step
+from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
 from xllm_lab.sim.cost import Batch, CostModel
+from xllm_lab.step import Step
 from xllm_lab.step_time import Chunk
 from xllm_lab.workload import RequestId
 

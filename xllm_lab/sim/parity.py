@@ -10,9 +10,10 @@ from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.runs import Run
-from xllm_lab.scheduler import Sampled, Step
+from xllm_lab.scheduler import Sampled
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.step import Step
 from xllm_lab.workload import RequestId, Workload
 
 

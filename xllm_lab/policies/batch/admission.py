@@ -139,15 +139,16 @@ class Admission:
 
     def admit(self, queue: Sequence[RequestView], *, fresh: bool) -> None:
         """`fresh` requests hold no KV yet; the others continue a prompt."""
-        packing, watch, num_blocks = self._packing, self._watch, self._view.num_blocks
+        packing, watch = self._packing, self._watch
+        num_blocks, block_size = self._view.num_blocks, self._view.block_size
+        runs_alone = not packing
         for request in queue:
             if packing.is_full:
                 return
-            runs_alone = not packing
             if not runs_alone and num_blocks - packing.blocks_left >= self._high_water_blocks:
                 return
             known = request.num_tokens
-            footprint = ceil_div(known, self._view.block_size)
+            footprint = ceil_div(known, block_size)
             if fresh and not runs_alone and self._reserved_blocks + footprint > num_blocks:
                 return
             num_tokens = min(self._chunk, packing.tokens_left, known - request.num_computed_tokens)
@@ -155,6 +156,7 @@ class Admission:
                 return
             if not packing.grant(request, num_tokens):
                 return
+            runs_alone = False
             watch.add(request, num_tokens)
             self._reserved_blocks += footprint
             self.granted.append(request)

@@ -12,10 +12,11 @@ from typing import Protocol
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Records
-from xllm_lab.scheduler import Scheduler, Step
+from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.sim.cost import Batch, Price
 from xllm_lab.sim.instance import batch_of_step
+from xllm_lab.step import Step
 from xllm_lab.workload import Request, TokenIds, Workload
 
 

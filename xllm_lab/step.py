@@ -1,0 +1,87 @@
+"""A step: what a host has to run, and when it is over, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from xllm_lab.policies.api import RequestId
+
+
+class ScheduledChunk(NamedTuple):
+    """One request's part of a step: its tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
+
+    id: RequestId
+    num_tokens: int
+    num_computed_tokens: int
+    samples: bool  # reaches the end of the known tokens, so the next one is drawn
+
+
+class Decodes(NamedTuple):
+    """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""
+
+    ids: tuple[RequestId, ...]
+    offsets: tuple[int, ...]
+    clock: int
+    kv_tokens: int
+    max_kv_tokens: int
+
+    def later(self, num_ticks: int) -> Decodes:
+        """The same requests, `num_ticks` ticks on."""
+        return self._replace(
+            clock=self.clock + num_ticks,
+            kv_tokens=self.kv_tokens + num_ticks * len(self.ids),
+            max_kv_tokens=self.max_kv_tokens + num_ticks,
+        )
+
+
+NO_DECODES = Decodes((), (), 0, 0, 0)
+
+
+@dataclass(slots=True)
+class Step:
+    """What a host has to run, blocks allocated.
+
+    Attributes:
+        index: 0, 1, 2, ... of its instance, without gaps.
+        start_us: when it starts; a step that was planned ahead gets it late.
+        decodes: requests that compute one token, kept as a whole.
+        others: the rest, after the decodes in packing order.
+        turns: per chunk of `others`, how often its request had lost its KV when the step was planned.
+        holds_for, keeps_free_blocks: for how many further steps the policy would plan the same, see `BatchPlan`.
+        num_waiting, num_used_blocks, num_idle_blocks: after the plan; blocks of requests that end meanwhile included.
+        num_repeats: how many further steps, all alike, the host may run in one go.
+        ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
+        used_blocks, idle_blocks: then, `num_used_blocks` and `num_idle_blocks` of each.
+    """
+
+    index: int
+    start_us: int
+    decodes: Decodes
+    others: tuple[ScheduledChunk, ...]
+    turns: tuple[int, ...]
+    admitted: tuple[RequestId, ...]
+    preempted: tuple[RequestId, ...]
+    reason: str
+    holds_for: int
+    keeps_free_blocks: int
+    num_waiting: int
+    num_used_blocks: int
+    num_idle_blocks: int
+    instance: int
+    num_repeats: int = 0
+    ends_us: Sequence[int] = ()
+    used_blocks: Sequence[int] = ()
+    idle_blocks: Sequence[int] = ()
+
+    @property
+    def chunks(self) -> tuple[ScheduledChunk, ...]:
+        """All of it, request by request."""
+        ids, offsets, clock, _, _ = self.decodes
+        grown = (ScheduledChunk(i, 1, offset + clock, True) for i, offset in zip(ids, offsets, strict=True))
+        return (*grown, *self.others)
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.decodes.ids) + sum(c.samples for c in self.others)

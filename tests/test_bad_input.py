@@ -161,9 +161,6 @@ CASES: dict[str, Case] = {
     "unknown timer": Case(replay("--timer", "egg"), ("'egg'", "wall", "cpu")),
     "processor time on the wall": Case(replay("--clock", "wall", "--timer", "cpu"), ("'cpu'", "virtual")),
     "processor time of many threads": Case(replay("--timer", "cpu", "--threads", "2"), ("'cpu'", "2", "1 thread")),
-    "planning ahead on this engine": Case(
-        replay("--set", "async_scheduling=on"), ("async_scheduling is 'on', this engine accepts 'off'",)
-    ),
     "context longer than the model's": Case(replay("--set", "max_model_len=8192"), ("8192", "512")),
     "KV beyond memory": Case(
         replay("--set", "num_kv_blocks=4000000", "--set", "block_size=16384"), ("4000000", "accepted")

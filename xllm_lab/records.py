@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from xllm_lab.policies.api import RequestId
-from xllm_lab.step import Step
+from xllm_lab.step import Step, Work
 
 
 class FinishReason(enum.StrEnum):
@@ -96,6 +96,7 @@ class StepRecord:
         num_used_blocks, num_idle_blocks: KV blocks in use, and cached but unused, after allocation.
         reason: the policy's word for it.
         instance: which instance of a fleet took it.
+        host_us, device_us, gap_us: `step.Work`, where it was measured.
     """
 
     step: int
@@ -112,6 +113,9 @@ class StepRecord:
     num_idle_blocks: int
     reason: str
     instance: int = 0
+    host_us: int | None = None
+    device_us: int | None = None
+    gap_us: int | None = None
 
     @property
     def step_us(self) -> int:
@@ -143,6 +147,7 @@ def steps_of(span: Step) -> Iterable[StepRecord]:
             num_idle_blocks=span.idle_blocks[k],
             reason=span.reason,
             instance=span.instance,
+            **({} if span.work is None else span.work._asdict()),
         )
         start_us = end_us
 
@@ -237,6 +242,7 @@ STEP_SCHEMA = pa.schema(
         pa.field("num_idle_blocks", pa.int32(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("instance", pa.int32(), nullable=False),
+        *(pa.field(name, pa.int64()) for name in Work._fields),
     ]
 )
 
@@ -313,6 +319,7 @@ def step_table(spans: Sequence[Step]) -> pa.Table:
         "num_idle_blocks": [*chain.from_iterable(s.idle_blocks for s in spans)],
         "reason": pa.DictionaryArray.from_arrays(of_span, [s.reason for s in spans]).cast(pa.string()),
         "instance": each("instance"),
+        **{name: _measured(spans, name, of_span) for name in Work._fields},
     }
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
@@ -363,6 +370,11 @@ def _entries(
         "num_tokens": pa.ListArray.from_arrays(bounds, pa.array(tokens[source], type=pa.int32())),
         "num_computed_tokens": pa.ListArray.from_arrays(bounds, pa.array(grown, type=pa.int32())),
     }
+
+
+def _measured(spans: Sequence[Step], name: str, of_span: npt.NDArray[np.int64]) -> pa.Array:
+    values = [None if s.work is None else getattr(s.work, name) for s in spans]
+    return pa.array(values, type=pa.int64()).take(pa.array(of_span))
 
 
 def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -33,7 +33,7 @@ from xllm_lab.records import (
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
-FORMAT = 2
+FORMAT = 3
 _FINISHED = "a Parquet file of a finished run"
 
 

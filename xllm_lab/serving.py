@@ -1,7 +1,7 @@
 """A run of one instance as a conversation: the loop says what to do next, the host does it and says what came of it.
 
     host                               serve()
-    next()                      -->    delivers what has arrived, plans          --> Step        run this
+    next()                      -->    delivers what has arrived, plans          --> Step        its end, please
     send(Completion(...))       -->    completes it, delivers, plans             --> Step
     send(Completion(...))       -->    nothing to run, more to come              --> Idle        wait till then
     send(Woke(now_us))          -->    ...                                       --> StopIteration: all served
@@ -26,7 +26,7 @@ from xllm_lab.errors import PolicyError
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.records import RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
-from xllm_lab.step import Step
+from xllm_lab.step import Step, Work
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload
 
 
@@ -48,10 +48,12 @@ class Completion(NamedTuple):
     Attributes:
         ends_us: the step's end, and those of up to `Step.num_repeats` repetitions that the host ran as well.
         sampled: a token for each chunk that `samples`; None for placeholders, none of which ends a request.
+        work: what it was for host and device, if that was measured; of one step without repetitions.
     """
 
     ends_us: Sequence[int]
     sampled: Mapping[RequestId, Sampled] | None
+    work: Work | None = None
 
 
 Conversation = Generator[Step | Idle, Completion | Woke, None]
@@ -145,13 +147,24 @@ class WorkloadFeed:
             heapq.heappush(self._events, (request.cancel_us, _CANCELS, request.id, request))
 
 
+def _nothing(step: Step) -> None:
+    """What a host does that waits for a step before it runs it."""
+
+
 def serve(
-    scheduler: Scheduler, feed: Feed, prompt_ids: Callable[[Request], TokenIds], *, start_us: int = 0
+    scheduler: Scheduler,
+    feed: Feed,
+    prompt_ids: Callable[[Request], TokenIds],
+    *,
+    launch: Callable[[Step], None] = _nothing,
+    start_us: int = 0,
 ) -> Conversation:
     """Serve what a feed brings, to its end.
 
     Args:
         prompt_ids: a request's prompt tokens, shape [prompt tokens]; called once, when it arrives.
+        launch: called with every step as soon as it is planned, when block tables and known tokens are what the step
+            needs; planned ahead, the step before it is still running. Steps start and end in this order.
 
     Raises:
         PolicyError: the policy leaves requests waiting for ever, or planned something illegal.
@@ -161,15 +174,16 @@ def serve(
     ahead: Step | None = None
     while True:
         _deliver(feed, scheduler, prompt_ids, now_us)
-        step = scheduler.plan(now_us) if ahead is None else ahead
+        step = _planned(scheduler, now_us, launch) if ahead is None else ahead
         if step is not None:
             scheduler.start(step, now_us)
-            ahead = scheduler.plan(now_us) if plans_ahead else None
+            ahead = _planned(scheduler, now_us, launch) if plans_ahead else None
             if ahead is not None or not plans_ahead:
                 step.num_repeats = scheduler.num_repeats(step, ahead)
             done = yield step
             assert isinstance(done, Completion), f"a step is answered by a Completion, not by {done}"
             now_us = done.ends_us[-1]
+            step.work = done.work
             for request_id in scheduler.complete(step, done.ends_us, done.sampled, ahead):
                 feed.on_end(request_id, now_us)
         elif feed.is_over:
@@ -181,6 +195,13 @@ def serve(
             woke = yield Idle(feed.next_us)
             assert isinstance(woke, Woke), f"idling is answered by a Woke, not by {woke}"
             now_us = woke.now_us
+
+
+def _planned(scheduler: Scheduler, now_us: int, launch: Callable[[Step], None]) -> Step | None:
+    step = scheduler.plan(now_us)
+    if step is not None:
+        launch(step)
+    return step
 
 
 def _deliver(feed: Feed, scheduler: Scheduler, prompt_ids: Callable[[Request], TokenIds], now_us: int) -> None:

@@ -18,6 +18,23 @@ class ScheduledChunk(NamedTuple):
     samples: bool  # reaches the end of the known tokens, so the next one is drawn
 
 
+class Work(NamedTuple):
+    """What a step was for host and device, microseconds.
+
+        host     |plan, prepare|                 |plan, prepare|
+        device                 |---- device -----|     gap     |---- device ----|
+
+    Attributes:
+        host_us: planning it and preparing its inputs.
+        device_us: running it, its tokens drawn.
+        gap_us: the device had nothing to do before it, since the step before; None after an idle host.
+    """
+
+    host_us: int
+    device_us: int
+    gap_us: int | None
+
+
 class Decodes(NamedTuple):
     """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""
 
@@ -54,6 +71,7 @@ class Step:
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
         used_blocks, idle_blocks: then, `num_used_blocks` and `num_idle_blocks` of each.
+        work: then, what was measured.
     """
 
     index: int
@@ -74,6 +92,7 @@ class Step:
     ends_us: Sequence[int] = ()
     used_blocks: Sequence[int] = ()
     idle_blocks: Sequence[int] = ()
+    work: Work | None = None
 
     @property
     def chunks(self) -> tuple[ScheduledChunk, ...]:

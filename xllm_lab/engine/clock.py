@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from xllm_lab.errors import ConfigError
+
+T = TypeVar("T")
 
 CLOCKS = ("wall", "virtual")
 TIMERS = ("wall", "cpu")
@@ -19,6 +22,22 @@ class Clock(Protocol):
     def wait_until(self, until_us: int) -> int:
         """Let time pass up to `until_us`; returns the time then."""
         ...
+
+    def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
+        """Do a device's work, on whatever thread, and say when it began and ended.
+
+        Args:
+            not_before_us: when it was launched, or the work before it was done.
+        """
+        ...
+
+
+class Timed(NamedTuple, Generic[T]):
+    """What came of some work, and the time it took, [start_us, end_us)."""
+
+    result: T
+    start_us: int
+    end_us: int
 
 
 class WallClock:
@@ -35,16 +54,23 @@ class WallClock:
             time.sleep((until_us - now_us) / 1e6)
         return now_us
 
+    def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
+        start_us = self.now_us()
+        result = work()
+        return Timed(result, start_us, self.now_us())
+
 
 class VirtualClock:
     """Work takes the time it takes, waiting takes none: an hour of light load costs only its compute.
 
-    `timer="cpu"` counts this process's processor time instead of wall time, which other processes on a shared
-    machine disturb much less. It is the time the work takes only while one thread computes.
+    `timer="cpu"` counts processor time instead of wall time, which other processes on a shared machine disturb much
+    less: each thread's own, so that host and device that work side by side are not added up. It is the time the work
+    takes only while one thread computes.
     """
 
     def __init__(self, timer: str = "wall") -> None:
-        self._read_ns = time.process_time_ns if timer == "cpu" else time.perf_counter_ns
+        self._read_ns = time.thread_time_ns if timer == "cpu" else time.perf_counter_ns
+        self._is_shared = timer == "wall"  # by all threads
         self._zero_ns = self._read_ns()
 
     def now_us(self) -> int:
@@ -53,6 +79,12 @@ class VirtualClock:
     def wait_until(self, until_us: int) -> int:
         self._zero_ns -= max(0, until_us - self.now_us()) * 1000
         return self.now_us()
+
+    def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
+        start_us = self.now_us() if self._is_shared else not_before_us
+        before_ns = self._read_ns()
+        result = work()
+        return Timed(result, start_us, start_us + (self._read_ns() - before_ns) // 1000)
 
 
 def make_clock(clock: str, timer: str) -> Clock:

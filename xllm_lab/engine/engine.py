@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,20 @@ from typing import Any
 from xllm_lab.engine.clock import Clock, make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
 from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.lane import Lane
+from xllm_lab.engine.launcher import Launcher
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model
 from xllm_lab.engine.runner import Runner, SequenceChunk
-from xllm_lab.engine.sampler import sample
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
-from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
-from xllm_lab.step import Step
+from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.step import Step, Work
 from xllm_lab.step_time import Chunk, StepTime, features, fit
-from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
+from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +89,35 @@ class Engine:
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         _warm_up(runner, config)
         clock = make_clock(self.options.clock, self.options.timer)
-        conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
+        with Lane(clock, beside=config.async_scheduling != "off") as lane:
+            launcher = Launcher(runner, scheduler, lane, clock)
+            conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), launch=launcher.launch)
+            self._answer(conversation, launcher, lane, clock)
+
+    def _answer(self, conversation: Conversation, launcher: Launcher, lane: Lane, clock: Clock) -> None:
         try:
             command = next(conversation)
             while True:
                 if isinstance(command, Idle):
                     assert command.until_us is not None, "a workload says when its next request comes"
-                    command = conversation.send(Woke(clock.wait_until(command.until_us)))
+                    lane.rest()
+                    answer: Completion | Woke = Woke(clock.wait_until(command.until_us))
                 else:
-                    sampled = self._run(runner, scheduler, command)
-                    command = conversation.send(Completion((_end_us(clock, command),), sampled))
+                    answer = self._completion(command, launcher)
+                    clock.wait_until(answer.ends_us[0])
+                launcher.resumes()
+                command = conversation.send(answer)
         except StopIteration:
             return
+
+    def _completion(self, step: Step, launcher: Launcher) -> Completion:
+        launched = launcher.take(step)
+        done = launched.future.result()
+        drawn = zip(launched.inputs.drawing, done.result, strict=True)
+        sampled = {r.id: Sampled(token, self._stops(r, token)) for r, token in drawn}
+        # A step shorter than the clock's tick would end when it started.
+        end_us = max(done.end_us, step.start_us + 1)
+        return Completion((end_us,), sampled, Work(launched.host_us, done.device_us, done.idle_us))
 
     def replay(
         self,
@@ -173,8 +191,6 @@ class Engine:
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
                 f"{self.model.config.max_position}"
             )
-        if config.async_scheduling != "off":
-            raise ConfigError(f"async_scheduling is {config.async_scheduling!r}, this engine accepts 'off'")
         for request in workload.requests:
             config.refuse_if_too_large(request)
             for token in request.prompt.token_ids or ():
@@ -200,38 +216,9 @@ class Engine:
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
 
-    def _run(self, runner: Runner, scheduler: Scheduler, step: Step) -> Mapping[RequestId, Sampled]:
-        chunks = step.chunks
-        states = [scheduler.state(c.id) for c in chunks]
-        logits_RV = runner.run(
-            [
-                SequenceChunk(
-                    state.token_ids(c.num_computed_tokens, c.num_computed_tokens + c.num_tokens).tolist(),
-                    c.num_computed_tokens,
-                    scheduler.ledger.block_table(c.id),
-                    c.samples,
-                )
-                for c, state in zip(chunks, states, strict=True)
-            ]
-        )
-        drawing = [(c, state) for c, state in zip(chunks, states, strict=True) if c.samples]
-        tokens = sample(
-            logits_RV,
-            [state.request.sampling for _, state in drawing],
-            [state.id for _, state in drawing],
-            [c.num_computed_tokens + c.num_tokens - state.num_prompt_tokens for c, state in drawing],
-            argmax=self.model.model.ops.argmax,
-        )
-        return {s.id: Sampled(t, self._stops(s.request, t)) for (_, s), t in zip(drawing, tokens, strict=True)}
-
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
-
-
-def _end_us(clock: Clock, step: Step) -> int:
-    # A step shorter than the clock's tick would end when it started.
-    return max(clock.now_us(), step.start_us + 1)
 
 
 def _warm_up(runner: Runner, config: InstanceConfig) -> None:

@@ -14,6 +14,8 @@ from xllm_lab.engine.device import Device
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.batch import paged_batch
+from xllm_lab.engine.sampler import sample
+from xllm_lab.workload import Request
 
 
 class SequenceChunk(NamedTuple):
@@ -23,7 +25,7 @@ class SequenceChunk(NamedTuple):
                   in the pool already | computed now, then in the pool too
 
     Attributes:
-        token_ids: the tokens to compute now, at least 1.
+        token_ids: the tokens to compute now, at least 1; -1 - row is the token that row drew in the step before.
         num_computed_tokens: tokens of this sequence that are in the pool.
         block_table: blocks of the pool that hold the sequence, covering both parts; may be longer.
         wants_logits: whether the last of these tokens' logits are wanted.
@@ -36,7 +38,7 @@ class SequenceChunk(NamedTuple):
 
 
 class Runner:
-    """Runs steps of a model over a KV pool. Between steps it keeps memory and no state: the pool is all there is.
+    """Runs steps of a model over a KV pool. Between steps it keeps memory, and the tokens drawn last.
 
     Attributes:
         workspace: the memory of a step.
@@ -45,6 +47,7 @@ class Runner:
     def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device) -> None:
         self._model, self._kv_pool, self._device = model, kv_pool, device
         self.workspace = model.workspace()
+        self._drawn_R = torch.empty(0, dtype=torch.int64)
 
     def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
         """Computes one step; sequences may share blocks as long as nobody writes into a shared one.
@@ -74,11 +77,27 @@ class Runner:
                 [chunk.block_table for chunk in chunks],
                 self._kv_pool.layers[0].k_BPKH,
             )
+            token_T = torch.tensor(tokens, device=device)
+            if min(tokens) < 0:
+                token_T = torch.where(token_T < 0, self._drawn_R[-1 - token_T.clamp(max=-1)], token_T)
             return self._model.forward(
-                torch.tensor(tokens, device=device),
+                token_T,
                 torch.tensor(positions, device=device),
                 torch.tensor(wanted, dtype=torch.int64, device=device),
                 batch=batch,
                 kv=self._kv_pool.layers,
                 workspace=self.workspace,
             )
+
+    def draw(self, chunks: Sequence[SequenceChunk], requests: Sequence[Request], positions: Sequence[int]) -> list[int]:
+        """Computes one step and draws its tokens, which the next step may follow before anybody has seen them.
+
+        Args:
+            requests, positions: of the chunks that want logits, in their order: whose token is drawn, and which
+                output token of theirs it becomes (0 first).
+        """
+        logits_RV = self.run(chunks)
+        sampling, ids = [r.sampling for r in requests], [r.id for r in requests]
+        tokens = sample(logits_RV, sampling, ids, positions, argmax=self._model.ops.argmax)
+        self._drawn_R = torch.tensor(tokens, dtype=torch.int64, device=self._device.torch_device)
+        return tokens

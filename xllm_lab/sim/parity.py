@@ -52,7 +52,6 @@ class Recorded:
         self._steps = records.steps
         self._requests = {r.id: r for r in records.requests}
         self._over_us = max((r.finish_us or 0 for r in records.requests), default=0)
-        self._num_drawn = dict.fromkeys(self._requests, 0)
         self._next = 0
 
     @property
@@ -77,16 +76,9 @@ class Recorded:
         """Recorded times extrapolate nothing."""
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
-        return {c.id: self._draw(self._requests[c.id]) for c in step.chunks if c.samples}
-
-    def _draw(self, request: RequestRecord) -> Sampled:
-        position = self._num_drawn[request.id]
-        self._num_drawn[request.id] += 1
-        # A request cancelled while its step ran drew a token that nobody kept.
-        if position >= request.output_tokens:
-            return Sampled(-1)
-        is_last = position == request.output_tokens - 1
-        return Sampled(request.output_token_ids[position], is_last and request.finish_reason is FinishReason.STOP)
+        return {
+            c.id: _drawn(self._requests[c.id], c.num_computed_tokens + c.num_tokens) for c in step.chunks if c.samples
+        }
 
 
 def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
@@ -121,6 +113,16 @@ def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
     if step < len(records.steps):
         return Parity(num_steps=len(records.steps), step=step, engine=_decision_of_record(records.steps[step]))
     return Parity(num_steps=len(records.steps))
+
+
+def _drawn(request: RequestRecord, num_tokens: int) -> Sampled:
+    """What followed the first `num_tokens` tokens of a request."""
+    position = num_tokens - request.prompt_tokens
+    # A request that ended or was cancelled while its step ran drew a token that nobody kept.
+    if position >= request.output_tokens:
+        return Sampled(-1)
+    is_last = position == request.output_tokens - 1
+    return Sampled(request.output_token_ids[position], is_last and request.finish_reason is FinishReason.STOP)
 
 
 def _as_it_arrived(workload: Workload, records: Records) -> Workload:

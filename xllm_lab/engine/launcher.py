@@ -1,0 +1,96 @@
+"""A planned step on its way to the device: what it reads is written down as it is planned, and run when its turn comes.
+
+Planned ahead, a step follows tokens that are still being drawn. They stand in its inputs as `-1 - row`, the row of the
+step before that draws them, and the device puts the real ones there when the step starts, so the host never waits for
+them (so does xLLM at 3906f5a, `worker_impl.cpp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import NamedTuple
+
+from xllm_lab.engine.clock import Clock
+from xllm_lab.engine.lane import Done, Lane
+from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.request_state import RequestState
+from xllm_lab.scheduler import Scheduler
+from xllm_lab.step import ScheduledChunk, Step
+from xllm_lab.workload import Request, RequestId
+
+
+class Inputs(NamedTuple):
+    """What the device needs of a step.
+
+    Attributes:
+        chunks: in packing order.
+        drawing: requests that draw a token, in that order.
+        positions: which output token of theirs it becomes, 0 first.
+    """
+
+    chunks: list[SequenceChunk]
+    drawing: list[Request]
+    positions: list[int]
+
+
+class Launched(NamedTuple):
+    """A step that is with the device. `host_us` is the time it took the host to get there."""
+
+    inputs: Inputs
+    future: Future[Done[list[int]]]
+    host_us: int
+
+
+class Launcher:
+    """Hands the steps of one run to the device."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, lane: Lane, clock: Clock) -> None:
+        self._runner, self._scheduler, self._lane, self._clock = runner, scheduler, lane, clock
+        self._launched: dict[int, Launched] = {}
+        self._rows: dict[RequestId, int] = {}  # of the tokens that the step launched last draws
+        self._resumed_us = clock.now_us()
+
+    def resumes(self) -> None:
+        """The host goes on planning."""
+        self._resumed_us = self._clock.now_us()
+
+    def launch(self, step: Step) -> None:
+        """Write down what the step reads, and queue it."""
+        inputs = self._inputs(step)
+        self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
+        planned_us = self._clock.now_us()
+        future = self._lane.launch(partial(_compute, self._runner, inputs))
+        self._launched[step.index] = Launched(inputs, future, planned_us - self._resumed_us)
+        self.resumes()
+
+    def take(self, step: Step) -> Launched:
+        """A launched step; its result may still be on the way."""
+        return self._launched.pop(step.index)
+
+    def _inputs(self, step: Step) -> Inputs:
+        chunks: list[SequenceChunk] = []
+        drawing: list[Request] = []
+        positions: list[int] = []
+        for chunk in step.chunks:
+            state = self._scheduler.state(chunk.id)
+            table = tuple(self._scheduler.ledger.block_table(chunk.id))
+            chunks.append(SequenceChunk(self._tokens(state, chunk), chunk.num_computed_tokens, table, chunk.samples))
+            if chunk.samples:
+                drawing.append(state.request)
+                positions.append(chunk.num_computed_tokens + chunk.num_tokens - state.num_prompt_tokens)
+        return Inputs(chunks, drawing, positions)
+
+    def _tokens(self, state: RequestState, chunk: ScheduledChunk) -> Sequence[int]:
+        start, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_tokens
+        tokens: list[int] = state.token_ids(start, end).tolist()
+        # Of a request's tokens only the last can be on its way: the step before draws one.
+        if tokens[-1] < 0:
+            tokens[-1] = -1 - self._rows[state.id]
+        assert min(tokens[:-1], default=0) >= 0, f"request {state.id} computes a token that nobody drew"
+        return tokens
+
+
+def _compute(runner: Runner, inputs: Inputs) -> list[int]:
+    return runner.draw(inputs.chunks, inputs.drawing, inputs.positions)

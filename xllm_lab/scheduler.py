@@ -549,8 +549,7 @@ class Scheduler:
         self.ledger.grow(state.id, computed + num_tokens)
         samples = state.compute(num_tokens)
         if self._foresees_length and self.ledger.enable_prefix_cache:
-            # vLLM's: `allocate_slots` publishes what is known; who is let in by the next plan runs after this step.
-            self._publish(state, min(computed + num_tokens, state.num_prompt_tokens + state.record.output_tokens))
+            self._publish_ahead(state)
         if samples and self._foresees_length and state.num_drawn == state.request.output_tokens:
             self._drain(state)
         else:
@@ -581,6 +580,13 @@ class Scheduler:
         if num_full > state.num_published:
             self.ledger.publish(state.id, state.num_published, state.block_keys(num_full)[state.num_published :])
             state.num_published = num_full
+
+    def _publish_ahead(self, state: RequestState) -> None:
+        """Blocks of known tokens, before they are computed: who is let in by the next plan runs after this step.
+
+        vLLM's: `KVCacheManager.allocate_slots` ends so.
+        """
+        self._publish(state, min(state.num_computed_tokens, state.num_prompt_tokens + state.record.output_tokens))
 
     def _enter(self, queue: list[RequestState], state: RequestState) -> None:
         order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION

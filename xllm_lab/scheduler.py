@@ -433,7 +433,7 @@ class Scheduler:
                     self._publish(state, state.offset + tick)
         ended = {state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()}
         if sampled is None and not self._owed:
-            return list(ended.values())
+            return _by_admission(ended)
         for state, turn, num_computed in self._owed:
             # It left while this tick was under way: its token is its own.
             if state.is_running and state.num_preemptions == turn and self._live.get(state.id) is state:
@@ -450,7 +450,7 @@ class Scheduler:
                     member.record.output_token_ids.append(sampled[request_id].token_id)
                     if sampled[request_id].is_stop:
                         ended[request_id] = (member, FinishReason.STOP)
-        return list(ended.values())
+        return _by_admission(ended)
 
     def _complete_due(
         self, sampled: Mapping[RequestId, Sampled] | None, now_us: int
@@ -588,6 +588,13 @@ class Scheduler:
             step.used_blocks, step.idle_blocks = (step.num_used_blocks,), (step.num_idle_blocks,)
         self._recorder.span(step)
         self._num_recorded = step.index + len(ends_us)
+
+
+def _by_admission(
+    ended: Mapping[RequestId, tuple[RequestState, FinishReason]],
+) -> list[tuple[RequestState, FinishReason]]:
+    # As they are packed: the order in which they end is the order in which what they leave is evicted.
+    return sorted(ended.values(), key=lambda end: end[0].admission_order) if len(ended) > 1 else list(ended.values())
 
 
 def _take_token(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> FinishReason | None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from xllm_lab.policies.api import BatchPlan, BatchView
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.scheduler import Scheduler
 from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.interpolation import Surface
 from xllm_lab.sim.cost.profile_bundle import ProfileBundle, read_bundle
@@ -44,6 +46,30 @@ def one_chunk() -> Any:
     return patch.object(Attention, "mixed", mixed)
 
 
+class _NobodyDrains:
+    """A policy's view that shows no requests whose last token is under way."""
+
+    draining = ()
+
+    def __init__(self, view: BatchView) -> None:
+        self._view = view
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+
+class PlacesAtOnce(Vllm):
+    """vLLM's policy, if a place were free as soon as the last token is scheduled."""
+
+    def decide(self, view: BatchView) -> BatchPlan:
+        return Vllm.decide(self, _NobodyDrains(view))
+
+
+def lose_tokens(scheduler: Scheduler, *_: Any) -> list[Any]:
+    scheduler._due.clear()
+    return []
+
+
 VARIANTS: dict[str, Change] = {
     "as it is": lambda: patch.object(Surface, "__doc__", Surface.__doc__),
     "unequal lengths add nothing": bundles(lambda b: replace(b, skew=())),
@@ -54,6 +80,9 @@ VARIANTS: dict[str, Change] = {
     "no planning ahead": lambda: patch.object(
         measured, "instance_config", lambda *a, of=measured.instance_config: replace(of(*a), async_scheduling="off")
     ),
+    "a place is free once all is scheduled": lambda: patch.object(measured, "Vllm", PlacesAtOnce),
+    "a token under way is lost with its KV": lambda: patch.object(Scheduler, "_complete_due", lose_tokens),
+    "prompts are shared once computed": lambda: patch.object(Scheduler, "_publish_ahead", lambda *_: None),
     "first chunk must fit, not the prompt": lambda: patch.object(
         measured, "Vllm", lambda: Vllm(reserve_whole_prompt=False)
     ),

@@ -184,7 +184,7 @@ def every_token_is_accounted_for(config: InstanceConfig, records: Records) -> No
     drawn = sum(r.output_tokens for r in records.requests)
     rows = sum(s.num_logits for s in records.steps)
     discarded = sum(1 for r in records.requests if r.finish_reason is FinishReason.CANCELLED)
-    if config.async_scheduling != "off":  # a token under way is lost with its KV
+    if config.async_scheduling != "off":  # a token under way may be lost with its KV
         discarded += sum(r.num_preemptions for r in records.requests)
     assert drawn <= rows <= drawn + discarded, f"{rows} rows of logits for {drawn} tokens, {discarded} cancelled"
 
@@ -250,7 +250,7 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
     """Catching up: replaying the steps yields every count in them, every token time, and the blocks in use."""
     ends: dict[int, RequestRecord] = {r.id: r for r in records.requests}
     live: dict[int, _Live] = {r.id: _Live(known=r.prompt_tokens) for r in records.requests}
-    following = (*(s.preempted for s in records.steps[1:]), ())
+    following = (*(_loses(config, s) for s in records.steps[1:]), ())
     for step, lost_next in zip(records.steps, following, strict=False):
         _lose(live, step)
         for request_id in step.admitted:
@@ -268,8 +268,7 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
         if config.async_scheduling == "off":  # who plans ahead counts blocks of requests that end meanwhile
             holders = [o for i, o in live.items() if o.is_running and (ends[i].finish_us or 0) > step.start_us]
             _check_blocks(config, step, [o.computed for o in holders])
-        # Who plans ahead takes KV away while the step before runs, and draws its token anew.
-        rows = _draw(live, ends, step, lost=() if config.async_scheduling == "off" else lost_next)
+        rows = _draw(live, ends, step, lost=lost_next)
         assert step.num_logits in (rows, -1), f"step {step.step} has {step.num_logits} rows of logits, of {rows}"
     for request_id, one in live.items():
         times = ends[request_id].token_times_us
@@ -328,6 +327,19 @@ def _is_too_large(config: InstanceConfig, request: Request) -> bool:
     except RequestTooLargeError:
         return True
     return False
+
+
+def _loses(config: InstanceConfig, step: StepRecord) -> Sequence[int]:
+    """Whose token of the step before is drawn anew: who plans ahead takes KV away while that step runs.
+
+    Where an end by length is foreseen that token counts all the same, unless its request is let in again at once.
+    """
+    match config.async_scheduling:
+        case "off":
+            return ()
+        case "on":
+            return step.preempted
+    return [i for i in step.preempted if i in step.admitted]
 
 
 def _lose(live: dict[int, _Live], step: StepRecord) -> None:

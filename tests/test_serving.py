@@ -292,15 +292,46 @@ def test_a_client_that_leaves_loses_the_token_under_way(mode: str) -> None:
     assert list(record.token_times_us) == [10, 20]
 
 
-@pytest.mark.parametrize("mode", AHEAD)
+@pytest.mark.parametrize(("mode", "recomputed", "times"), [("on", 5, [10, 40, 50]), ("length_aware", 6, [10, 20, 40])])
 @pytest.mark.parametrize("decode_all", [False, True])
-def test_who_loses_its_kv_loses_the_token_under_way(mode: str, decode_all: bool) -> None:
-    """Step 2 takes the KV of 0 while step 1 still computes it: that token is drawn anew, when all is recomputed."""
+def test_who_loses_its_kv_keeps_the_token_under_way_only_if_length_aware(
+    mode: str, recomputed: int, times: list[int], decode_all: bool
+) -> None:
+    """Step 2 takes the KV of 0 while step 1 still computes it: that token is drawn anew, or one more is recomputed."""
     decode = plan_of({}, decode_all=True) if decode_all else plan_of({0: 1})
     policy = Scripted(script=[plan_of({0: 4}), decode, plan_of({1: 4}, preempt=(0,))])
     config = planning(mode, enable_prefix_cache=False)
     records = run_audited(workload(request(0, output=3), request(1, output=1)), config, policy)
     assert tokens(records)[:3] == [{0: 4}, {0: 1}, {1: 4}]
-    assert tokens(records)[3][0] == 5
+    assert tokens(records)[3][0] == recomputed
     record = records.requests[0]
-    assert (record.num_preemptions, list(record.token_times_us)) == (1, [10, 40, 50])
+    assert (record.num_preemptions, list(record.token_times_us)) == (1, times)
+
+
+@pytest.mark.parametrize(("policy", "admitted_in"), [(Vllm(), 3), (Fcfs(), 2)])
+def test_who_drains_keeps_its_place_if_the_policy_says_so(policy: BatchPolicy, admitted_in: int) -> None:
+    """Request 0 gets its last token from step 1, while which step 2 is planned; request 2 waits for its place."""
+    sent = workload(request(0, output=2), request(1, output=9), request(2, output=1))
+    records = run_audited(sent, planning("length_aware", max_seqs_per_batch=2), policy)
+    assert next(s.step for s in records.steps if 2 in s.ids) == admitted_in
+
+
+def test_who_drains_can_be_preempted_and_still_ends() -> None:
+    """Request 1 has its only token under way when 0 needs a block: it gives its own up, and gets its token."""
+    sent = workload(request(0, prompt=4, output=9), request(1, prompt=8, output=1))
+    config = planning("length_aware", num_kv_blocks=3, enable_prefix_cache=False)
+    records = run_audited(sent, config, Vllm())
+    drained = records.requests[1]
+    assert (drained.num_preemptions, list(drained.token_times_us), drained.finish_us) == (1, [10], 10)
+    assert records.steps[1].preempted == [1]
+    obey_the_laws(sent, config, records)
+
+
+@pytest.mark.parametrize(("mode", "found"), [("on", 0), ("length_aware", 8)])
+def test_a_prompt_under_way_can_be_shared_only_if_length_aware(mode: str, found: int) -> None:
+    """Request 1 is let in while step 0 computes the same prompt."""
+    config = planning(mode, max_tokens_per_batch=10)
+    sent = workload(*(request(i, prompt=10, output=1, hashes=(7, 8)) for i in (0, 1)))
+    records = run_audited(sent, config, Vllm())
+    assert [r.cached_tokens for r in records.requests] == [0, found]
+    obey_the_laws(sent, config, records)

@@ -55,6 +55,7 @@ class DrawnView:
     max_seqs_per_batch: int
     running: list[DrawnRequest] = field(default_factory=list)
     waiting: list[DrawnRequest] = field(default_factory=list)
+    draining: list[DrawnRequest] = field(default_factory=list)
     step_time: StepTime = STEP_TIME
 
     @property
@@ -92,6 +93,7 @@ def drawn_view(number: int) -> DrawnView:
         _run_one_more(rng, view, request_id)
     for request_id in ids[num_running : num_running + rng.randint(0, 6)]:
         _queue_one_more(rng, view, request_id)
+    _drain_some(random.Random(f"draining {number}"), view)
     return view
 
 
@@ -143,6 +145,13 @@ def _run_one_more(rng: random.Random, view: DrawnView, request_id: RequestId) ->
     request.is_running = True
     view.num_free_blocks -= request.num_private_blocks
     view.running.append(request)
+
+
+def _drain_some(rng: random.Random, view: DrawnView) -> None:
+    """Of some views a decoding request or two have all their tokens scheduled."""
+    for request in rng.sample(view.decoding, min(len(view.decoding), rng.choice((0, 0, 1, 2)))):
+        view.running.remove(request)
+        view.draining.append(request)
 
 
 def _queue_one_more(rng: random.Random, view: DrawnView, request_id: RequestId) -> None:

@@ -27,7 +27,7 @@ class InstanceConfig:
         max_model_len: the model's context; no prompt and output together may exceed it.
         async_scheduling: plan a step while the one before it runs, xLLM's `enable_schedule_overlap`: "off"; "on", where
             a request that ended is in one more step, in vain; or "length_aware", as in vLLM, where an end by length is
-            foreseen.
+            foreseen, who is preempted keeps a token under way, and prompts can be shared once they are scheduled.
     """
 
     max_tokens_per_batch: Annotated[int, Knob(64, 10240, log=True), Flag("max_tokens_per_batch")] = 10240

@@ -172,12 +172,13 @@ class Lockstep:
         self.clock = clock + num_ticks
 
     def at_clock(self, clock: int) -> list[RequestState]:
-        """Requests whose blocks are all full when the clock stands there."""
+        """Requests whose blocks are all full when the clock stands there, in order of admission."""
         size = self._block_size
         found = [s for s in self._due[clock % size].values() if s.joined < clock]
         for _, _, ticket, state in self._draining:
             if ticket == state.ticket and state.joined < clock and (state.offset + clock) % size == 0:
                 found.append(state)
+        found.sort(key=_BY_ADMISSION)
         return found
 
     def next_end(self) -> int | None:

@@ -56,11 +56,11 @@ _BatchAnswer = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 
 
 def _batch_violations(view: DrawnView, plan: BatchPlan) -> list[str]:
-    """And idling while a request could run."""
+    """And idling while a request could run, unless it may wait for those that drain."""
     if broken := batch_violations(view, plan):
         return broken
     could_run = [r.id for r in (*view.running, *view.waiting) if blocks_to_take(view, r, 1) <= view.num_free_blocks]
-    if could_run and plan.is_empty and not plan.preempt:
+    if could_run and plan.is_empty and not plan.preempt and not view.draining:
         return [f"plans nothing while requests {could_run} could run"]
     return []
 
@@ -71,18 +71,19 @@ def _batch_answer(view: DrawnView, plan: BatchPlan) -> _BatchAnswer:
 
 
 def _relisted_batch(view: DrawnView) -> list[DrawnView]:
-    shuffled = replace(view, running=view.running[::-1], waiting=view.waiting[::-1])
+    shuffled = replace(view, running=view.running[::-1], waiting=view.waiting[::-1], draining=view.draining[::-1])
     random.Random(view.number).shuffle(shuffled.waiting)
     by_host = replace(
         view,
         running=ByAdmission(sorted(view.running, key=admission_key)),
         waiting=ByArrival(sorted(view.waiting, key=arrival_key)),
+        draining=ByAdmission(sorted(view.draining, key=admission_key)),
     )
     return [shuffled, by_host]
 
 
 def _rename_batch(view: DrawnView, rename: Rename) -> None:
-    for request in (*view.running, *view.waiting):
+    for request in (*view.running, *view.waiting, *view.draining):
         request.id = rename(request.id)
 
 

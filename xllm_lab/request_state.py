@@ -172,6 +172,11 @@ class RequestState:
         self._computed = self.num_published = 0
         self._drawn = self.record.output_tokens
 
+    def recount(self) -> None:
+        """It waits, and a token came that it had lost sight of."""
+        self._drawn = self.record.output_tokens
+        self._lookup_version = -1
+
     def token_ids(self, start: int, end: int) -> TokenIds:
         """Tokens [start, end), prompt and output, shape [end - start].
 

@@ -9,7 +9,7 @@
 
 A request is waiting (holds no KV), running (holds KV: prefilling or decoding), or ended. Preemption by recompute sends
 it back to waiting. With async scheduling the next step is planned while this one runs; tokens are then counted before
-they are there, and a running request that has all of them scheduled is draining: it holds KV, and no policy sees it.
+they are there, and a running request that has all of them scheduled is draining: it holds KV, and computes no more.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class _View:
         "_live",
         "block_size",
         "decoding",
+        "draining",
         "max_seqs_per_batch",
         "max_tokens_per_batch",
         "now_us",
@@ -82,6 +83,7 @@ class _View:
         self.max_seqs_per_batch = config.max_seqs_per_batch
         self.decoding: ByAdmission[RequestState] = ByAdmission()
         self.prefilling: ByAdmission[RequestState] = ByAdmission()
+        self.draining: ByAdmission[RequestState] = ByAdmission()
         self.waiting: ByArrival[RequestState] = ByArrival()
         self.step_time = step_time
 
@@ -127,6 +129,8 @@ class Scheduler:
         self._owed: list[tuple[RequestState, int, int]] = []
         # Who lost its KV since the last step was planned; usually in the plan of the next one.
         self._victims: list[RequestId] = []
+        # Who lost its KV with a token under way, which it still gets.
+        self._due: list[RequestState] = []
         self._view = _View(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._chunk: ScheduledChunk | None = None  # of the plan made last, if that may be repeated
@@ -301,6 +305,8 @@ class Scheduler:
                 self._publish(state, chunk.num_computed_tokens + chunk.num_tokens * len(ends_us))
             if chunk.samples and (reason := _take_token(state, sampled, now_us)):
                 ended.append((state, reason))
+        if self._due:
+            ended += self._complete_due(sampled, now_us)
         for state, reason in ended:
             self._stop(state)
             self._end(state, now_us, reason)
@@ -318,6 +324,7 @@ class Scheduler:
             _fill_placeholders(state)
         self._live.clear()
         self._owed.clear()
+        self._due.clear()
         self._victims.clear()
         config = self.config
         self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
@@ -426,7 +433,7 @@ class Scheduler:
                     self._publish(state, state.offset + tick)
         ended = {state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()}
         if sampled is None and not self._owed:
-            return list(ended.values())
+            return _by_admission(ended)
         for state, turn, num_computed in self._owed:
             # It left while this tick was under way: its token is its own.
             if state.is_running and state.num_preemptions == turn and self._live.get(state.id) is state:
@@ -443,7 +450,24 @@ class Scheduler:
                     member.record.output_token_ids.append(sampled[request_id].token_id)
                     if sampled[request_id].is_stop:
                         ended[request_id] = (member, FinishReason.STOP)
-        return list(ended.values())
+        return _by_admission(ended)
+
+    def _complete_due(
+        self, sampled: Mapping[RequestId, Sampled] | None, now_us: int
+    ) -> list[tuple[RequestState, FinishReason]]:
+        """Tokens of requests that lost their KV while the step ran that draws them.
+
+        vLLM's: `update_from_output` gives a preempted request its token, and may end it. One that a second look at the
+        same plan let in again starts without it.
+        """
+        ended: list[tuple[RequestState, FinishReason]] = []
+        for state in self._due:
+            if not state.is_running and self._live.get(state.id) is state:
+                if reason := _take_token(state, sampled, now_us):
+                    ended.append((state, reason))
+                state.recount()
+        self._due.clear()
+        return ended
 
     def _blocks_in_use(self, step: Step, num_more: int, ahead: Step | None) -> tuple[array[int], array[int]]:
         """(used, idle) after the plans of a step and its repeats; the last of them is `ahead`, if there is one."""
@@ -462,6 +486,8 @@ class Scheduler:
 
     def _preempt(self, state: RequestState) -> None:
         self._stop(state)
+        if self._foresees_length and state.num_drawn > state.record.output_tokens:
+            self._due.append(state)
         self.ledger.release(state.id)
         state.record.num_preemptions += 1
         state.lose_kv()
@@ -480,8 +506,9 @@ class Scheduler:
         computed = state.num_computed_tokens
         self.ledger.grow(state.id, computed + num_tokens)
         samples = state.compute(num_tokens)
+        if self._foresees_length and self.ledger.enable_prefix_cache:
+            self._publish_ahead(state)
         if samples and self._foresees_length and state.num_drawn == state.request.output_tokens:
-            self._leave_queue(state)
             self._drain(state)
         else:
             self._enter_running(state, self._view.decoding if samples or state.is_decoding else self._view.prefilling)
@@ -501,8 +528,8 @@ class Scheduler:
             self._owed.append((state, state.num_preemptions, state.num_computed_tokens))
 
     def _drain(self, state: RequestState) -> None:
-        if state.lockstep is not None:
-            self._leave_queue(state)
+        self._leave_queue(state)
+        self._enter(self._view.draining, state)
         self._singles.pop(state.id, None)
         state.is_draining = True
 
@@ -511,6 +538,13 @@ class Scheduler:
         if num_full > state.num_published:
             self.ledger.publish(state.id, state.num_published, state.block_keys(num_full)[state.num_published :])
             state.num_published = num_full
+
+    def _publish_ahead(self, state: RequestState) -> None:
+        """Blocks of known tokens, before they are computed: who is let in by the next plan runs after this step.
+
+        vLLM's: `KVCacheManager.allocate_slots` ends so.
+        """
+        self._publish(state, min(state.num_computed_tokens, state.num_prompt_tokens + state.record.output_tokens))
 
     def _enter(self, queue: list[RequestState], state: RequestState) -> None:
         order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
@@ -554,6 +588,13 @@ class Scheduler:
             step.used_blocks, step.idle_blocks = (step.num_used_blocks,), (step.num_idle_blocks,)
         self._recorder.span(step)
         self._num_recorded = step.index + len(ends_us)
+
+
+def _by_admission(
+    ended: Mapping[RequestId, tuple[RequestState, FinishReason]],
+) -> list[tuple[RequestState, FinishReason]]:
+    # As they are packed: the order in which they end is the order in which what they leave is evicted.
+    return sorted(ended.values(), key=lambda end: end[0].admission_order) if len(ended) > 1 else list(ended.values())
 
 
 def _take_token(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> FinishReason | None:

@@ -170,10 +170,11 @@ def test_drawn_views_are_what_a_host_could_show() -> None:
     """Blocks add up, everyone fits the pool alone, and nobody has computed what is not known."""
     for number in range(500):
         view = drawn_view(number)
-        private = sum(r.num_private_blocks for r in view.running)
-        shared = sum(r.num_blocks - r.num_private_blocks for r in view.running) // 2
+        holders = (*view.running, *view.draining)
+        private = sum(r.num_private_blocks for r in holders)
+        shared = sum(r.num_blocks - r.num_private_blocks for r in holders) // 2
         assert private + shared + view.num_free_blocks == view.num_blocks
-        for request in (*view.running, *view.waiting):
+        for request in (*holders, *view.waiting):
             assert num_missing_tokens(request) >= 1
             assert ceil_div(request.num_tokens, view.block_size) <= view.num_blocks
             assert request.num_blocks == ceil_div(request.num_computed_tokens, view.block_size)
@@ -194,6 +195,7 @@ def test_drawn_views_are_unkind() -> None:
     assert some(lambda v: any(r.num_tokens > r.num_prompt_tokens for r in v.waiting))
     assert some(lambda v: any(0 < r.num_idle_blocks < r.num_blocks for r in v.waiting))
     assert some(lambda v: any(r.num_private_blocks < r.num_blocks for r in v.running))
+    assert some(lambda v: bool(v.draining))
     assert any(not v.running and not v.waiting for v in views)
 
 

@@ -164,6 +164,14 @@ class BatchView(Protocol):
         ...
 
     @property
+    def draining(self) -> Sequence[RequestView]:
+        """Requests that hold KV and run no more: planned ahead, all their tokens are scheduled, the last is not there.
+
+        None of them can be scheduled. One that is preempted gives its KV back and still gets its last token.
+        """
+        ...
+
+    @property
     def num_decode_blocks(self) -> int:
         """Free blocks that one more token for every decoding request takes."""
         ...
@@ -194,7 +202,7 @@ class BatchPlan:
         tokens: new tokens to compute per request, in the order in which they are packed.
         decode_all: every decoding request computes its one token, in order of admission and before `tokens`, which
             then lists none of them. Hosts do this in a time that does not grow with the batch.
-        preempt: running requests that lose their KV first and wait again; it is recomputed later.
+        preempt: running requests that lose their KV first and wait again; it is recomputed later. Or draining ones.
         holds_for: for how many further steps `decide` would return this plan again, if no request arrives, ends, or
             is cancelled, and every block it takes is free. Only a plan that does nothing but `decode_all` may hold, or
             that computes one chunk of a prompt besides: then as long as the prompt lacks more than another such chunk.

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from xllm_lab.policies.api import BatchPlan, BatchView, blocks_to_take, is_decoding, num_missing_tokens
+from xllm_lab.policies.api import (
+    BatchPlan,
+    BatchView,
+    RequestId,
+    RequestView,
+    blocks_to_take,
+    is_decoding,
+    num_missing_tokens,
+)
 
 
 def batch_violations(view: BatchView, plan: BatchPlan) -> list[str]:
     """Every rule the plan breaks, one sentence each; none if it is legal.
 
     A legal plan schedules known requests only, each once, at least one token and at most its missing ones; preempts
-    only running requests and schedules none of those; keeps the step's tokens, sequences and KV blocks; and holds for
-    further steps only if it does nothing but decode everything, and compute chunks of one prompt that do not finish it.
+    only running or draining requests and schedules none of those; keeps the step's tokens, sequences and KV blocks; and
+    holds for further steps only if it does nothing but decode everything, and compute chunks of one prompt that do not
+    finish it.
     """
     broken: list[str] = []
     blocks = 0
@@ -47,6 +56,8 @@ def _bad_preemptions(view: BatchView, plan: BatchPlan) -> list[str]:
     broken: list[str] = []
     for request_id in plan.preempt:
         request = view.find(request_id)
+        if request is None and _draining(view, request_id) is not None:
+            continue
         if request is None or not request.is_running:
             broken.append(f"preempts request {request_id}, which is not running")
         elif request_id in plan.tokens or (plan.decode_all and is_decoding(request)):
@@ -56,6 +67,10 @@ def _bad_preemptions(view: BatchView, plan: BatchPlan) -> list[str]:
     return broken
 
 
+def _draining(view: BatchView, request_id: RequestId) -> RequestView | None:
+    return next((r for r in view.draining if r.id == request_id), None)
+
+
 def _over_budget(view: BatchView, plan: BatchPlan, blocks: int) -> list[str]:
     tokens, seqs, free_blocks = sum(plan.tokens.values()), len(plan.tokens), view.num_free_blocks
     if plan.decode_all:
@@ -63,7 +78,7 @@ def _over_budget(view: BatchView, plan: BatchPlan, blocks: int) -> list[str]:
         seqs += len(view.decoding)
         blocks += view.num_decode_blocks
     for request_id in plan.preempt:
-        request = view.find(request_id)
+        request = view.find(request_id) or _draining(view, request_id)
         assert request is not None, "checked before"
         free_blocks += request.num_private_blocks
     # Three comparisons on every step of every simulation: sentences are made only for the guilty.

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from tests.engine.tiny import VARIANTS, VOCAB, reference_logits, tiny_model
 from xllm_lab.engine.device import open_device
 from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.models import LoadedModel, load_model
 from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.weights import read_safetensors
 
 TOLERANCE = 1e-4
 
@@ -150,3 +152,33 @@ def test_a_short_block_table_is_our_own_mistake() -> None:
     """The scheduler owes the runner blocks for every token."""
     with pytest.raises(AssertionError, match="short of 5 tokens"):
         runner("llama", num_blocks=4, block_size=4).run([SequenceChunk(prompt(5), 0, [1], True)])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("without", [("native",), ("native", "onednn")])
+def test_every_implementation_gives_the_same_logits(variant: str, without: tuple[str, ...]) -> None:
+    """A prompt in two chunks and a decode, on the operators that serve where no kernel does."""
+    device, config = open_device("cpu"), loaded(variant).config
+    weights = read_safetensors(tiny_model(variant).folder, config, torch.float32)
+    model = DecoderModel(config, weights, device=device.torch_device, without=without)
+    assert "native" not in {served.by for served in model.ops.served.values()}
+    pool = KvPool(config, num_blocks=4, block_size=16, dtype=torch.float32, device=device)
+    subject, tokens = Runner(model, pool, device), prompt(50)
+    for start, end in ((0, 20), (20, 49), (49, 50)):
+        logits_RV = subject.run([SequenceChunk(tokens[start:end], start, [3, 1, 0, 2], True)])
+        expected_V = reference_logits(tiny_model(variant).reference, tokens)[end - 1]
+        torch.testing.assert_close(logits_RV[0], expected_V, rtol=0, atol=TOLERANCE)
+
+
+def test_steady_steps_grow_no_memory() -> None:
+    """Room for the largest step is made once; logits and every layer's rows then lie where they lay."""
+    subject = runner("llama", num_blocks=8, block_size=8)
+    subject.workspace.reserve(tokens=30, logits=3)
+    num_bytes, grown = subject.workspace.num_bytes, subject.workspace.num_allocations
+    at = set()
+    for position in range(20):
+        chunk = SequenceChunk([5], position, [0, 1, 2], True)
+        at.add(subject.run([chunk, chunk._replace(block_table=[3, 4, 5])]).data_ptr())
+    subject.run([SequenceChunk(prompt(30), 0, [6, 7, 0, 1], True)])
+    assert (subject.workspace.num_bytes, subject.workspace.num_allocations) == (num_bytes, grown)
+    assert len(at) == 1

@@ -2,10 +2,10 @@
 
     python benchmarks/host_gap.py --requests 16 --repeats 3
 
-The same requests, all there at the start, in each mode in turns, on SmolLM2. Times are processor time of each side's own
-thread, so that a neighbour on the machine does not count; steps after an idle host are left out. One JSON object a line
-for each run, and at the end, per mode, the median and range of the mean gap, and what it fell by against planning in
-turns. Fails if the modes' tokens differ.
+The same requests, all there at the start, in each mode in turns, on SmolLM2. Times are processor time of each side's
+own thread, so that a neighbour on the machine does not count; steps after an idle host are left out. One JSON object a
+line for each run, and at the end, per mode, the median and range of the mean gap, and what it fell by against planning
+in turns. Fails if the modes' tokens differ.
 """
 
 from __future__ import annotations

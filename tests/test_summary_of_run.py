@@ -53,7 +53,7 @@ FLEETS = (
 def served(folder: Path, workload: Workload, config: InstanceConfig, policy: BatchPolicy, fleet: int = 0) -> Run:
     """As `simulate`, which refuses beforehand what would be rejected here."""
     machine, chosen = fitted_machine(CALIBRATION), FLEETS[fleet]
-    timing = Predicted(machine.cost)
+    timing = Predicted(machine.cost_of(config))
     with RunWriter(folder) as writer:
         known: dict[str, Any] = {"recorder": writer, "vocab_size": VOCAB_SIZE, "step_time": STEP_TIME}
         if chosen is None:

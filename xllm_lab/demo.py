@@ -185,7 +185,7 @@ def _promises(fitted: Calibration, run: Run) -> tuple[int, int]:
     """(TTFT, TPOT), microseconds."""
     requests = run.workload.requests
     context = sum(r.prompt.num_tokens + r.output_tokens // 2 for r in requests) // len(requests)
-    step_us = fitted.step_time.step_us([Chunk(1, context)] * SLO_BATCH, SLO_BATCH)
+    step_us = fitted.step_time_with_host().step_us([Chunk(1, context)] * SLO_BATCH, SLO_BATCH)
     tpot_us = int(round(SLO_SLACK * step_us, -3))
     return TTFT_IN_TPOT * tpot_us, tpot_us
 

@@ -12,17 +12,20 @@ from xllm_lab.step_time import Chunk, features
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSample:
-    """What one step computed, and how long it took.
+    """What one step computed, and how long the device took for it.
 
     Attributes:
         chunks: per sequence, in packing order: tokens computed in the step, tokens in KV before it.
         num_logits: rows the model's head was asked for; traces that do not tell have one per sequence.
-        step_us: measured time, integer or not: a profiler's clock is finer than a record's.
+        step_us: measured time, integer or not: a profiler's clock is finer than a record's. The device's, if the
+            host's is told apart.
+        host_us: what the host took to plan it and prepare its inputs; None if that is part of `step_us`.
     """
 
     chunks: tuple[Chunk, ...]
     num_logits: int
     step_us: float
+    host_us: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.step_us < float("inf"):
@@ -32,6 +35,8 @@ class StepSample:
         for chunk in self.chunks:
             if chunk.num_tokens < 1 or chunk.num_computed_tokens < 0:
                 raise ConfigError(f"{chunk} in a step; at least 1 token, and at least 0 before it are accepted")
+        if self.host_us is not None and not 0 <= self.host_us < float("inf"):
+            raise ConfigError(f"host_us of a step is {self.host_us}, a finite time of at least 0 is accepted")
         if self.num_logits < 0:
             raise ConfigError(f"num_logits of a step is {self.num_logits}, at least 0 is accepted")
 
@@ -44,4 +49,5 @@ def samples(steps: Iterable[StepRecord]) -> Iterator[StepSample]:
     """The recorded steps of a run as samples."""
     for s in steps:
         chunks = tuple(map(Chunk, s.num_tokens, s.num_computed_tokens))
-        yield StepSample(chunks=chunks, num_logits=s.num_logits, step_us=s.step_us)
+        step_us = s.step_us if s.device_us is None else max(1, s.device_us)
+        yield StepSample(chunks=chunks, num_logits=s.num_logits, step_us=step_us, host_us=s.host_us)

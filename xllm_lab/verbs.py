@@ -81,7 +81,7 @@ def replay(
     workload = _workload(trace)
     chosen = configure(policy, settings)
     host = engine if isinstance(engine, Engine) else Engine(engine)
-    fitted = None if calibration is None else _calibration(calibration).step_time
+    fitted = None if calibration is None else _calibration(calibration).step_time_with_host()
     records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
     with records.bar:
         return host.replay(workload, chosen.instance, chosen.policy, out=Path(out), step_time=fitted, recorder=records)
@@ -240,7 +240,7 @@ def verify(
 
     opened = study if isinstance(study, Study) else read_study(Path(study))
     workload = _workload(trace)
-    step_time = read_calibration(opened.path / "calibration.json").step_time
+    step_time = read_calibration(opened.path / "calibration.json").step_time_with_host()
     host = engine if isinstance(engine, Engine) else Engine(engine)
     records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
     with records.bar:

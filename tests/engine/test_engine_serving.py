@@ -26,7 +26,11 @@ from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
 from xllm_lab.policies.catalog import make_batch_policy, policies
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.runs import Run
+from xllm_lab.sim.calibrate import calibrate
+from xllm_lab.sim.cost import batch_of
+from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.parity import parity
+from xllm_lab.step_samples import samples
 from xllm_lab.step_time import TERMS, Chunk, StepTime
 from xllm_lab.workload import ClosedLoop, Priority, Request, Sampling, Slo, Workload
 
@@ -364,6 +368,17 @@ def test_every_step_says_what_it_was_for_host_and_device(mode: str, folder: Path
         assert 0 < step.device_us <= step.step_us
         if mode == "off" and step.gap_us is not None:
             assert step.host_us <= step.gap_us <= step.step_us - step.device_us
+
+
+def test_calibrating_tells_the_host_from_the_device(folder: Path) -> None:
+    """What a calibration says of a whole step is what the steps took: the two parts are both there, and once."""
+    run = engine(timer="cpu").replay(crowd(30), config(), make_batch_policy("fcfs"), out=folder / "apart")
+    learnt = calibrate([run])
+    assert learnt.host.us(1) > 0
+    whole = [s for s in run.records.steps if s.gap_us is not None]
+    cost = fitted_machine(learnt).cost_of(config())
+    predicted = sum(cost.step(batch_of(s.chunks, s.num_logits)).us for s in samples(whole))
+    assert predicted == pytest.approx(sum(s.step_us for s in whole), rel=0.25)
 
 
 def test_a_token_outside_the_vocabulary_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from xllm_lab.sim.calibrate import (
 )
 from xllm_lab.sim.cost import Batch, batch_of
 from xllm_lab.sim.cost.fitted import FittedCost
+from xllm_lab.sim.cost.host import HostOverhead
 from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
 from xllm_lab.sim.spread import UNKNOWN
@@ -166,6 +168,36 @@ def test_too_few_steps_are_refused() -> None:
         calibrate_on([sample] * 3, model={}, hardware={}, sources=("trace.csv",))
 
 
+def _split(host: HostOverhead) -> list[StepSample]:
+    """Steps of the synthetic machine, whose host was timed apart."""
+    steps = mixed_steps(np.random.default_rng(0), 200)
+    times = Machine(scatter_frac=0.0).mean_us(steps).tolist()
+    return [
+        StepSample(chunks=c, num_logits=len(c), step_us=us, host_us=host.us(len(c)))
+        for c, us in zip(steps, times, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("mode", "whole"), [("off", sum), ("on", max), ("length_aware", max)])
+def test_a_host_that_was_timed_apart_is_hidden_by_planning_ahead(
+    mode: str, whole: Callable[[list[float]], float]
+) -> None:
+    """In turns, device and host add up; side by side, the slower of the two decides."""
+    host = HostOverhead(step_us=6000.0, sequence_us=20.0)
+    fitted_to = calibrate_on(_split(host), model={"vocab_size": 10}, hardware={}, sources=("split",))
+    cost = fitted_machine(fitted_to).cost_of(replace(CONFIG, async_scheduling=mode))
+    for chunks in ([Chunk(1, 100)] * 2, [Chunk(200, 0), *[Chunk(1, 500)] * 20]):
+        batch = batch_of(chunks, len(chunks))
+        parts = [FittedCost(fitted_to).step(batch).us, host.us(len(chunks))]
+        assert cost.step(batch).us == pytest.approx(whole(parts), rel=1e-6)
+
+
+def test_steps_with_and_without_a_host_are_not_mixed() -> None:
+    mixed = [*_split(HostOverhead(step_us=10.0)), StepSample(chunks=(Chunk(1, 1),), num_logits=1, step_us=5.0)]
+    with pytest.raises(ConfigError, match="200 of 201 steps tell the host's time"):
+        calibrate_on(mixed, model={}, hardware={}, sources=("mixed",))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -176,6 +208,7 @@ def test_too_few_steps_are_refused() -> None:
         ({"chunks": (Chunk(0, 5),)}, "num_tokens=0"),
         ({"chunks": (Chunk(1, -5),)}, "num_computed_tokens=-5"),
         ({"num_logits": -1}, "num_logits of a step is -1"),
+        ({"host_us": -1.0}, "host_us of a step is -1.0"),
     ],
 )
 def test_samples_that_cannot_be_are_refused(change: dict[str, Any], words: str) -> None:

@@ -102,7 +102,7 @@ def _simulate(o: argparse.Namespace) -> int:
     chosen = verbs.chosen_for(source, o.policy, settings(o)).instance
     run = verbs.simulate(
         source,
-        machine(o, chosen.async_scheduling, chosen.max_seqs_per_batch),
+        machine(o, chosen.max_seqs_per_batch),
         out=o.out,
         policy=o.policy,
         settings=settings(o),

@@ -37,7 +37,7 @@ def fleet_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--instances", type=int, metavar="N", help="N instances that take turns, instead of --cluster")
 
 
-def machine(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> Machine:
+def machine(o: argparse.Namespace, max_seqs: int) -> Machine:
     """The machine that the options describe; ConfigError if they describe none, or two."""
     from xllm_lab.hardware import hardware
     from xllm_lab.sim.calibrate import read_calibration
@@ -48,7 +48,7 @@ def machine(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> Mach
         return fitted_machine(read_calibration(o.calibration))
     device = None if o.hardware is None else hardware(o.hardware)
     model = None if o.model_config is None else model_of(o.model_config)
-    deployment = _deployment(o, async_scheduling, max_seqs)
+    deployment = _deployment(o, max_seqs)
     if o.profile is not None:
         _refuse_beside_profile(o)
         return profiled_machine(o.profile, model, deployment, device)
@@ -71,7 +71,7 @@ def fleet(o: argparse.Namespace) -> FleetConfig | None:
     return None if o.instances is None else FleetConfig(num_instances=o.instances)
 
 
-def _deployment(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> Deployment:
+def _deployment(o: argparse.Namespace, max_seqs: int) -> Deployment:
     from xllm_lab.sim.cost.host import HostOverhead
     from xllm_lab.sim.machine import Deployment
 
@@ -79,7 +79,7 @@ def _deployment(o: argparse.Namespace, async_scheduling: str, max_seqs: int) -> 
         **{name: getattr(o, name) for name in _DEPLOYMENT},
         precision=o.precision,
         graphs=_graphs(o.graphs, max_seqs),
-        host=HostOverhead(step_us=o.host_us, sequence_us=o.host_us_per_seq, is_async=async_scheduling != "off"),
+        host=HostOverhead(step_us=o.host_us, sequence_us=o.host_us_per_seq),
     )
 
 

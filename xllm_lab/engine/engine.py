@@ -10,8 +10,8 @@ from typing import Any
 from xllm_lab.engine.clock import Clock, make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
 from xllm_lab.engine.kv import KvPool
-from xllm_lab.engine.lane import Lane
-from xllm_lab.engine.launcher import Launcher
+from xllm_lab.engine.lane import Done, Lane
+from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.errors import ConfigError
@@ -102,17 +102,18 @@ class Engine:
                     assert command.until_us is not None, "a workload says when its next request comes"
                     lane.rest()
                     answer: Completion | Woke = Woke(clock.wait_until(command.until_us))
+                    launcher.resumes()
                 else:
-                    answer = self._completion(command, launcher)
-                    clock.wait_until(answer.ends_us[0])
-                launcher.resumes()
+                    launched = launcher.take(command)
+                    done = launched.future.result()
+                    clock.wait_until(done.end_us)
+                    launcher.resumes()
+                    answer = self._completion(command, launched, done)
                 command = conversation.send(answer)
         except StopIteration:
             return
 
-    def _completion(self, step: Step, launcher: Launcher) -> Completion:
-        launched = launcher.take(step)
-        done = launched.future.result()
+    def _completion(self, step: Step, launched: Launched, done: Done[list[int]]) -> Completion:
         drawn = zip(launched.inputs.drawing, done.result, strict=True)
         sampled = {r.id: Sampled(token, self._stops(r, token)) for r, token in drawn}
         # A step shorter than the clock's tick would end when it started.

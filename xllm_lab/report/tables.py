@@ -64,6 +64,8 @@ def calibration_terms(calibration: Calibration) -> str:
         _row((term.removesuffix("_us"), compact(weight) if weight >= 1 else f"{weight:.3g}", f"{highest:,.0f}"))
         for term, weight, highest in zip(TERMS, calibration.step_time.weights, calibration.highest, strict=True)
     ]
+    host = {"host, each step": calibration.host.step_us, "host, each sequence": calibration.host.sequence_us}
+    rows += [_row((term, f"{us:.3g}", "")) for term, us in host.items() if us]
     return _table(("term of a step", "µs per unit", "largest seen"), rows, "numbers")
 
 

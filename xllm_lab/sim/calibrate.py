@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy.typing as npt
 
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.runs import Run, new_file, read_json, write_json
+from xllm_lab.sim.cost.host import HostOverhead, fit_host
 from xllm_lab.sim.spread import NUM_FOLDS, UNKNOWN, RunSpread, Spread, held_out, spread_of
 from xllm_lab.step_samples import StepSample, samples
 from xllm_lab.step_time import TERMS, StepTime, fit
 
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
-# 1 had no spread, and says nothing of the error away from the calibrated steps: such a file is refused.
-FORMAT = 2
+# 1 had no spread, and 2 did not tell the host from the device: such files are refused.
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,8 @@ class Calibration:
     """A fitted machine: what `calibrate` writes and the simulator reads.
 
     Attributes:
-        step_time: the weights.
+        step_time: the weights, of the device where the host was told apart.
+        host: what the host adds to a step.
         highest: largest value of each term's factor in the calibrated steps; beyond it the model extrapolates.
         residual: held-out error of step times.
         spread: how that error adds up, and grows away from the calibrated steps.
@@ -58,7 +60,14 @@ class Calibration:
     model: dict[str, Any]
     hardware: dict[str, Any]
     runs: tuple[str, ...]
+    host: HostOverhead = field(default_factory=HostOverhead)
     spread: Spread = UNKNOWN
+
+    def step_time_with_host(self) -> StepTime:
+        """Of whole steps, of a host that the device waits for."""
+        added = {"constant_us": self.host.step_us, "sequence_us": self.host.sequence_us}
+        weights = zip(TERMS, self.step_time.weights, strict=True)
+        return StepTime(tuple(weight + added.get(term, 0.0) for term, weight in weights))
 
     def run_spread(self) -> RunSpread:
         """Of a run whose steps are added to it."""
@@ -109,6 +118,7 @@ def calibrate_on(
         highest=tuple(float(h) for h in rows.max(axis=0)),
         residual=_residual(times, predicted),
         spread=spread_of(rows, times, predicted),
+        host=_host(steps),
         model=model,
         hardware=hardware,
         runs=sources,
@@ -135,12 +145,22 @@ def read_calibration(path: Path) -> Calibration:
             highest=tuple(float(value["highest"][k]) for k in range(len(TERMS))),
             residual=Residual(**{name: value["residual"][name] + 0 for name in Residual.__slots__}),
             spread=_spread(value["spread"]),
+            host=HostOverhead(**{name: value["host"][name] + 0 for name in HostOverhead.__slots__}),
             model=value["model"],
             hardware=value["hardware"],
             runs=tuple(value["runs"]),
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RunError(f"{path}: {error!r}; accepted: {accepted}") from None
+
+
+def _host(steps: Sequence[StepSample]) -> HostOverhead:
+    measured = [(len(s.chunks), s.host_us) for s in steps if s.host_us is not None]
+    if measured and len(measured) < len(steps):
+        raise ConfigError(
+            f"{len(measured)} of {len(steps)} steps tell the host's time from the device's; accepted: all, or none"
+        )
+    return fit_host([n for n, _ in measured], [us for _, us in measured])
 
 
 def _spread(value: dict[str, Any]) -> Spread:

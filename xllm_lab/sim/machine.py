@@ -31,7 +31,8 @@ class Machine:
     """What the simulator needs of a machine.
 
     Attributes:
-        cost: prices steps.
+        cost: prices steps on the device.
+        host: what the host adds.
         model: what is served, as in manifests; has `vocab_size`.
         timing: how step times are had, and how far they can be trusted.
         step_time: what policies are told of step times.
@@ -43,8 +44,13 @@ class Machine:
     model: Mapping[str, Any]
     timing: Mapping[str, Any]
     step_time: StepTime
+    host: HostOverhead = field(default_factory=HostOverhead)
     calibration: Calibration | None = None
     most_kv_tokens: int | None = None
+
+    def cost_of(self, config: InstanceConfig) -> CostModel:
+        """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
+        return Hosted(self.cost, self.host, plans_ahead=config.async_scheduling != "off")
 
     def refuse_if_too_large(self, config: InstanceConfig) -> None:
         """ConfigError for an instance that the machine's memory or its model's context cannot hold."""
@@ -105,7 +111,8 @@ def fitted_machine(calibration: Calibration) -> Machine:
             "calibrated_on": list(calibration.runs),
             "residual": asdict(calibration.residual),
         },
-        step_time=calibration.step_time,
+        step_time=calibration.step_time_with_host(),
+        host=calibration.host,
         calibration=calibration,
     )
 
@@ -125,7 +132,6 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         expert_parallel=d.expert_parallel,
         precision=d.bytes_and_rates,
         graphs=d.graphs,
-        host=d.host,
     )
     room = kv_blocks_that_fit(
         device,
@@ -137,7 +143,14 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         block_size=1,
     )
     told = {"cost_model": "roofline", "device": device.name, "error": "unknown: nothing was measured", **_told(d)}
-    return Machine(cost=cost, model=_described(model), timing=told, step_time=step_time_of(cost), most_kv_tokens=room)
+    return Machine(
+        cost=cost,
+        model=_described(model),
+        timing=told,
+        step_time=step_time_of(Hosted(cost, d.host)),
+        host=d.host,
+        most_kv_tokens=room,
+    )
 
 
 def profiled_machine(
@@ -163,9 +176,10 @@ def profiled_machine(
     bundle = read_bundle(folder, d.tensor_parallel)
     spec = known_model(bundle.model) if model is None else model
     links = None if device is None or d.tensor_parallel == 1 else collectives(device, d.tensor_parallel)
-    cost = Hosted(ProfiledCost(bundle, spec, graphs=d.graphs, collectives=links), d.host)
+    cost = ProfiledCost(bundle, spec, graphs=d.graphs, collectives=links)
     told = {"cost_model": "profiled", "profile": str(folder), **_told(d)}
-    return Machine(cost=cost, model=_described(spec), timing=told, step_time=step_time_of(cost))
+    step_time = step_time_of(Hosted(cost, d.host))
+    return Machine(cost=cost, model=_described(spec), timing=told, step_time=step_time, host=d.host)
 
 
 def step_time_of(cost: CostModel) -> StepTime:

@@ -111,7 +111,7 @@ def simulate(
     machine.refuse_if_too_large(config)
     for request in workload.requests:
         config.refuse_if_too_large(request)
-    timing = Predicted(machine.cost, fast_forward=fast_forward)
+    timing = Predicted(machine.cost_of(config), fast_forward=fast_forward)
     with new_folder(out) as folder:
         with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
             known = {"recorder": writer, "vocab_size": machine.model["vocab_size"], "step_time": machine.step_time}

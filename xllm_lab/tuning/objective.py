@@ -11,8 +11,8 @@ from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.formats import read_trace
 from xllm_lab.metrics import summarize
 from xllm_lab.sim.calibrate import Calibration, read_calibration
-from xllm_lab.sim.cost.fitted import FittedCost
 from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.workload import Workload
 
@@ -31,7 +31,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
         "summaries": one per workload, "failure": None or why it cannot run}.
     """
     chosen = candidate(spec["candidate"])
-    calibration = _calibration(spec["calibration"])
+    machine = fitted_machine(_calibration(spec["calibration"]))
     summaries: list[dict[str, Any]] = []
     extrapolated = 0.0
     try:
@@ -39,14 +39,14 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
             workload = _workload(path)
             for request in workload.requests:
                 chosen.instance.refuse_if_too_large(request)
-            predicted = Predicted(FittedCost(calibration))
+            predicted = Predicted(machine.cost_of(chosen.instance))
             records = run_simulation(
                 workload,
                 chosen.instance,
                 chosen.policy,
                 predicted,
-                vocab_size=calibration.model["vocab_size"],
-                step_time=calibration.step_time,
+                vocab_size=machine.model["vocab_size"],
+                step_time=machine.step_time,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

@@ -101,7 +101,7 @@ def _open(
         "num_requests": [len(w.requests) for w in workloads],
         # Of what is served, not of the files it came from: a window or a promise makes another workload.
         "checksums": [hashlib.sha256(own.encode(w)).hexdigest() for w in workloads],
-        "step_time": list(calibration.step_time.weights),
+        "step_time": list(calibration.step_time_with_host().weights),
         "model": calibration.model,
     }
     if (out / "study.json").exists():

@@ -59,9 +59,9 @@ def test_steps_together_are_steps_alone(cost: RooflineCost, batch: Batch, num_st
     check_decode_steps(cost, batch, num_steps)
 
 
-@given(decode_batches(), st.integers(1, 40), st.booleans(), st.integers(1, 3), st.floats(0, 1))
+@given(decode_batches(), st.integers(1, 40), st.integers(1, 3), st.floats(0, 1))
 def test_so_they_are_with_host_and_drafts(
-    batch: Batch, num_steps: int, is_async: bool, num_tokens: int, acceptance_frac: float
+    batch: Batch, num_steps: int, num_tokens: int, acceptance_frac: float
 ) -> None:
     cost = roofline_cost(
         A3,
@@ -70,7 +70,7 @@ def test_so_they_are_with_host_and_drafts(
         expert_parallel=16,
         precision=PRECISIONS["w8a8"],
         graphs=vllm_graph_buckets(64),
-        host=HostOverhead(step_us=700.0, sequence_us=3.0, is_async=is_async),
+        host=HostOverhead(step_us=700.0, sequence_us=3.0),
         drafts=Drafts(num_tokens=num_tokens, acceptance_frac=acceptance_frac),
     )
     check_decode_steps(cost, batch, num_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,10 @@ class HostOverhead:
     Attributes:
         step_us: for any step, however small.
         sequence_us: for each sequence in it, on top.
-        is_async: the host prepares the next step while the device computes this one, so that the slower of the two
-            decides. Otherwise the device waits for the host.
     """
 
     step_us: float = 0.0
     sequence_us: float = 0.0
-    is_async: bool = False
 
     def __post_init__(self) -> None:
         for name in ("step_us", "sequence_us"):
@@ -38,20 +36,35 @@ class HostOverhead:
 
 
 class Hosted:
-    """A device's cost model with a host in front of it."""
+    """A device's cost model with a host in front of it.
 
-    def __init__(self, device: CostModel, host: HostOverhead) -> None:
+    Args:
+        plans_ahead: the host prepares the next step while the device computes this one, so that the slower of the two
+            decides. Otherwise the device waits for the host.
+    """
+
+    def __init__(self, device: CostModel, host: HostOverhead, *, plans_ahead: bool = False) -> None:
         self._device = device
         self._host = host
+        self._plans_ahead = plans_ahead
 
     def step(self, batch: Batch) -> Price:
         price = self._device.step(batch)
         host_us = self._host.us(batch.num_seqs)
-        us = max(price.us, host_us) if self._host.is_async else price.us + host_us
-        return Price(us, price.is_extrapolated)
+        return price._replace(us=max(price.us, host_us) if self._plans_ahead else price.us + host_us)
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
         prices = self._device.decode_steps(batch, num_steps)
         host_us = self._host.us(batch.num_seqs)
-        us = np.maximum(prices.us, host_us) if self._host.is_async else prices.us + host_us
-        return Prices(us, prices.is_extrapolated)
+        return prices._replace(us=np.maximum(prices.us, host_us) if self._plans_ahead else prices.us + host_us)
+
+
+def fit_host(num_seqs: Sequence[int], host_us: Sequence[float]) -> HostOverhead:
+    """Non-negative least squares of measured times, none if there are none."""
+    from scipy.optimize import nnls
+
+    if not host_us:
+        return HostOverhead()
+    factors = np.column_stack([np.ones(len(num_seqs)), np.asarray(num_seqs, dtype=np.float64)])
+    (step_us, sequence_us), _ = nnls(factors, np.asarray(host_us, dtype=np.float64))
+    return HostOverhead(step_us=float(step_us), sequence_us=float(sequence_us))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xllm_lab.engine.clock import Clock, make_clock
+from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
@@ -92,22 +92,17 @@ class Engine:
         with Lane(clock, beside=config.async_scheduling != "off") as lane:
             launcher = Launcher(runner, scheduler, lane, clock)
             conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), launch=launcher.launch)
-            self._answer(conversation, launcher, lane, clock)
+            self._answer(conversation, launcher)
 
-    def _answer(self, conversation: Conversation, launcher: Launcher, lane: Lane, clock: Clock) -> None:
+    def _answer(self, conversation: Conversation, launcher: Launcher) -> None:
         try:
             command = next(conversation)
             while True:
                 if isinstance(command, Idle):
                     assert command.until_us is not None, "a workload says when its next request comes"
-                    lane.rest()
-                    answer: Completion | Woke = Woke(clock.wait_until(command.until_us))
-                    launcher.resumes()
+                    answer: Completion | Woke = Woke(launcher.rest(command.until_us))
                 else:
-                    launched = launcher.take(command)
-                    done = launched.future.result()
-                    clock.wait_until(done.end_us)
-                    launcher.resumes()
+                    launched, done = launcher.wait_for(command)
                     answer = self._completion(command, launched, done)
                 command = conversation.send(answer)
         except StopIteration:

@@ -34,13 +34,14 @@ class Done(NamedTuple, Generic[T]):
 class Lane:
     """Runs what is launched. Close it, or use it with `with`.
 
-    Args:
-        beside: on a thread of its own, while the host goes on. PyTorch and our kernels let go of Python's lock while
+    Attributes:
+        is_beside: on a thread of its own, while the host goes on. PyTorch and our kernels let go of Python's lock while
             they compute.
     """
 
     def __init__(self, clock: Clock, *, beside: bool) -> None:
         self._clock = clock
+        self.is_beside = beside
         self._thread = ThreadPoolExecutor(1, "device") if beside else None
         self._free_us: int | None = None  # when the last launch was done; the device's own
 

@@ -50,24 +50,30 @@ class Launcher:
         self._runner, self._scheduler, self._lane, self._clock = runner, scheduler, lane, clock
         self._launched: dict[int, Launched] = {}
         self._rows: dict[RequestId, int] = {}  # of the tokens that the step launched last draws
-        self._resumed_us = clock.now_us()
-
-    def resumes(self) -> None:
-        """The host goes on planning."""
-        self._resumed_us = self._clock.now_us()
+        self._working_since_us = clock.now_us()  # on the step to be launched next, without the time it waited
 
     def launch(self, step: Step) -> None:
         """Write down what the step reads, and queue it."""
         inputs = self._inputs(step)
         self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
-        planned_us = self._clock.now_us()
+        host_us = self._clock.now_us() - self._working_since_us
         future = self._lane.launch(partial(_compute, self._runner, inputs))
-        self._launched[step.index] = Launched(inputs, future, planned_us - self._resumed_us)
-        self.resumes()
+        self._launched[step.index] = Launched(inputs, future, host_us)
+        self._working_since_us = self._clock.now_us() if self._lane.is_beside else future.result().end_us
 
-    def take(self, step: Step) -> Launched:
-        """A launched step; its result may still be on the way."""
-        return self._launched.pop(step.index)
+    def wait_for(self, step: Step) -> tuple[Launched, Done[list[int]]]:
+        """A launched step and what came of it."""
+        launched = self._launched.pop(step.index)
+        before_us = self._clock.now_us()
+        done = launched.future.result()
+        self._working_since_us += self._clock.wait_until(done.end_us) - before_us
+        return launched, done
+
+    def rest(self, until_us: int) -> int:
+        """Nothing is to be done before `until_us`; returns the time when the host looks again."""
+        self._lane.rest()
+        self._working_since_us = self._clock.wait_until(until_us)
+        return self._working_since_us
 
     def _inputs(self, step: Step) -> Inputs:
         chunks: list[SequenceChunk] = []

@@ -42,7 +42,7 @@ class Woke(NamedTuple):
     now_us: int
 
 
-class Completion(NamedTuple):
+class Completion:
     """The answer to `Step`.
 
     Attributes:
@@ -50,8 +50,11 @@ class Completion(NamedTuple):
         sampled: a token for each chunk that `samples`; None for placeholders, none of which ends a request.
     """
 
-    ends_us: Sequence[int]
-    sampled: Mapping[RequestId, Sampled] | None
+    __slots__ = ("ends_us", "sampled")
+
+    def __init__(self, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None) -> None:
+        self.ends_us = ends_us
+        self.sampled = sampled
 
 
 Conversation = Generator[Step | Idle, Completion | Woke, None]

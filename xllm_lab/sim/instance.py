@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,14 @@ _FEWEST_STEPS = 4
 FROM_OUTSIDE, FIRST_INSTANCE = 0, 1
 
 
-class Stretch(NamedTuple):
+class Stretch:
     """The ends of a step and of its repeats, microseconds, and which of them the cost model extrapolated."""
 
-    ends_us: Sequence[int]
-    is_extrapolated: npt.NDArray[np.bool_] | tuple[bool, ...]
+    __slots__ = ("ends_us", "is_extrapolated")
+
+    def __init__(self, ends_us: Sequence[int], is_extrapolated: npt.NDArray[np.bool_] | tuple[bool, ...]) -> None:
+        self.ends_us = ends_us
+        self.is_extrapolated = is_extrapolated
 
     def until(self, now_us: int) -> Stretch:
         """Up to the first end at or after `now_us`."""
@@ -116,7 +119,7 @@ class Predicted:
         if num_steps > 1:
             self.num_extrapolated += int(np.count_nonzero(stretch.is_extrapolated))
         else:
-            self.num_extrapolated += stretch.is_extrapolated[0]
+            self.num_extrapolated += bool(stretch.is_extrapolated[0])
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
         return None
@@ -124,8 +127,9 @@ class Predicted:
 
 def batch_of_step(step: Step) -> Batch:
     """What a cost model sees of a step."""
-    ids, _, _, kv_tokens, max_kv_tokens = step.decodes
-    num_decodes = num_logits = len(ids)
+    decodes = step.decodes
+    kv_tokens, max_kv_tokens = decodes.kv_tokens, decodes.max_kv_tokens
+    num_decodes = num_logits = len(decodes.ids)
     if not step.others:
         return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits)
     prefills: list[Chunk] = []

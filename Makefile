@@ -40,7 +40,7 @@ compiled:
 	$(PYTHON) -m venv $(COMPILED)/venv
 	$(COMPILED)/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"setuptools>=77" mypy numpy simpy xxhash
-	cd $(COMPILED)/source && XLLM_LAB_COMPILE=1 ../venv/bin/python setup.py --quiet bdist_wheel --dist-dir ..
+	cd $(COMPILED)/source && XLLM_LAB_COMPILE=1 ../venv/bin/python -W ignore setup.py --quiet bdist_wheel --dist-dir ..
 	$(COMPILED)/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(echo $(COMPILED)/xllm_lab-*.whl)[sim]"
 	cd $(COMPILED) && venv/bin/xllm-lab --version

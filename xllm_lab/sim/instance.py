@@ -214,7 +214,7 @@ class Instance:
                 stretch = timing.stretch(command)
                 if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
                     stretch = stretch.until(next_us)
-                self._step, self.stretch = command, stretch
+                self._begin(command, stretch)
                 while True:
                     try:
                         yield at(env, stretch.ends_us[-1], self._priority)
@@ -228,6 +228,11 @@ class Instance:
                 command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
         except StopIteration:
             return
+
+    def _begin(self, step: Step, stretch: Stretch) -> None:
+        # Not where it is called: a type checker would take `stretch` for set until that function itself clears it, and
+        # `stop` clears it while that one waits. Compiled code believes the type checker.
+        self._step, self.stretch = step, stretch
 
     def _something(self, until_us: int | None) -> simpy.Event:
         """What an idle instance waits for."""

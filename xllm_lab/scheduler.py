@@ -29,8 +29,6 @@ from xllm_lab.lockstep import Lockstep
 from xllm_lab.policies.api import (
     BatchPlan,
     BatchPolicy,
-    ByAdmission,
-    ByArrival,
     StepTimeView,
     admission_key,
     arrival_key,
@@ -38,6 +36,7 @@ from xllm_lab.policies.api import (
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
+from xllm_lab.policies.ordered import ByAdmission, ByArrival
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.step import NO_DECODES, Decodes, ScheduledChunk, Step
@@ -560,7 +559,8 @@ class Scheduler:
         if queue is NO_QUEUE:
             return
         order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
-        popped = queue.pop(bisect.bisect_left(queue, order(state), key=order))
+        # Who came first usually leaves first.
+        popped = queue.pop(0 if queue[0] is state else bisect.bisect_left(queue, order(state), key=order))
         assert popped is state, f"request {state.id} is not where its queue's order says"
         state.queue = NO_QUEUE
 

@@ -42,7 +42,7 @@ class Woke(NamedTuple):
     now_us: int
 
 
-class Completion(NamedTuple):
+class Completion:
     """The answer to `Step`.
 
     Attributes:
@@ -51,9 +51,14 @@ class Completion(NamedTuple):
         work: what it was for host and device, if that was measured; of one step without repetitions.
     """
 
-    ends_us: Sequence[int]
-    sampled: Mapping[RequestId, Sampled] | None
-    work: Work | None = None
+    __slots__ = ("ends_us", "sampled", "work")
+
+    def __init__(
+        self, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None, work: Work | None = None
+    ) -> None:
+        self.ends_us = ends_us
+        self.sampled = sampled
+        self.work = work
 
 
 Conversation = Generator[Step | Idle, Completion | Woke, None]

@@ -35,22 +35,24 @@ class Work(NamedTuple):
     gap_us: int | None
 
 
-class Decodes(NamedTuple):
+class Decodes:
     """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""
 
-    ids: tuple[RequestId, ...]
-    offsets: tuple[int, ...]
-    clock: int
-    kv_tokens: int
-    max_kv_tokens: int
+    __slots__ = ("clock", "ids", "kv_tokens", "max_kv_tokens", "offsets")
+
+    def __init__(
+        self, ids: tuple[RequestId, ...], offsets: tuple[int, ...], clock: int, kv_tokens: int, max_kv_tokens: int
+    ) -> None:
+        self.ids = ids
+        self.offsets = offsets
+        self.clock = clock
+        self.kv_tokens = kv_tokens
+        self.max_kv_tokens = max_kv_tokens
 
     def later(self, num_ticks: int) -> Decodes:
         """The same requests, `num_ticks` ticks on."""
-        return self._replace(
-            clock=self.clock + num_ticks,
-            kv_tokens=self.kv_tokens + num_ticks * len(self.ids),
-            max_kv_tokens=self.max_kv_tokens + num_ticks,
-        )
+        kv_tokens = self.kv_tokens + num_ticks * len(self.ids)
+        return Decodes(self.ids, self.offsets, self.clock + num_ticks, kv_tokens, self.max_kv_tokens + num_ticks)
 
 
 NO_DECODES = Decodes((), (), 0, 0, 0)
@@ -97,8 +99,9 @@ class Step:
     @property
     def chunks(self) -> tuple[ScheduledChunk, ...]:
         """All of it, request by request."""
-        ids, offsets, clock, _, _ = self.decodes
-        grown = (ScheduledChunk(i, 1, offset + clock, True) for i, offset in zip(ids, offsets, strict=True))
+        decodes = self.decodes
+        clock, members = decodes.clock, zip(decodes.ids, decodes.offsets, strict=True)
+        grown = (ScheduledChunk(i, 1, offset + clock, True) for i, offset in members)
         return (*grown, *self.others)
 
     @property

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import metadata
 from typing import NoReturn
 
+from xllm_lab import provenance
 from xllm_lab.cli.commands import COMMANDS
 from xllm_lab.errors import ConfigError, PolicyError, UserError
 from xllm_lab.progress import tell
@@ -34,6 +36,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="xllm-lab", description="Replay, calibrate, simulate, tune and verify an inference engine.")
+    version = f"xllm-lab {metadata.version('xllm-lab')} ({provenance.build()})"
+    parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(required=True, dest="command", metavar="VERB", parser_class=_Parser)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.what, description=command.what)

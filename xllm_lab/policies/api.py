@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NewType, Protocol, TypeVar
 
+from xllm_lab.policies.ordered import ByAdmission, ByArrival
+
 RequestId = NewType("RequestId", int)
 
 
@@ -236,14 +238,6 @@ class BatchPolicy(Protocol):
 
 
 R = TypeVar("R", bound=RequestView)
-
-
-class ByArrival(list[R]):
-    """A list that its owner keeps sorted by (arrival_us, id)."""
-
-
-class ByAdmission(list[R]):
-    """A list that its owner keeps sorted by (admitted_us, arrival_us, id)."""
 
 
 def arrival_key(request: RequestView) -> tuple[int, int]:

@@ -177,30 +177,29 @@ class Member:
         )
 
 
-class _RequestInHand(NamedTuple):
+class _RequestInHand:
     """An `ArrivedRequest`, and a `FailedRequest`."""
 
-    id: RequestId
-    arrival_us: int
-    priority: int
-    ttft_slo_us: int | None
-    tpot_slo_us: int | None
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_failovers: int
+    __slots__ = (
+        "arrival_us",
+        "id",
+        "num_failovers",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "priority",
+        "tpot_slo_us",
+        "ttft_slo_us",
+    )
 
-    @staticmethod
-    def of(record: RequestRecord) -> _RequestInHand:
-        return _RequestInHand(
-            record.id,
-            record.arrival_us,
-            record.priority,
-            record.ttft_slo_us,
-            record.tpot_slo_us,
-            record.prompt_tokens,
-            record.output_tokens,
-            record.num_failovers,
-        )
+    def __init__(self, record: RequestRecord) -> None:
+        self.id = record.id
+        self.arrival_us = record.arrival_us
+        self.priority = record.priority
+        self.ttft_slo_us = record.ttft_slo_us
+        self.tpot_slo_us = record.tpot_slo_us
+        self.num_prompt_tokens = record.prompt_tokens
+        self.num_output_tokens = record.output_tokens
+        self.num_failovers = record.num_failovers
 
 
 class _RouteView(NamedTuple):
@@ -335,7 +334,7 @@ class Fleet:
             self._held.append((request, record))
             return
         self._keys = self._prompt_keys(request) if self.needs_index else []
-        view = _RouteView(self.now_us, _RequestInHand.of(record), self.num_routed, self._block_size, self._up)
+        view = _RouteView(self.now_us, _RequestInHand(record), self.num_routed, self._block_size, self._up)
         plan = self.config.route.decide(view)
         if broken := route_violations(view, plan):
             raise PolicyError(f"policy {policy_name(self.config.route)} at {self.now_us} us: {'; '.join(broken)}")
@@ -420,7 +419,7 @@ class Fleet:
 
     def _lose(self, request: Request, record: RequestRecord) -> None:
         """The instance of a request failed, or was down when it came."""
-        view = _FailoverView(self.now_us, _RequestInHand.of(record), len(self._up))
+        view = _FailoverView(self.now_us, _RequestInHand(record), len(self._up))
         plan = self.config.failover.decide(view)
         if broken := failover_violations(view, plan):
             raise PolicyError(f"policy {policy_name(self.config.failover)} at {self.now_us} us: {'; '.join(broken)}")

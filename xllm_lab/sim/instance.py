@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,14 @@ _FEWEST_STEPS = 4
 FROM_OUTSIDE, FIRST_INSTANCE = 0, 1
 
 
-class Stretch(NamedTuple):
+class Stretch:
     """The ends of a step and of its repeats, microseconds, and which of them the cost model extrapolated."""
 
-    ends_us: Sequence[int]
-    is_extrapolated: npt.NDArray[np.bool_] | tuple[bool, ...]
+    __slots__ = ("ends_us", "is_extrapolated")
+
+    def __init__(self, ends_us: Sequence[int], is_extrapolated: npt.NDArray[np.bool_] | tuple[bool, ...]) -> None:
+        self.ends_us = ends_us
+        self.is_extrapolated = is_extrapolated
 
     def until(self, now_us: int) -> Stretch:
         """Up to the first end at or after `now_us`."""
@@ -116,7 +119,7 @@ class Predicted:
         if num_steps > 1:
             self.num_extrapolated += int(np.count_nonzero(stretch.is_extrapolated))
         else:
-            self.num_extrapolated += stretch.is_extrapolated[0]
+            self.num_extrapolated += bool(stretch.is_extrapolated[0])
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
         return None
@@ -124,8 +127,9 @@ class Predicted:
 
 def batch_of_step(step: Step) -> Batch:
     """What a cost model sees of a step."""
-    ids, _, _, kv_tokens, max_kv_tokens = step.decodes
-    num_decodes = num_logits = len(ids)
+    decodes = step.decodes
+    kv_tokens, max_kv_tokens = decodes.kv_tokens, decodes.max_kv_tokens
+    num_decodes = num_logits = len(decodes.ids)
     if not step.others:
         return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits)
     prefills: list[Chunk] = []
@@ -210,7 +214,7 @@ class Instance:
                 stretch = timing.stretch(command)
                 if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
                     stretch = stretch.until(next_us)
-                self._step, self.stretch = command, stretch
+                self._begin(command, stretch)
                 while True:
                     try:
                         yield at(env, stretch.ends_us[-1], self._priority)
@@ -224,6 +228,11 @@ class Instance:
                 command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
         except StopIteration:
             return
+
+    def _begin(self, step: Step, stretch: Stretch) -> None:
+        # Not where it is called: a type checker would take `stretch` for set until that function itself clears it, and
+        # `stop` clears it while that one waits. Compiled code believes the type checker.
+        self._step, self.stretch = step, stretch
 
     def _something(self, until_us: int | None) -> simpy.Event:
         """What an idle instance waits for."""

@@ -43,11 +43,9 @@ class Batch(NamedTuple):
 
     def later(self, num_steps: int) -> Batch:
         """The same requests after `num_steps` more steps that computed as many tokens of each."""
-        return self._replace(
-            prefills=tuple([Chunk(n, computed + n * num_steps) for n, computed in self.prefills]),
-            decode_kv_tokens=self.decode_kv_tokens + self.num_decodes * num_steps,
-            max_decode_kv_tokens=self.max_decode_kv_tokens + num_steps,
-        )
+        prefills, num_decodes, kv_tokens, longest, num_logits = self
+        later = tuple([Chunk(n, computed + n * num_steps) for n, computed in prefills])
+        return Batch(later, num_decodes, kv_tokens + num_decodes * num_steps, longest + num_steps, num_logits)
 
 
 def batch_of(chunks: Iterable[Chunk], num_logits: int) -> Batch:

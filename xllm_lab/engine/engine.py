@@ -67,6 +67,8 @@ class Engine:
         if self.options.dtype not in (*DTYPES, "auto"):
             raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
         make_clock(self.options.clock, self.options.timer)
+        if self.options.graph_pool_bytes is not None and self.options.graph_pool_bytes < 0:
+            raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.device: Device = open_device(self.options.device, threads=self.options.threads)

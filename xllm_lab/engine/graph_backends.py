@@ -77,8 +77,9 @@ class CudaTape:
 
     def __init__(self, pool: Any) -> None:
         self._pool, self._pieces = pool, list[Callable[[], None]]()
-        self._stream = torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._outside = torch.cuda.current_stream()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(self._outside)
         self.num_kernels = 0
         self._graph = self._begin()
 
@@ -100,7 +101,7 @@ class CudaTape:
 
     def close(self) -> Callable[[], None]:
         self._end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        self._outside.wait_stream(self._stream)
         pieces = tuple(self._pieces)
 
         def replay() -> None:
@@ -112,12 +113,11 @@ class CudaTape:
 
     def _begin(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        self._entered = torch.cuda.stream(self._stream)
-        self._entered.__enter__()
+        torch.cuda.set_stream(self._stream)
         graph.capture_begin(pool=self._pool)
         return graph
 
     def _end(self) -> None:
         self._graph.capture_end()
-        self._entered.__exit__(None, None, None)
+        torch.cuda.set_stream(self._outside)
         self._pieces.append(self._graph.replay)

@@ -1,7 +1,7 @@
 """What a captured step reads: memory that stays where it is, filled anew for each step and padded to the graph's size.
 
     decoding graph    every sequence computes one token; those that pad are sequences of one token, in a block of theirs
-    other graphs      tokens that pad belong to no sequence; there are always as many sequences as can be, the rest empty
+    other graphs      tokens that pad belong to no sequence; there are as many sequences as can be, the rest empty
 
 Whatever pads writes its key and value into the last block of the pool, which no request ever gets.
 """

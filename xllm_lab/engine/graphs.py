@@ -6,6 +6,9 @@ All graphs share one pool: the workspace, cut to their size, and the inputs. Wha
 policy before anything is captured; a pool that does not fit is refused. After that no address in it changes.
 """
 
+# ruff: noqa: N815  (shapes live in the names of fields, too)
+# Shapes: T tokens of a graph, D hidden size, V vocabulary
+
 from __future__ import annotations
 
 import time

@@ -1,4 +1,4 @@
-"""A step written down while it runs: which kernels it calls with which arguments, so that it can run again without Python.
+"""A step written down while it runs, kernels and their arguments, so that it can run again without Python.
 
 Operators that are our own kernels put their address and arguments on the tape; all others put a Python call there. What
 a program repeats is exactly that, on the same memory: whoever records sees to it that addresses stay what they are.

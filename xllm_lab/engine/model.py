@@ -138,8 +138,8 @@ class DecoderModel:
             Shape [T, D], what the head reads; they are the workspace's, and stand until the next step.
         """
         ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(token_T))
-        ops.rope_angles(position_T, self._frequencies_H2, rows.cos_TH, rows.sin_TH)
         self._embed(token_T, rows.hidden_TD)
+        ops.rope_angles(position_T, self._frequencies_H2, rows.cos_TH, rows.sin_TH)
         ops.rms_norm(rows.hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
         # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
         next_norms = [*(layer.attention_norm_D for layer in self._layers[1:]), self._norm_D]

@@ -154,7 +154,7 @@ def test_an_export_goes_to_a_file(loop: TinyLoop, tmp_path: Path) -> None:
 def test_every_policy_and_knob_is_listed(loop: TinyLoop) -> None:
     """From the classes themselves."""
     value = told(loop, "policies")
-    assert set(value) >= {"batch", "failover", "route"}
+    assert set(value) >= {"batch", "failover", "route", "shapes"}
     for decides, entries in value.items():
         listed = {name: set(entry["knobs"]) for name, entry in entries.items()}
         assert listed == {name: set(knobs(cls)) for name, cls in policies(decides).items()}

@@ -24,6 +24,7 @@ from tests.small_runs import batch_policies, busy_workloads, tight_configs
 from tests.tiny_models import VOCAB_SIZE, tiny_model, write_tiny_model
 from xllm_lab.engine.device import open_device
 from xllm_lab.engine.engine import Engine, EngineOptions
+from xllm_lab.engine.graph_inputs import InputMemory
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
@@ -198,9 +199,30 @@ def test_padding_touches_no_block_of_a_request() -> None:
             assert slots == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (16, 0), (40, 0)}
 
 
+def test_padding_reads_one_token_whatever_was_there_before() -> None:
+    """A batch that shrank leaves nothing of those who went: neither their lengths nor their blocks and slots."""
+    nobodys, sizes = 9, {"tokens": 8, "sequences": 8, "blocks_per_sequence": 3}
+    memory = InputMemory(**sizes, block_size=4, padding_block=nobodys, device=torch.device("cpu"))
+    decode, mixed = memory.of(8, is_decode=True), memory.of(8, is_decode=False)
+    memory.fill(decode, [5] * 8, [SequenceChunk([5], 9, (i, 8, 7), True) for i in range(8)], is_decode=True)
+    memory.fill(decode, [6], [SequenceChunk([6], 5, (1, 2), True)], is_decode=True)
+    assert decode.batch.kv_len_S.tolist() == [6] + [1] * 7
+    assert decode.batch.block_table_SM[:, 0].tolist() == [1] + [nobodys] * 7
+    assert decode.batch.slot_T.tolist() == [9] + [36] * 7
+    assert decode.batch.starts_S1.tolist() == list(range(9))
+    assert (decode.token_T.tolist(), decode.position_T.tolist()) == ([6] + [0] * 7, [5] + [0] * 7)
+    memory.fill(mixed, [6, 7, 8], [SequenceChunk([6, 7, 8], 3, (1, 2), True)], is_decode=False)
+    assert mixed.batch.slot_T.tolist() == [7, 8, 9] + [36] * 5
+    assert mixed.batch.kv_len_S.tolist() == [6] + [0] * 7
+    assert mixed.batch.starts_S1.tolist() == [0] + [3] * 8
+    assert (mixed.batch.query_starts, mixed.batch.kv_lens) == ([0, 3], [6])
+    assert sum(t.nbytes for t in memory._host) == InputMemory.bytes_for(**sizes)
+
+
 def allocating(profiled: torch.profiler.profile) -> set[str]:
     """Operators that took tensor memory."""
-    return {e.name for e in profiled.events() if e.self_cpu_memory_usage > 0}  # type: ignore[union-attr]
+    events = profiled.events()  # type: ignore[no-untyped-call]
+    return {e.name for e in events if e.self_cpu_memory_usage > 0}
 
 
 def test_steady_decoding_captures_nothing_and_allocates_nothing() -> None:

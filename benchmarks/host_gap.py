@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.catalog import make_shapes_policy
 from xllm_lab.records import Records, StepRecord
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--shapes", default="eager", help="which steps run in captured graphs")
     args = parser.parse_args()
     engine = Engine(EngineOptions(device="cpu", dtype=args.dtype, timer="cpu"))
     sent = workload(args.requests)
@@ -60,7 +62,8 @@ def main() -> None:
     for _ in range(args.repeats):
         for mode in ASYNC_SCHEDULING:
             records = Records()
-            engine.serve(sent, replace(CONFIG, async_scheduling=mode), DecodeFirst(), records)
+            where, shapes = replace(CONFIG, async_scheduling=mode), make_shapes_policy(args.shapes)
+            engine.serve(sent, where, DecodeFirst(), records, shapes=shapes)
             tokens.add(tuple(tuple(r.output_token_ids) for r in records.sort().requests))
             steps = decoding(records)
             gaps_us[mode].append(statistics.mean(s.gap_us or 0 for s in steps))

@@ -19,6 +19,7 @@ from xllm_lab.candidate import candidate
 from xllm_lab.cli.commands import COMMANDS
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.catalog import knobs, policies
+from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
 from xllm_lab.runs import read_run
 from xllm_lab.sim.calibrate import read_calibration
 from xllm_lab.tuning.study import read_study
@@ -76,6 +77,22 @@ def test_a_replay_keeps_its_configuration(loop: TinyLoop) -> None:
     instance = read_run(loop / "full").manifest.instance_config()
     assert (instance.max_model_len, instance.block_size, instance.num_kv_blocks) == (MAX_POSITION, 16, 40)
     assert instance.max_tokens_per_batch == 10240
+
+
+def test_a_replay_in_graphs_keeps_their_policy_and_counts(loop: TinyLoop, tmp_path: Path) -> None:
+    """A knob of the shapes policy is set like any other; a pool too small and a policy nobody knows are refused."""
+    line = ("replay", loop / "learn.jsonl", *SETTINGS, *engine_words(), "--quiet", "--out", tmp_path / "run")
+    chosen = (*line, "--set", "acl_graph_decode_batch_size_limit=9", "--shapes")
+    refused = said(*chosen, "xllm-buckets", "--graph-pool-mib", "0")
+    assert refused.status != 0
+    assert "accepted: 0 (graph_pool_bytes)" in refused.err
+    refused = said(*line, "--shapes", "round")
+    assert "unknown shapes policy 'round'; accepted: eager, powers-of-two, vllm-buckets, xllm-buckets" in refused.err
+    assert said(*chosen, "xllm-buckets").status == 0
+    manifest = read_run(tmp_path / "run").manifest
+    assert manifest.shapes_policy() == XllmBuckets(acl_graph_decode_batch_size_limit=9)
+    assert manifest.graphs is not None
+    assert manifest.graphs["replays"] > 0
 
 
 def test_a_calibration_tells_its_error(loop: TinyLoop) -> None:
@@ -154,7 +171,7 @@ def test_an_export_goes_to_a_file(loop: TinyLoop, tmp_path: Path) -> None:
 def test_every_policy_and_knob_is_listed(loop: TinyLoop) -> None:
     """From the classes themselves."""
     value = told(loop, "policies")
-    assert set(value) >= {"batch", "failover", "route"}
+    assert set(value) >= {"batch", "failover", "route", "shapes"}
     for decides, entries in value.items():
         listed = {name: set(entry["knobs"]) for name, entry in entries.items()}
         assert listed == {name: set(knobs(cls)) for name, cls in policies(decides).items()}

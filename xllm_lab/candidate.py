@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.catalog import configured, make_batch_policy, policy_name, values_of
+from xllm_lab.policies.catalog import configured, make_batch_policy, make_shapes_policy, policy_name, values_of
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import Eager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,29 +18,31 @@ class Candidate:
 
     instance: InstanceConfig
     policy: BatchPolicy
+    shapes: ShapesPolicy = field(default_factory=Eager)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `candidate` turns it back."""
         return {
             "instance": values_of(self.instance),
             "policy": {"name": policy_name(self.policy), **values_of(self.policy)},
+            "shapes": {"name": policy_name(self.shapes), **values_of(self.shapes)},
         }
 
 
 def candidate(value: dict[str, Any]) -> Candidate:
     """Inverse of `Candidate.as_dict`; ConfigError for unknown fields or values."""
-    policy = dict(value["policy"])
+    policy, shapes = dict(value["policy"]), dict(value.get("shapes", {"name": "eager"}))
     return Candidate(
         instance=configured(InstanceConfig, value["instance"]),
         policy=make_batch_policy(policy.pop("name"), policy),
+        shapes=make_shapes_policy(shapes.pop("name"), shapes),
     )
 
 
 def num_changes(one: Candidate, other: Candidate) -> int:
     """Fields in which two configurations differ; another policy counts as one."""
     a, b = one.as_dict(), other.as_dict()
-    parts = [(a["instance"], b["instance"])]
-    if a["policy"]["name"] == b["policy"]["name"]:
-        parts.append((a["policy"], b["policy"]))
-    differing = sum(int(x[k] != y[k]) for x, y in parts for k in x)
-    return differing + int(len(parts) == 1)
+    differing = sum(int(a["instance"][k] != b["instance"][k]) for k in a["instance"])
+    for x, y in ((a["policy"], b["policy"]), (a["shapes"], b["shapes"])):
+        differing += sum(int(x[k] != y[k]) for k in x) if x["name"] == y["name"] else 1
+    return differing

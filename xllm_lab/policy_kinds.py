@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_failover_view, drawn_route_view
+from xllm_lab.drawn_shape_views import DrawnShapeView, drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.policies.api import (
     BatchPlan,
@@ -24,6 +25,8 @@ from xllm_lab.policies.failover import FailoverPlan
 from xllm_lab.policies.fleet_checks import failover_violations, route_violations
 from xllm_lab.policies.ordered import ByAdmission, ByArrival
 from xllm_lab.policies.routing import ById, RoutePlan
+from xllm_lab.policies.shape_checks import shape_violations
+from xllm_lab.policies.shapes import ShapePlan
 
 # Other ids in the same order.
 Rename = Callable[[int], Any]
@@ -128,6 +131,22 @@ def _renamed_failover(answer: str, rename: Rename) -> str:
     return answer
 
 
+def _shapes_answer(view: DrawnShapeView, plan: ShapePlan) -> int | None:
+    return plan.num_tokens
+
+
+def _relisted_shapes(view: DrawnShapeView) -> list[DrawnShapeView]:
+    return []  # it lists nothing
+
+
+def _rename_shapes(view: DrawnShapeView, rename: Rename) -> None:
+    """It names nobody."""
+
+
+def _renamed_shapes(answer: int | None, rename: Rename) -> int | None:
+    return answer
+
+
 KINDS = {
     "batch": Kind(
         drawn_view=drawn_view,
@@ -152,5 +171,13 @@ KINDS = {
         relisted=_relisted_route,
         rename=_rename_route,
         renamed=_renamed_route,
+    ),
+    "shapes": Kind(
+        drawn_view=drawn_shape_view,
+        violations=shape_violations,
+        answer=_shapes_answer,
+        relisted=_relisted_shapes,
+        rename=_rename_shapes,
+        renamed=_renamed_shapes,
     ),
 }

@@ -96,7 +96,7 @@ class StepRecord:
         num_used_blocks, num_idle_blocks: KV blocks in use, and cached but unused, after allocation.
         reason: the policy's word for it.
         instance: which instance of a fleet took it.
-        host_us, device_us, gap_us: `step.Work`, where it was measured.
+        host_us, device_us, gap_us, graph_tokens: `step.Work`, where it was measured.
     """
 
     step: int
@@ -116,6 +116,7 @@ class StepRecord:
     host_us: int | None = None
     device_us: int | None = None
     gap_us: int | None = None
+    graph_tokens: int | None = None
 
     @property
     def step_us(self) -> int:

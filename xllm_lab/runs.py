@@ -20,7 +20,9 @@ from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.catalog import configured, make_batch_policy, policy_name, values_of
+from xllm_lab.policies.catalog import configured, make_batch_policy, make_shapes_policy, policy_name, values_of
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.records import (
     REQUEST_SCHEMA,
     STEP_SCHEMA,
@@ -33,7 +35,7 @@ from xllm_lab.records import (
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
-FORMAT = 3
+FORMAT = 4
 _FINISHED = "a Parquet file of a finished run"
 
 
@@ -50,6 +52,8 @@ class Manifest:
         model: what was served: name, dtype, kv_bytes_per_token, vocab_size; a simulated run has its calibration's.
         workload: source, checksum, seed, number of requests.
         fleet: fields of `FleetConfig`; None is a single instance.
+        shapes: as `policy`, of the policy that says in which graph a step runs.
+        graphs: what an engine counted, see `engine.graphs`; None if every step was eager, or simulated.
     """
 
     host: str
@@ -60,6 +64,8 @@ class Manifest:
     model: dict[str, Any]
     workload: dict[str, Any]
     fleet: dict[str, Any] | None = None
+    shapes: dict[str, Any] = field(default_factory=lambda: {"name": "eager"})
+    graphs: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=provenance.versions)
     commit: str = field(default_factory=provenance.commit)
     hardware: dict[str, Any] = field(default_factory=provenance.hardware)
@@ -72,17 +78,26 @@ class Manifest:
         values = dict(self.policy)
         return make_batch_policy(values.pop("name"), values)
 
+    def shapes_policy(self) -> ShapesPolicy:
+        values = dict(self.shapes)
+        return make_shapes_policy(values.pop("name"), values)
+
     def step_time_model(self) -> StepTime | None:
         return None if self.step_time is None else StepTime(tuple(self.step_time))
 
 
 def describe(
-    config: InstanceConfig, policy: BatchPolicy, step_time: StepTime | None, workload: Workload
+    config: InstanceConfig,
+    policy: BatchPolicy,
+    step_time: StepTime | None,
+    workload: Workload,
+    shapes: ShapesPolicy | None = None,
 ) -> dict[str, Any]:
     """The part of a manifest that both hosts fill in the same way."""
     return {
         "instance": values_of(config),
         "policy": {"name": policy_name(policy), **values_of(policy)},
+        "shapes": {"name": policy_name(shapes or Eager()), **values_of(shapes or Eager())},
         "step_time": None if step_time is None else list(step_time.weights),
         "workload": {
             "source": workload.source,
@@ -160,6 +175,7 @@ def _refuse_other_manifests(manifest: Manifest) -> None:
         raise TypeError(f"format is {manifest.format}")
     needed = (
         ("policy", "name", str),
+        ("shapes", "name", str),
         ("model", "vocab_size", int),
         ("workload", "num_requests", int),
     )

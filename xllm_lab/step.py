@@ -28,11 +28,13 @@ class Work(NamedTuple):
         host_us: planning it and preparing its inputs.
         device_us: running it, its tokens drawn.
         gap_us: the device had nothing to do before it, since the step before; None after an idle host.
+        graph_tokens: size of the captured graph that ran it, padding included; None: it ran eagerly.
     """
 
     host_us: int
     device_us: int
     gap_us: int | None
+    graph_tokens: int | None = None
 
 
 class Decodes:

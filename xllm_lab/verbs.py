@@ -15,7 +15,14 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.formats import read_trace
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
-from xllm_lab.policies.catalog import configured, make_batch_policy, policies, policy_name, values_of
+from xllm_lab.policies.catalog import (
+    configured,
+    make_batch_policy,
+    make_shapes_policy,
+    policies,
+    policy_name,
+    values_of,
+)
 from xllm_lab.profiles import is_profile, read_profile
 from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
@@ -36,28 +43,40 @@ if TYPE_CHECKING:
 
 PathLike = Path | str
 DEFAULT_POLICY = "decode-first"
+DEFAULT_SHAPES = "eager"
 
 
-def configure(policy: str = DEFAULT_POLICY, settings: Mapping[str, Any] | None = None) -> Candidate:
-    """A configuration from a policy's name and any knobs, the instance's and the policy's together.
+def configure(
+    policy: str = DEFAULT_POLICY, settings: Mapping[str, Any] | None = None, shapes: str = DEFAULT_SHAPES
+) -> Candidate:
+    """A configuration from names of policies and any knobs, the instance's and the policies' together.
 
     Raises:
         ConfigError: an unknown policy, an unknown knob, or a value that is not accepted.
     """
-    instance, own = split_settings(policy, settings or {})
-    return Candidate(instance=configured(InstanceConfig, instance), policy=make_batch_policy(policy, own))
+    instance, own, of_shapes = split_settings(policy, settings or {}, shapes)
+    return Candidate(
+        instance=configured(InstanceConfig, instance),
+        policy=make_batch_policy(policy, own),
+        shapes=make_shapes_policy(shapes, of_shapes),
+    )
 
 
-def split_settings(policy: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(fields of `InstanceConfig`, fields of the policy); ConfigError for a name that neither has."""
-    instance_names = [f.name for f in fields(InstanceConfig)]
-    own_names = list(values_of(make_batch_policy(policy)))
+def split_settings(
+    policy: str, settings: Mapping[str, Any], shapes: str = DEFAULT_SHAPES
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(fields of `InstanceConfig`, of the policy, of the shapes policy); ConfigError for a name that none has."""
+    parts = (
+        [f.name for f in fields(InstanceConfig)],
+        list(values_of(make_batch_policy(policy))),
+        list(values_of(make_shapes_policy(shapes))),
+    )
     for name in settings:
-        if name not in instance_names and name not in own_names:
-            accepted = ", ".join((*instance_names, *own_names))
+        if not any(name in names for names in parts):
+            accepted = ", ".join(name for names in parts for name in names)
             raise ConfigError(f"unknown setting {name!r} for policy {policy}; accepted: {accepted}")
-    instance = {k: v for k, v in settings.items() if k in instance_names}
-    return instance, {k: v for k, v in settings.items() if k not in instance_names}
+    instance, own, of_shapes = ({k: v for k, v in settings.items() if k in names} for names in parts)
+    return instance, own, of_shapes
 
 
 def replay(
@@ -66,6 +85,7 @@ def replay(
     out: PathLike,
     policy: str = DEFAULT_POLICY,
     settings: Mapping[str, Any] | None = None,
+    shapes: str = DEFAULT_SHAPES,
     engine: Engine | EngineOptions | None = None,
     calibration: Calibration | PathLike | None = None,
     progress: bool = True,
@@ -73,18 +93,27 @@ def replay(
     """Serve a trace on the engine; see `Engine.replay`.
 
     Args:
+        shapes: which steps run in captured graphs; its knobs are among `settings`.
         engine: an open engine, or the options to open one with.
         calibration: step times for policies that need them; without it they are measured first.
     """
     from xllm_lab.engine.engine import Engine
 
     workload = _workload(trace)
-    chosen = configure(policy, settings)
+    chosen = configure(policy, settings, shapes)
     host = engine if isinstance(engine, Engine) else Engine(engine)
     fitted = None if calibration is None else _calibration(calibration).step_time_with_host()
     records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
     with records.bar:
-        return host.replay(workload, chosen.instance, chosen.policy, out=Path(out), step_time=fitted, recorder=records)
+        return host.replay(
+            workload,
+            chosen.instance,
+            chosen.policy,
+            out=Path(out),
+            step_time=fitted,
+            recorder=records,
+            shapes=chosen.shapes,
+        )
 
 
 def calibrate(
@@ -193,6 +222,7 @@ def tune(
     out: PathLike,
     policy: str = DEFAULT_POLICY,
     settings: Mapping[str, Any] | None = None,
+    shapes: str = DEFAULT_SHAPES,
     also: Sequence[str] = (),
     trials: int = 100,
     seed: int = 0,
@@ -203,12 +233,13 @@ def tune(
     """Search policy and instance knobs in the simulator for the most goodput, starting from `policy` and `settings`.
 
     Args:
+        shapes: the shapes policy, whose knobs are searched, too.
         also: further policies to choose from.
     """
     from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
 
-    space = Space(configure(policy, settings), also)
+    space = Space(configure(policy, settings, shapes), also)
     with bar(trials, "tune", show=progress) as drawn:
         return search(
             [_workload(trace) for trace in traces],
@@ -321,13 +352,14 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
 
 def _like(run: Run, policy: str | None, settings: Mapping[str, Any]) -> Candidate:
     """A run's configuration, but for what is overridden; another policy starts from its own defaults."""
-    own = run.manifest.batch_policy()
+    own, shapes = run.manifest.batch_policy(), run.manifest.shapes_policy()
     name = policy or policy_name(own)
-    instance, values = split_settings(name, settings)
+    instance, values, of_shapes = split_settings(name, settings, policy_name(shapes))
     held = values_of(own) if name == policy_name(own) else {}
     return Candidate(
         instance=configured(InstanceConfig, {**run.manifest.instance, **instance}),
         policy=make_batch_policy(name, {**held, **values}),
+        shapes=make_shapes_policy(policy_name(shapes), {**values_of(shapes), **of_shapes}),
     )
 
 

@@ -13,6 +13,7 @@ from xllm_lab.policies.catalog import (
     make_batch_policy,
     make_failover_policy,
     make_route_policy,
+    make_shapes_policy,
     policies,
     policy_name,
 )
@@ -22,6 +23,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "batch": make_batch_policy,
     "failover": make_failover_policy,
     "route": make_route_policy,
+    "shapes": make_shapes_policy,
 }
 
 

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.policies import clock_sins, fleet_sins, sins
+from tests.policies import clock_sins, fleet_sins, shape_sins, sins
 from xllm_lab import contract
 from xllm_lab.contract import Policy, check_policy
 from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_route_view
+from xllm_lab.drawn_shape_views import drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, ceil_div, num_missing_tokens
@@ -63,10 +64,12 @@ SINS: dict[str, tuple[Policy, ...]] = {
     "legal": (
         *(sins.OverBudget(), sins.Idler(), sins.RunsIntoErrors()),
         *(fleet_sins.CountsFromNought(), fleet_sins.DividesByQueues(), fleet_sins.Shrugs()),
+        *(shape_sins.CutsTheStep(), shape_sins.PadsBeyondUse()),
     ),
     "repeatable": (
         *(sins.Remembers(), sins.SetOfObjects()),
         *(fleet_sins.Remembers(), fleet_sins.SetOfObjects(), fleet_sins.EverySecond()),
+        shape_sins.Captures(),
     ),
     "order-free": (sins.NoTieBreak(), fleet_sins.NoTieBreak()),
     "identity-free": (
@@ -76,6 +79,7 @@ SINS: dict[str, tuple[Policy, ...]] = {
     "pure": (
         *(sins.SortsTheView(), sins.MarksRequests()),
         *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
+        shape_sins.PadsTheView(),
     ),
     "clockless": (
         *(clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
@@ -130,7 +134,7 @@ def test_a_decision_that_nobody_knows_is_refused() -> None:
 
     with pytest.raises(ConfigError) as refused:
         check_policy(Seer())
-    assert str(refused.value).endswith("Seer decides 'weather', accepted: batch, failover, route")
+    assert str(refused.value).endswith("Seer decides 'weather', accepted: batch, failover, route, shapes")
 
 
 @pytest.mark.parametrize("watched", ["time.monotonic_ns", "random.random"])
@@ -229,6 +233,20 @@ def test_drawn_fleets_are_unkind() -> None:
     failures = [drawn_failover_view(number) for number in range(contract.NUM_VIEWS)]
     assert {0, 1} < {v.num_up_instances for v in failures}
     assert {0, 1} < {v.request.num_failovers for v in failures}
+
+
+def test_drawn_shapes_are_what_an_instance_could_show_and_unkind() -> None:
+    """Within the limits, a token for each sequence, on the edges of graphs, contexts as long as can be and longer."""
+    views = [drawn_shape_view(number) for number in range(500)]
+    for view in views:
+        assert 1 <= view.num_seqs <= view.max_seqs_per_batch
+        assert view.num_seqs <= view.num_tokens <= view.max_tokens_per_batch
+        assert view.is_decode == (view.num_seqs == view.num_tokens)
+        assert view.max_context_tokens > view.num_tokens - view.num_seqs
+    assert sum(v.is_decode for v in views) > 100 < sum(not v.is_decode for v in views)
+    assert sum(v.num_seqs == v.max_seqs_per_batch for v in views) > 20
+    assert sum(v.max_context_tokens > v.max_model_len for v in views) > 20
+    assert {1, 2, 8, 9, 15, 16, 17} < {v.num_tokens for v in views if v.is_decode}
 
 
 def drawn(rng: random.Random, knob: Knob | Choice) -> Any:

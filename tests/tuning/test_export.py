@@ -12,6 +12,8 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import flags, make_batch_policy, policies
+from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
+from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
 from xllm_lab.tuning.export import export, targets
 
 KV_BYTES_PER_TOKEN = 23_040
@@ -39,6 +41,7 @@ def test_decode_first_as_xllm_reads_it() -> None:
     assert made.config == {
         "block_size": 16,
         "enable_chunked_prefill": True,
+        "enable_graph": False,
         "enable_mix_batch": True,
         "enable_prefix_cache": True,
         "enable_schedule_overlap": False,
@@ -59,9 +62,20 @@ def test_an_export_holds_flags_and_nothing_else(policy: str) -> None:
     made = export(candidate(policy), "xllm", kv_bytes_per_token=KV_BYTES_PER_TOKEN)
     cls = policies("batch")[policy]
     known = {flag.name for part in (InstanceConfig, cls) for flag in flags(part).values()}
-    assert set(made.config) <= known | set(cls.xllm_flags) | {"max_cache_size"}
+    assert set(made.config) <= known | set(cls.xllm_flags) | {"max_cache_size", "enable_graph"}
     assert made.config.items() >= dict(cls.xllm_flags).items()
     assert json.loads(json.dumps(made.config)) == made.config
+
+
+def test_graphs_are_told_as_xllm_has_them() -> None:
+    """Its buckets by its flags; other buckets are no flags of its, and are listed."""
+    buckets = replace(candidate("fcfs"), policy=make_batch_policy("decode-first"), shapes=XllmBuckets())
+    made = export(buckets, "xllm", kv_bytes_per_token=1)
+    assert made.config.items() >= {"enable_graph": True, "acl_graph_decode_batch_size_limit": 16}.items()
+    assert "shapes" not in made.left_out
+    other = export(replace(buckets, shapes=PowersOfTwo()), "xllm", kv_bytes_per_token=1)
+    assert other.left_out["shapes"] == "powers-of-two"
+    assert "enable_graph" not in other.config
 
 
 def test_policies_differ_in_what_xllm_is_told() -> None:

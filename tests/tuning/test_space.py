@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -10,12 +11,14 @@ import optuna
 import pytest
 
 from tests.tuning.searches import default
-from xllm_lab.candidate import Candidate
+from xllm_lab.candidate import Candidate, num_changes
+from xllm_lab.candidate import candidate as candidate_of
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies import catalog
 from xllm_lab.policies.api import Choice
 from xllm_lab.policies.catalog import knobs, make_batch_policy
+from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
 from xllm_lab.tuning.space import Space
 
 NUM_DRAWS = 60
@@ -69,6 +72,20 @@ def test_every_annotated_field_of_instance_and_policy_is_searched() -> None:
     expected = {*knobs(InstanceConfig), *(f"decode-first.{name}" for name in knobs(type(default().policy)))}
     assert set(Space(default()).describe()["knobs"]) == expected
     assert all(set(params) == expected for params, _ in drawn(Space(default())))
+
+
+def test_knobs_of_the_shapes_policy_are_searched() -> None:
+    """Those of the default's own; eager steps have none."""
+    space = Space(replace(default(), shapes=XllmBuckets()))
+    assert {k for k in space.describe()["knobs"] if k.startswith("shapes.")} == {
+        f"shapes.{name}" for name in knobs(XllmBuckets)
+    }
+    limits = {c.shapes.acl_graph_decode_batch_size_limit for _, c in drawn(space) if isinstance(c.shapes, XllmBuckets)}
+    assert len(limits) > 5
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == space.default  # type: ignore[arg-type]
+    assert candidate_of(space.default.as_dict()) == space.default
+    assert num_changes(space.default, default()) == 1
+    assert num_changes(space.default, replace(default(), shapes=XllmBuckets(max_tokens_for_graph_mode=1))) == 1
 
 
 def test_the_default_is_a_point_of_its_space() -> None:

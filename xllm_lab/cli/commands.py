@@ -18,6 +18,7 @@ from xllm_lab.cli.options import (
     engine_options,
     refuse_transforms,
     settings,
+    shapes_option,
     trace_options,
     transform_options,
     workload,
@@ -47,6 +48,7 @@ class Command(NamedTuple):
 def _replay_options(parser: argparse.ArgumentParser) -> None:
     trace_options(parser)
     configuration_options(parser)
+    shapes_option(parser)
     engine_options(parser)
     parser.add_argument("--calibration", type=Path, help="step times for policies that need them; else measured")
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
@@ -58,6 +60,7 @@ def _replay(o: argparse.Namespace) -> int:
         out=o.out,
         policy=o.policy,
         settings=settings(o),
+        shapes=o.shapes,
         engine=engine(o),
         calibration=o.calibration,
         progress=not o.quiet,
@@ -145,6 +148,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", nargs="+", type=Path)
     transform_options(parser)
     configuration_options(parser)
+    shapes_option(parser)
     parser.add_argument("--also", nargs="*", default=[], metavar="POLICY", help="further policies to choose from")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=100)
@@ -161,6 +165,7 @@ def _tune(o: argparse.Namespace) -> int:
         out=o.out,
         policy=o.policy,
         settings=settings(o),
+        shapes=o.shapes,
         also=o.also,
         trials=o.trials,
         seed=o.seed,

@@ -52,6 +52,12 @@ def configuration_options(parser: argparse.ArgumentParser, default_policy: str |
     )
 
 
+def shapes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", default=verbs.DEFAULT_SHAPES, help="which steps run in captured graphs; see `xllm-lab policies`"
+    )
+
+
 def engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default="smollm2-135m", help="a name, a folder with config.json, or a .gguf file")
@@ -60,6 +66,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=1)
     group.add_argument("--clock", default="virtual", help="wall, or virtual: jump over idle gaps")
     group.add_argument("--timer", default="wall", help="what a virtual clock counts: wall or cpu time")
+    group.add_argument("--graph-pool-mib", type=int, metavar="N", help="of captured graphs; else what is free")
 
 
 def workload(path: Path, o: argparse.Namespace) -> Workload:
@@ -129,4 +136,12 @@ def settings(o: argparse.Namespace) -> dict[str, str]:
 def engine(o: argparse.Namespace) -> EngineOptions:
     from xllm_lab.engine.engine import EngineOptions
 
-    return EngineOptions(model=o.model, device=o.device, dtype=o.dtype, threads=o.threads, clock=o.clock, timer=o.timer)
+    return EngineOptions(
+        model=o.model,
+        device=o.device,
+        dtype=o.dtype,
+        threads=o.threads,
+        clock=o.clock,
+        timer=o.timer,
+        graph_pool_bytes=None if o.graph_pool_mib is None else o.graph_pool_mib * 2**20,
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
+from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
@@ -17,6 +18,8 @@ from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
@@ -24,6 +27,8 @@ from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed,
 from xllm_lab.step import Step, Work
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
+
+EAGER = Eager()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,7 @@ class EngineOptions:
         threads: compute threads on a CPU.
         clock: "wall" replays in real time; "virtual" jumps over idle gaps.
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
+        graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
     """
 
     model: str = DEFAULT_MODEL
@@ -45,6 +51,7 @@ class EngineOptions:
     threads: int = 1
     clock: str = "virtual"
     timer: str = "wall"
+    graph_pool_bytes: int | None = None
 
 
 class Engine:
@@ -60,6 +67,8 @@ class Engine:
         if self.options.dtype not in (*DTYPES, "auto"):
             raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
         make_clock(self.options.clock, self.options.timer)
+        if self.options.graph_pool_bytes is not None and self.options.graph_pool_bytes < 0:
+            raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.device: Device = open_device(self.options.device, threads=self.options.threads)
@@ -75,17 +84,25 @@ class Engine:
         recorder: Recorder,
         *,
         step_time: StepTime | None = None,
-    ) -> None:
+        shapes: ShapesPolicy = EAGER,
+    ) -> dict[str, Any] | None:
         """Serve a workload to its end; records go to `recorder` as they come.
+
+        Args:
+            shapes: which steps are captured and replayed.
+
+        Returns:
+            What became of graphs (`Graphs.describe`); None if every step is eager.
 
         Raises:
             RequestTooLargeError: a request could never run on this configuration.
-            ConfigError: the KV pool does not fit, the context is longer than the model's, or step times are missing.
-            PolicyError: the policy planned something illegal, or starves a request.
+            ConfigError: the KV pool or the graphs' does not fit, the context is longer than the model's, or step times
+                are missing.
+            PolicyError: a policy planned something illegal, or starves a request.
         """
         self._refuse(workload, config)
         scheduler = Scheduler(config, policy, recorder, step_time=step_time)
-        runner = self._runner(config)
+        runner = self._runner(config, shapes)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         _warm_up(runner, config)
         clock = make_clock(self.options.clock, self.options.timer)
@@ -93,6 +110,7 @@ class Engine:
             launcher = Launcher(runner, scheduler, lane, clock)
             conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), launch=launcher.launch)
             self._answer(conversation, launcher)
+        return None if runner.graphs is None else runner.graphs.describe()
 
     def _answer(self, conversation: Conversation, launcher: Launcher) -> None:
         try:
@@ -113,7 +131,8 @@ class Engine:
         sampled = {r.id: Sampled(token, self._stops(r, token)) for r, token in drawn}
         # A step shorter than the clock's tick would end when it started.
         end_us = max(done.end_us, step.start_us + 1)
-        return Completion((end_us,), sampled, Work(launched.host_us, done.device_us, done.idle_us))
+        work = Work(launched.host_us, done.device_us, done.idle_us, launched.inputs.graph_tokens)
+        return Completion((end_us,), sampled, work)
 
     def replay(
         self,
@@ -124,6 +143,7 @@ class Engine:
         out: Path,
         step_time: StepTime | None = None,
         recorder: Records | None = None,
+        shapes: ShapesPolicy = EAGER,
     ) -> Run:
         """Serve a workload and write the run folder.
 
@@ -137,10 +157,14 @@ class Engine:
             step_time = self.measure_step_time(config)
         records = Records() if recorder is None else recorder
         with new_folder(out) as folder:
-            self.serve(workload, config, policy, records, step_time=step_time)
+            graphs = self.serve(workload, config, policy, records, step_time=step_time, shapes=shapes)
             timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
             manifest = Manifest(
-                host="engine", timing=timing, model=self.describe(), **describe(config, policy, step_time, workload)
+                host="engine",
+                timing=timing,
+                model=self.describe(),
+                graphs=graphs,
+                **describe(config, policy, step_time, workload, shapes),
             )
             fill_run(folder, manifest, workload, records)
         return Run(out, manifest)
@@ -196,15 +220,23 @@ class Engine:
                         f"{self.model.config.vocab_size - 1}"
                     )
 
-    def _runner(self, config: InstanceConfig) -> Runner:
+    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+        captures = not isinstance(shapes, Eager)
         pool = KvPool(
             self.model.config,
-            num_blocks=config.num_kv_blocks,
+            num_blocks=config.num_kv_blocks + captures,  # what pads a graph has a block of its own
             block_size=config.block_size,
             dtype=self.model.model.dtype,
             device=self.device,
         )
         runner = Runner(self.model.model, pool, self.device)
+        if captures:
+            runner.graphs = Graphs(
+                *(self.model.model, pool, self.device, runner.workspace),
+                config=config,
+                policy=shapes,
+                pool_bytes=self.options.graph_pool_bytes,
+            )
         longest = min(config.max_tokens_per_batch, config.num_kv_tokens)
         runner.workspace.reserve(tokens=longest, logits=min(config.max_seqs_per_batch, longest))
         return runner
@@ -222,6 +254,8 @@ def _warm_up(runner: Runner, config: InstanceConfig) -> None:
     longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
     for num_tokens in _halves(longest):
         runner.run(_synthetic((Chunk(num_tokens, 0),), config))
+    if runner.graphs is not None:
+        runner.graphs.warm()
 
 
 def _halves(longest: int) -> list[int]:

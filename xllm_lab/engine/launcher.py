@@ -28,11 +28,13 @@ class Inputs(NamedTuple):
         chunks: in packing order.
         drawing: requests that draw a token, in that order.
         positions: which output token of theirs it becomes, 0 first.
+        graph_tokens: the size of the graph that it runs in; None: eagerly.
     """
 
     chunks: list[SequenceChunk]
     drawing: list[Request]
     positions: list[int]
+    graph_tokens: int | None
 
 
 class Launched(NamedTuple):
@@ -86,7 +88,8 @@ class Launcher:
             if chunk.samples:
                 drawing.append(state.request)
                 positions.append(chunk.num_computed_tokens + chunk.num_tokens - state.num_prompt_tokens)
-        return Inputs(chunks, drawing, positions)
+        graphs = self._runner.graphs
+        return Inputs(chunks, drawing, positions, None if graphs is None else graphs.size_for(step))
 
     def _tokens(self, state: RequestState, chunk: ScheduledChunk) -> Sequence[int]:
         start, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_tokens
@@ -99,4 +102,4 @@ class Launcher:
 
 
 def _compute(runner: Runner, inputs: Inputs) -> list[int]:
-    return runner.draw(inputs.chunks, inputs.drawing, inputs.positions)
+    return runner.draw(inputs.chunks, inputs.drawing, inputs.positions, inputs.graph_tokens)

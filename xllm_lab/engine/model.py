@@ -114,51 +114,55 @@ class DecoderModel:
         Returns:
             Shape [R, V], float32; they are the workspace's, and stand until the next step.
         """
+        normed_TD = self.run_layers(token_T, position_T, batch=batch, kv=kv, workspace=workspace)
+        return self.logits(normed_TD[wanted_R], workspace)
+
+    def logits(self, normed_RD: Tensor, workspace: Workspace) -> Tensor:
+        """The head: as `forward` returns them, of rows that `run_layers` returned."""
+        logits_RV = workspace.logits(len(normed_RD))
+        self._head(normed_RD, logits_RV)
+        return logits_RV
+
+    def run_layers(
+        self,
+        token_T: Tensor,
+        position_T: Tensor,
+        *,
+        batch: PagedBatch,
+        kv: Sequence[LayerKv],
+        workspace: Workspace,
+    ) -> Tensor:
+        """`forward` without its head.
+
+        Returns:
+            Shape [T, D], what the head reads; they are the workspace's, and stand until the next step.
+        """
         ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(token_T))
-        angles = rope_rows(position_T, self._frequencies_H2, self.dtype)
         self._embed(token_T, rows.hidden_TD)
+        ops.rope_angles(position_T, self._frequencies_H2, rows.cos_TH, rows.sin_TH)
         ops.rms_norm(rows.hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
         # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
         next_norms = [*(layer.attention_norm_D for layer in self._layers[1:]), self._norm_D]
         for layer, layer_kv, next_norm_D in zip(self._layers, kv, next_norms, strict=True):
-            self._attend(layer, rows, angles, batch, layer_kv)
+            self._attend(layer, rows, batch, layer_kv)
             ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
             layer.gate_up(rows.normed_TD, rows.gate_up_TF2)
             ops.swiglu(rows.gate_up_TF2, rows.gated_TF)
             layer.down(rows.gated_TF, rows.branch_TD)
             ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
-        logits_RV = workspace.logits(len(wanted_R))
-        self._head(rows.normed_TD[wanted_R], logits_RV)
-        return logits_RV
+        return rows.normed_TD
 
-    def _attend(self, layer: _Layer, rows: Rows, angles: RopeRows, batch: PagedBatch, kv: LayerKv) -> None:
+    def _attend(self, layer: _Layer, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
         N, K = self.config.num_heads, self.config.num_kv_heads
         qkv_THn = rows.qkv_THn
         layer.qkv(rows.normed_TD, qkv_THn.flatten(1))
         qk_TNH = qkv_THn[:, : N + K]  # norm and rotation treat the heads of q and k as one tensor
         if layer.qk_norm_weight_NH is not None:
             self.ops.head_norm(qk_TNH, layer.qk_norm_weight_NH, self.config.rms_norm_eps)
-        self.ops.rope(qk_TNH, angles.cos_TH, angles.sin_TH)
+        self.ops.rope(qk_TNH, rows.cos_TH, rows.sin_TH)
         self.ops.reshape_and_cache(qk_TNH[:, N:], qkv_THn[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch)
         self.ops.paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch, rows.attended_TNH)
         layer.out(rows.attended_TNH.flatten(1), rows.branch_TD)
-
-
-class RopeRows(NamedTuple):
-    """Cosine and sine of every token's angles; the first half of `sin` is negated, as `rope` wants it."""
-
-    cos_TH: Tensor
-    sin_TH: Tensor
-
-
-def rope_rows(position_T: Tensor, frequencies_H2: Tensor, dtype: torch.dtype) -> RopeRows:
-    """Angles are computed in float32 and rounded once, as transformers does.
-
-    Anew each step: for T tokens that is nothing next to one layer, while a table is as long as the longest context.
-    """
-    angles = torch.outer(position_T.float(), frequencies_H2)
-    cos, sin = angles.cos(), angles.sin()
-    return RopeRows(torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype))
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xllm_lab.engine.device import Device
+from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.batch import paged_batch
@@ -42,17 +43,22 @@ class Runner:
 
     Attributes:
         workspace: the memory of a step.
+        graphs: captured steps over that memory, if there are to be any.
     """
 
     def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device) -> None:
         self._model, self._kv_pool, self._device = model, kv_pool, device
         self.workspace = model.workspace()
-        self._drawn_R = torch.empty(0, dtype=torch.int64)
+        self.graphs: Graphs | None = None
+        self._drawn: list[int] = []
 
-    def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
+    def run(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None) -> Tensor:
         """Computes one step; sequences may share blocks as long as nobody writes into a shared one.
 
         Prefill and decode mix freely: matrix products run over all tokens at once, attention sequence by sequence.
+
+        Args:
+            graph_tokens: the size of the graph to run it in; None: eagerly.
 
         Returns:
             Logits of the chunks that want them, in their order: shape [R, V], float32. They stand until the next step,
@@ -60,15 +66,17 @@ class Runner:
         """
         assert chunks, "a step of no chunks"
         tokens: list[int] = []
-        positions: list[int] = []
         wanted: list[int] = []
         for chunk in chunks:
             assert len(chunk.token_ids), "a chunk of no tokens"
-            start = chunk.num_computed_tokens
             tokens += chunk.token_ids
-            positions += range(start, start + len(chunk.token_ids))
             if chunk.wants_logits:
                 wanted.append(len(tokens) - 1)
+        if min(tokens) < 0:
+            tokens = [self._drawn[-1 - token] if token < 0 else token for token in tokens]
+        if graph_tokens is not None:
+            return self._replay(chunks, tokens, wanted, graph_tokens)
+        positions = [p for c in chunks for p in range(c.num_computed_tokens, c.num_computed_tokens + len(c.token_ids))]
         device = self._device.torch_device
         with torch.inference_mode():
             batch = paged_batch(
@@ -77,11 +85,8 @@ class Runner:
                 [chunk.block_table for chunk in chunks],
                 self._kv_pool.layers[0].k_BPKH,
             )
-            token_T = torch.tensor(tokens, device=device)
-            if min(tokens) < 0:
-                token_T = torch.where(token_T < 0, self._drawn_R[-1 - token_T.clamp(max=-1)], token_T)
             return self._model.forward(
-                token_T,
+                torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
                 torch.tensor(wanted, dtype=torch.int64, device=device),
                 batch=batch,
@@ -89,15 +94,32 @@ class Runner:
                 workspace=self.workspace,
             )
 
-    def draw(self, chunks: Sequence[SequenceChunk], requests: Sequence[Request], positions: Sequence[int]) -> list[int]:
+    def _replay(
+        self, chunks: Sequence[SequenceChunk], tokens: Sequence[int], wanted: Sequence[int], graph_tokens: int
+    ) -> Tensor:
+        assert self.graphs is not None, f"a graph of {graph_tokens} tokens, and no graphs"
+        with torch.inference_mode():
+            normed_TD, logits_TV = self.graphs.run(graph_tokens, tokens, chunks)
+            if logits_TV is None:
+                return self._model.logits(normed_TD[wanted], self.workspace)
+            return logits_TV[: len(wanted)] if len(wanted) == len(tokens) else logits_TV[wanted]
+
+    def draw(
+        self,
+        chunks: Sequence[SequenceChunk],
+        requests: Sequence[Request],
+        positions: Sequence[int],
+        graph_tokens: int | None = None,
+    ) -> list[int]:
         """Computes one step and draws its tokens, which the next step may follow before anybody has seen them.
 
         Args:
             requests, positions: of the chunks that want logits, in their order: whose token is drawn, and which
                 output token of theirs it becomes (0 first).
+            graph_tokens: as `run`.
         """
-        logits_RV = self.run(chunks)
+        logits_RV = self.run(chunks, graph_tokens)
         sampling, ids = [r.sampling for r in requests], [r.id for r in requests]
         tokens = sample(logits_RV, sampling, ids, positions, argmax=self._model.ops.argmax)
-        self._drawn_R = torch.tensor(tokens, dtype=torch.int64, device=self._device.torch_device)
+        self._drawn = tokens
         return tokens

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Rows(NamedTuple):
         qkv_THn: query, key and value heads side by side, [T, N + 2 K, H].
         attended_TNH: what the attention returns.
         gate_up_TF2, gated_TF: inside the MLP.
+        cos_TH, sin_TH: of the tokens' angles, as `rope` wants them.
     """
 
     hidden_TD: Tensor
@@ -33,6 +35,8 @@ class Rows(NamedTuple):
     attended_TNH: Tensor
     gate_up_TF2: Tensor
     gated_TF: Tensor
+    cos_TH: Tensor
+    sin_TH: Tensor
 
 
 class Workspace:
@@ -41,6 +45,7 @@ class Workspace:
     Attributes:
         num_allocations: how often it grew.
         num_bytes: what it holds now.
+        is_fixed: whether somebody counts on its addresses; it may then grow no more.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -51,19 +56,28 @@ class Workspace:
             config.hidden_size,
             config.intermediate_size,
         )
-        self._shapes = ((D,), (D,), (D,), (N + 2 * K, H), (N, H), (2 * F,), (F,))
+        self._shapes = ((D,), (D,), (D,), (N + 2 * K, H), (N, H), (2 * F,), (F,), (H,), (H,))
         self._vocab_size, self._dtype, self._device = config.vocab_size, dtype, device
         self._rows = self._allocate(0)
         self._logits_RV = torch.empty((0, self._vocab_size), device=device)
         self._cut = self._rows
         self.num_allocations = 0
+        self.is_fixed = False
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self._rows, self._logits_RV))
 
+    def bytes_for(self, *, tokens: int, logits: int) -> int:
+        """What it holds at least once so much is reserved."""
+        a_token = sum(math.prod(shape) for shape in self._shapes) * self._dtype.itemsize
+        most_tokens, most_logits = max(tokens, len(self._rows.hidden_TD)), max(logits, len(self._logits_RV))
+        return most_tokens * a_token + most_logits * self._vocab_size * self._logits_RV.element_size()
+
     def reserve(self, *, tokens: int, logits: int) -> None:
         """Makes room for a step of that many tokens and rows of logits."""
+        grows = tokens > len(self._rows.hidden_TD) or logits > len(self._logits_RV)
+        assert not (grows and self.is_fixed), f"{tokens} tokens, {logits} logits: graphs count on addresses here"
         if tokens > len(self._rows.hidden_TD):
             self._rows = self._cut = self._allocate(0)  # the old memory goes before the new comes
             self._rows = self._cut = self._allocate(tokens)
@@ -85,4 +99,5 @@ class Workspace:
         return self._logits_RV[:rows]
 
     def _allocate(self, tokens: int) -> Rows:
-        return Rows(*(torch.empty((tokens, *s), dtype=self._dtype, device=self._device) for s in self._shapes))
+        # Zeros: rows that only pad a step may never be written, and are read.
+        return Rows(*(torch.zeros((tokens, *s), dtype=self._dtype, device=self._device) for s in self._shapes))

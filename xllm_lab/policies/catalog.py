@@ -24,6 +24,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPolicy, Choice, Flag, Knob
 from xllm_lab.policies.failover import FailoverPolicy
 from xllm_lab.policies.routing import RoutePolicy
+from xllm_lab.policies.shapes import ShapesPolicy
 
 ENTRY_POINT_GROUP = "xllm_lab.policies"
 
@@ -68,6 +69,12 @@ def make_route_policy(name: str, values: Mapping[str, Any] | None = None) -> Rou
 def make_failover_policy(name: str, values: Mapping[str, Any] | None = None) -> FailoverPolicy:
     """`make_policy` for failover."""
     policy: FailoverPolicy = make_policy("failover", name, values)
+    return policy
+
+
+def make_shapes_policy(name: str, values: Mapping[str, Any] | None = None) -> ShapesPolicy:
+    """`make_policy` for shapes."""
+    policy: ShapesPolicy = make_policy("shapes", name, values)
     return policy
 
 

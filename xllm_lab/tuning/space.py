@@ -12,11 +12,21 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
-from xllm_lab.policies.catalog import knobs, make_batch_policy, policies, policy_name, values_of
+from xllm_lab.policies.catalog import (
+    knobs,
+    make_batch_policy,
+    make_shapes_policy,
+    policies,
+    policy_name,
+    values_of,
+)
+from xllm_lab.policies.shapes import ShapesPolicy
+
+SHAPES = "shapes."  # before the names of the shapes policy's knobs
 
 
 class Space:
-    """All candidates around a default one.
+    """All candidates around a default one, whose shapes policy they all have.
 
     KV memory is what the default has: more blocks than fit are cut, so a larger block means fewer of them.
 
@@ -43,7 +53,8 @@ class Space:
         """The default as a trial's parameters."""
         own = policy_name(self.default.policy)
         params: dict[str, Any] = {"policy": own} if len(self.policy_names) > 1 else {}
-        for prefix, part in (("", self.default.instance), (f"{own}.", self.default.policy)):
+        parts = (("", self.default.instance), (f"{own}.", self.default.policy), (SHAPES, self.default.shapes))
+        for prefix, part in parts:
             for name, note in knobs(type(part)).items():
                 value = getattr(part, name)
                 _refuse_outside(prefix + name, value, note)
@@ -59,17 +70,30 @@ class Space:
         cls = self._policies[name]
         held = values_of(self.default.policy) if name == policy_name(self.default.policy) else {}
         policy = make_batch_policy(name, {**held, **dict(_draw(trial, f"{name}.", cls))})
-        return Candidate(instance=self._within_memory(replace(self.default.instance, **drawn)), policy=policy)
+        return Candidate(
+            instance=self._within_memory(replace(self.default.instance, **drawn)),
+            policy=policy,
+            shapes=self._draw_shapes(trial),
+        )
 
     def describe(self) -> dict[str, Any]:
         """The space as plain data, for the study's manifest."""
-        parts = [("", InstanceConfig), *((f"{name}.", cls) for name, cls in self._policies.items())]
+        parts = [
+            ("", InstanceConfig),
+            *((f"{name}.", cls) for name, cls in self._policies.items()),
+            (SHAPES, type(self.default.shapes)),
+        ]
         ranges = {
             prefix + name: list(note.values) if isinstance(note, Choice) else [note.low, note.high, note.log]
             for prefix, cls in parts
             for name, note in knobs(cls).items()
         }
         return {"policies": list(self.policy_names), "knobs": ranges, "default": self.default.as_dict()}
+
+    def _draw_shapes(self, trial: optuna.Trial) -> ShapesPolicy:
+        own = self.default.shapes
+        drawn = dict(_draw(trial, SHAPES, type(own)))
+        return make_shapes_policy(policy_name(own), {**values_of(own), **drawn})
 
     def _within_memory(self, instance: InstanceConfig) -> InstanceConfig:
         most = self.default.instance.num_kv_tokens // instance.block_size

@@ -121,6 +121,7 @@ def verify(
                     out=folder / f"{name}-{repeat}",
                     step_time=step_time,
                     recorder=make_records(),
+                    shapes=one.shapes,
                 )
                 goodput[name].append(summarize(run.records).goodput_per_s)
         done = Verification(

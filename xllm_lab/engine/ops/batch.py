@@ -62,6 +62,10 @@ class PagedBatch:
             self._gathers = _gathers(self, pool_BPKH)
         return self._gathers
 
+    def forget_gathers(self) -> None:
+        """The lists above are another step's now."""
+        self._gathers = []
+
 
 def paged_batch(
     queries: Sequence[int], computed: Sequence[int], block_tables: Sequence[Sequence[int]], pool_BPKH: Tensor

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
+from xllm_lab.engine.ops.tape import taped
+
 # Rows oneDNN lays the weights out for. Layouts for 16 to 512 rows measured within 5 % of each other at every row
 # count; the layout for 1 row lost a third in float32 from 4 rows on.
 _PACK_ROWS = 64
@@ -42,12 +44,14 @@ class TorchLinear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self._weight_OI, self._bias_O = weight_OI, bias_O
 
+    @taped
     def __call__(self, x_TI: Tensor, out_TO: Tensor) -> None:
         if out_TO.dtype == x_TI.dtype and self._bias_O is None:
             torch.mm(x_TI, self._weight_OI.T, out=out_TO)
         else:
             out_TO.copy_(F.linear(x_TI, self._weight_OI, self._bias_O))
 
+    @taped
     def rows(self, token_T: Tensor, out_TI: Tensor) -> None:
         torch.index_select(self._weight_OI, 0, token_T, out=out_TI)
 
@@ -65,9 +69,11 @@ class OneDnnLinear:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _PACK_ROWS)
         self._weight_OI = weight_OI if keep_rows else None
 
+    @taped
     def __call__(self, x_TI: Tensor, out_TO: Tensor) -> None:
         out_TO.copy_(torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias_O, "none", [], ""))
 
+    @taped
     def rows(self, token_T: Tensor, out_TI: Tensor) -> None:
         assert self._weight_OI is not None, "a matrix whose rows nobody asked to keep"
         torch.index_select(self._weight_OI, 0, token_T, out=out_TI)

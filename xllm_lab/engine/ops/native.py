@@ -19,6 +19,7 @@ from torch import Tensor
 from xllm_lab.engine.device import survives
 from xllm_lab.engine.ops import build
 from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.tape import Kernel
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _AMX_INPUTS = 32  # a tile's width in bfloat16
@@ -29,6 +30,7 @@ _LETTERS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": 
 _TYPED = {
     "rms_norm": "plppfllpl",
     "head_norm": "plpflll",
+    "rope_angles": "ppllpp",
     "rope": "plpplll",
     "swiglu": "pllp",
     "reshape_and_cache": "pplpllpp",
@@ -45,6 +47,7 @@ _UNTYPED = {
     "linear_f32_panel": "",
     "attention_lanes": "",
     "matrix_unit_granted": "",
+    "replay": "pl",
 }
 
 
@@ -72,6 +75,12 @@ def opened(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _kernel(library: ctypes.CDLL, name: str, signature: str) -> Kernel:
+    packed = ctypes.cast(getattr(library, f"packed_{name}"), ctypes.c_void_p).value
+    assert packed is not None
+    return Kernel(getattr(library, name), packed, signature)
+
+
 class NativeOps:
     """One dtype's operators."""
 
@@ -79,11 +88,13 @@ class NativeOps:
         name = _NAMES[dtype]
         self._threads = threads
         self._argmax: Any = library.argmax
-        for op in _TYPED:
-            setattr(self, f"_{op}", getattr(library, f"{op}_{name}"))
+        self._tokens_R = torch.empty(0, dtype=torch.int64)
+        for op, signature in _TYPED.items():
+            setattr(self, f"_{op}", _kernel(library, f"{op}_{name}", signature))
 
     _rms_norm: Any
     _head_norm: Any
+    _rope_angles: Any
     _rope: Any
     _swiglu: Any
     _reshape_and_cache: Any
@@ -104,6 +115,11 @@ class NativeOps:
     def head_norm(self, x_TNH: Tensor, weight_NH: Tensor, eps: float) -> None:
         """As `reference.head_norm`."""
         self._head_norm(x_TNH.data_ptr(), x_TNH.stride(0), weight_NH.data_ptr(), eps, *x_TNH.shape)
+
+    def rope_angles(self, position_T: Tensor, frequencies_H2: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
+        """As `reference.rope_angles`."""
+        angles = (position_T.data_ptr(), frequencies_H2.data_ptr(), len(position_T), len(frequencies_H2))
+        self._rope_angles(*angles, cos_TH.data_ptr(), sin_TH.data_ptr())
 
     def rope(self, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
         """As `reference.rope`."""
@@ -138,9 +154,11 @@ class NativeOps:
 
     def argmax(self, logits_RV: Tensor) -> list[int]:
         """As `reference.argmax`."""
-        tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
-        self._argmax(logits_RV.data_ptr(), *logits_RV.shape, tokens_R.data_ptr())
-        found: list[int] = tokens_R.tolist()
+        rows = len(logits_RV)
+        if rows > len(self._tokens_R):
+            self._tokens_R = torch.empty(rows, dtype=torch.int64)
+        self._argmax(logits_RV.data_ptr(), *logits_RV.shape, self._tokens_R.data_ptr())
+        found: list[int] = self._tokens_R[:rows].tolist()
         return found
 
 
@@ -152,7 +170,7 @@ class NativeLinear:
         wide = weight_OI.dtype == torch.float32
         self.kind = "native" if wide else "native_amx"
         name = "linear_" + _NAMES[weight_OI.dtype]
-        self._product, self._rows = getattr(library, name), getattr(library, name + "_rows")
+        self._product, self._rows = (_kernel(library, n, _UNTYPED[n]) for n in (name, name + "_rows"))
         self._wide, self._outputs, self._threads, self._bias_O = wide, outputs, threads, bias_O
         panel = library.linear_f32_panel() if wide else _AMX_OUTPUTS
         self._packed = weight_OI.new_empty(-(-outputs // panel) * panel * self._inputs)

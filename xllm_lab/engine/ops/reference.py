@@ -35,6 +35,17 @@ def head_norm(x_TNH: Tensor, weight_NH: Tensor, eps: float) -> None:
     torch.mul(normed_TNH, weight_NH, out=x_TNH)
 
 
+def rope_angles(position_T: Tensor, frequencies_H2: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
+    """Cosines and sines for `rope`: computed in float32 and rounded once, as transformers does.
+
+    Anew each step: for T tokens that is nothing next to one layer, while a table is as long as the longest context.
+    """
+    angles = torch.outer(position_T.float(), frequencies_H2)
+    cos, sin = angles.cos(), angles.sin()
+    cos_TH.copy_(torch.cat([cos, cos], -1))
+    sin_TH.copy_(torch.cat([-sin, sin], -1))
+
+
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
     """Turns the pair (x[i], x[i + H/2]) by its token's angle, in place (Su et al., 2021, in the half-split layout).
 

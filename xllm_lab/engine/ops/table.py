@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from xllm_lab.engine.ops import native, reference
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
+from xllm_lab.engine.ops.tape import taped
 
 _ELEMENTWISE = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch",)}
 TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -28,6 +30,7 @@ TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "rms_norm": _ELEMENTWISE,
     "add_rms_norm": _ELEMENTWISE,
     "head_norm": _ELEMENTWISE,
+    "rope_angles": _ELEMENTWISE,
     "rope": _ELEMENTWISE,
     "swiglu": _ELEMENTWISE,
     "argmax": _ELEMENTWISE,
@@ -58,6 +61,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float, Tensor], None]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
     head_norm: Callable[[Tensor, Tensor, float], None]
+    rope_angles: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     rope: Callable[[Tensor, Tensor, Tensor], None]
     swiglu: Callable[[Tensor, Tensor], None]
     reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
@@ -105,8 +109,15 @@ def choose(
     made = None
     if any(s.by == "native" for op, s in served.items() if op != "linear"):
         made = native.NativeOps(native.load(), dtype, torch.get_num_threads())
-    functions = {op: getattr(made if s.by == "native" else reference, op) for op, s in served.items() if op != "linear"}
+    functions = {
+        op: getattr(made, op) if s.by == "native" else _reference(op) for op, s in served.items() if op != "linear"
+    }
     return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
+
+
+def _reference(op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(reference, op)
+    return function if op == "argmax" else taped(function)  # argmax reads a step's result, and is no part of it
 
 
 def _pick(op: str, device: str, fails: Callable[[str], str | None]) -> Served:

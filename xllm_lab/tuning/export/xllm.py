@@ -33,7 +33,10 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
     left_out: dict[str, Any] = {}
     # The pool's size is in max_cache_size; the context is the model's own.
     told_otherwise = {"num_kv_blocks", "max_model_len"}
-    for part in (candidate.instance, candidate.policy):
+    shapes = getattr(candidate.shapes, "xllm_flags", None)
+    if shapes is None:
+        left_out["shapes"] = policy_name(candidate.shapes)
+    for part in (candidate.instance, candidate.policy, *([candidate.shapes] if shapes else [])):
         named = flags(type(part))
         for field, value in values_of(part).items():
             if field == "async_scheduling":
@@ -44,7 +47,7 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
                 config[named[field].name] = _in_units(value, named[field].divide_by)
             elif value is not None and field not in told_otherwise:
                 left_out[field] = value
-    return XllmConfig({**config, **fixed}, left_out)
+    return XllmConfig({**config, **fixed, **(shapes or {})}, left_out)
 
 
 def _in_units(value: Any, divide_by: int) -> Any:

@@ -27,6 +27,21 @@ static void rms_norm(T* x, long ldx, const T* delta, const T* weight, float eps,
     }
 }
 
+// Cosines and sines of every token's angles, both halves alike; the first half of the sines is negated for `rope`.
+template <class T>
+static void rope_angles(const int64_t* positions, const float* frequencies, long tokens, long half, T* cosines,
+                        T* sines) {
+    for (long t = 0; t < tokens; t++, cosines += 2 * half, sines += 2 * half)
+        for (long d = 0; d < half; d++) {
+            const float angle = (float)positions[t] * frequencies[d];
+            const float cosine = __builtin_cosf(angle), sine = __builtin_sinf(angle);
+            assign(cosines + d, cosine);
+            assign(cosines + half + d, cosine);
+            assign(sines + d, -sine);
+            assign(sines + half + d, sine);
+        }
+}
+
 // The first `heads` heads of every token turn in place; cos and sin are [tokens, width], the first half of sin negated.
 template <class T>
 static void rope(T* x, long ldx, const T* cosines, const T* sines, long tokens, long heads, long width) {
@@ -112,6 +127,10 @@ extern "C" void argmax(const float* x, long rows, long width, int64_t* out) {
                 T* head = x + t * ldx + h * width;                                                                     \
                 rms_norm(head, width, (const T*)nullptr, weights + h * width, eps, 1, width, head, width);             \
             }                                                                                                          \
+    }                                                                                                                  \
+    extern "C" void rope_angles_##NAME(const int64_t* positions, const float* frequencies, long tokens, long half,     \
+                                       T* cosines, T* sines) {                                                         \
+        rope_angles(positions, frequencies, tokens, half, cosines, sines);                                             \
     }                                                                                                                  \
     extern "C" void rope_##NAME(T* x, long ldx, const T* cosines, const T* sines, long tokens, long heads,             \
                                 long width) {                                                                          \

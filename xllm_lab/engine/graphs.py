@@ -1,0 +1,231 @@
+"""Steps captured once for each size and kind, replayed for every step that fits: a cache of graphs over shared memory.
+
+    shapes policy: size, or eager -> capture, if it is the first of its key -> fill the inputs -> replay -> logits
+
+All graphs share one pool: the workspace, cut to their size, and the inputs. What the pool must hold is known from the
+policy before anything is captured; a pool that does not fit is refused. After that no address in it changes.
+"""
+
+# ruff: noqa: N815  (shapes live in the names of fields, too)
+# Shapes: T tokens of a graph, D hidden size, V vocabulary
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xllm_lab.engine.device import Device
+from xllm_lab.engine.graph_backends import Recorder, recorder_for
+from xllm_lab.engine.graph_inputs import Chunk, GraphInputs, InputMemory
+from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.model import DecoderModel
+from xllm_lab.engine.ops.tape import recording
+from xllm_lab.engine.workspace import Workspace
+from xllm_lab.errors import ConfigError
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.api import ceil_div
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.step import Step
+from xllm_lab.step_shape import decide_shape, graph_sizes, shape_of
+
+
+class Key(NamedTuple):
+    """What tells graphs apart: tokens, padding included, and whether each is a sequence's only one."""
+
+    num_tokens: int
+    is_decode: bool
+
+
+class PoolPlan(NamedTuple):
+    """What all graphs together need, known before the first is captured.
+
+    Attributes:
+        tokens, logits: of the largest graph; the largest eager step counts, since it runs in the same memory.
+        sequences: of the largest graph.
+        blocks_per_sequence: of the longest context.
+        workspace_bytes, input_bytes: the pool's two parts.
+    """
+
+    tokens: int
+    logits: int
+    sequences: int
+    blocks_per_sequence: int
+    workspace_bytes: int
+    input_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.workspace_bytes + self.input_bytes
+
+
+@dataclass(slots=True)
+class GraphCounts:
+    """What became of steps.
+
+    Attributes:
+        captures, replays: of graphs.
+        eager: steps that ran in none, by the policy's reason.
+        padded_tokens: computed for nobody.
+        capture_us: captures took so long, wall time.
+        kernels, calls: of the graphs in the cache: kernels replayed, and calls from Python that start them.
+    """
+
+    captures: int = 0
+    replays: int = 0
+    eager: Counter[str] = field(default_factory=Counter)
+    padded_tokens: int = 0
+    capture_us: int = 0
+    kernels: int = 0
+    calls: int = 0
+
+
+class _Graph(NamedTuple):
+    replay: Callable[[], None]
+    inputs: GraphInputs
+    normed_TD: Tensor
+    logits_TV: Tensor | None  # of a decoding graph, whose head is in it
+
+
+class Graphs:
+    """The graphs of one runner.
+
+    Attributes:
+        plan: the pool's.
+        counts: since it was made.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_pool: KvPool,
+        device: Device,
+        workspace: Workspace,
+        *,
+        config: InstanceConfig,
+        policy: ShapesPolicy,
+        pool_bytes: int | None = None,
+    ) -> None:
+        """Plans the pool and takes it.
+
+        Args:
+            kv_pool: has one block more than the configuration, which pads.
+            pool_bytes: what the pool may take; None: as much as the device has free.
+
+        Raises:
+            ConfigError: the pool does not fit.
+            PolicyError: the policy plans something illegal.
+        """
+        assert kv_pool.num_blocks == config.num_kv_blocks + 1, "a block to pad with"
+        self._model, self._kv_pool, self._workspace = model, kv_pool, workspace
+        self._config, self._policy = config, policy
+        self._decode_sizes = graph_sizes(policy, config, is_decode=True)
+        self.plan = _plan(workspace, config, [*self._decode_sizes, *graph_sizes(policy, config, is_decode=False)])
+        _refuse(self.plan, device, pool_bytes)
+        self._recorder: Recorder = recorder_for(device)
+        self._memory = InputMemory(
+            tokens=self.plan.tokens,
+            sequences=self.plan.sequences,
+            blocks_per_sequence=self.plan.blocks_per_sequence,
+            block_size=config.block_size,
+            padding_block=config.num_kv_blocks,
+            device=device.torch_device,
+        )
+        workspace.reserve(tokens=self.plan.tokens, logits=self.plan.logits)
+        workspace.is_fixed = True
+        self._cache: dict[Key, _Graph] = {}
+        self.counts = GraphCounts()
+
+    def size_for(self, step: Step) -> int | None:
+        """The size of the graph that runs a planned step; None: it runs eagerly, which is counted.
+
+        Raises:
+            PolicyError: the policy plans something illegal.
+        """
+        plan = decide_shape(self._policy, shape_of(step, self._config))
+        if plan.num_tokens is None:
+            self.counts.eager[plan.reason] += 1
+        return plan.num_tokens
+
+    def warm(self) -> None:
+        """Captures the decoding graphs, the largest first. Others are captured when a step needs them."""
+        for size in self._decode_sizes:
+            self._capture(Key(size, True), [], [])
+
+    def run(self, size: int, tokens: Sequence[int], chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor | None]:
+        """Computes a step in the graph of that size, which is captured if need be.
+
+        Returns:
+            What the head reads, a row for each token; and logits of the same rows, if the graph had its head in it.
+            Both stand until the next step.
+        """
+        key = Key(size, len(tokens) == len(chunks))
+        graph = self._cache.get(key)
+        if graph is None:
+            graph = self._capture(key, tokens, chunks)
+        else:
+            self._memory.fill(graph.inputs, tokens, chunks, is_decode=key.is_decode)
+            graph.replay()
+        self.counts.replays += 1
+        self.counts.padded_tokens += size - len(tokens)
+        return graph.normed_TD, graph.logits_TV
+
+    def describe(self) -> dict[str, Any]:
+        """Counts and pool, for a manifest."""
+        counts = {name: getattr(self.counts, name) for name in GraphCounts.__slots__}
+        return {**counts, "eager": dict(sorted(self.counts.eager.items())), "pool_bytes": self.plan.num_bytes}
+
+    def _capture(self, key: Key, tokens: Sequence[int], chunks: Sequence[Chunk]) -> _Graph:
+        """Records the step that makes it necessary, and has run it."""
+        started_ns = time.perf_counter_ns()
+        inputs = self._memory.of(key.num_tokens, is_decode=key.is_decode)
+        self._memory.fill(inputs, tokens, chunks, is_decode=key.is_decode)
+        tape = self._recorder.open()
+        with torch.inference_mode(), recording(tape):
+            normed_TD = self._model.run_layers(
+                inputs.token_T,
+                inputs.position_T,
+                batch=inputs.batch,
+                kv=self._kv_pool.layers,
+                workspace=self._workspace,
+            )
+            logits_TV = self._model.logits(normed_TD, self._workspace) if key.is_decode else None
+        program = tape.close()
+        graph = self._cache[key] = _Graph(program, inputs, normed_TD, logits_TV)
+        self.counts.captures += 1
+        self.counts.kernels += tape.num_kernels
+        self.counts.calls += tape.num_calls
+        self.counts.capture_us += (time.perf_counter_ns() - started_ns) // 1000
+        return graph
+
+
+def _plan(workspace: Workspace, config: InstanceConfig, sizes: Sequence[int]) -> PoolPlan:
+    longest = min(config.max_tokens_per_batch, config.num_kv_tokens)  # of an eager step
+    most_seqs = min(config.max_seqs_per_batch, config.max_tokens_per_batch)
+    tokens = max([longest, *sizes])
+    # A wasted row of a request that ended may be one token longer than the context.
+    blocks = min(ceil_div(config.max_model_len + 1, config.block_size), config.num_kv_blocks)
+    return PoolPlan(
+        tokens=tokens,
+        logits=most_seqs,
+        sequences=most_seqs,
+        blocks_per_sequence=blocks,
+        workspace_bytes=workspace.bytes_for(tokens=tokens, logits=most_seqs),
+        input_bytes=InputMemory.bytes_for(tokens=tokens, sequences=most_seqs, blocks_per_sequence=blocks),
+    )
+
+
+def _refuse(plan: PoolPlan, device: Device, pool_bytes: int | None) -> None:
+    free_bytes = device.memory().free_bytes
+    allowed, whose = (free_bytes, f"free on {device.name}") if pool_bytes is None else (pool_bytes, "graph_pool_bytes")
+    if plan.num_bytes > allowed:
+        raise ConfigError(
+            f"graphs of up to {plan.tokens} tokens and {plan.logits} rows of logits need a pool of {plan.num_bytes} "
+            f"bytes, {plan.workspace_bytes} to compute in and {plan.input_bytes} of inputs; accepted: {allowed} "
+            f"({whose}), or smaller max_tokens_per_batch and max_seqs_per_batch"
+        )

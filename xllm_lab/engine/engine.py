@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
-from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
@@ -78,20 +78,34 @@ class Engine:
     ) -> None:
         """Serve a workload to its end; records go to `recorder` as they come.
 
+        A request that could never run on this configuration is rejected when it arrives, and the others are served.
+
         Raises:
-            RequestTooLargeError: a request could never run on this configuration.
-            ConfigError: the KV pool does not fit, the context is longer than the model's, or step times are missing.
+            ConfigError: the KV pool does not fit, the context is longer than the model's, a token is not in the
+                vocabulary, or step times are missing.
             PolicyError: the policy planned something illegal, or starves a request.
         """
         self._refuse(workload, config)
         scheduler = Scheduler(config, policy, recorder, step_time=step_time)
-        runner = self._runner(config)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
+        self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
+
+    def serve_on(self, scheduler: Scheduler, feed: Feed, prompt_ids: Callable[[Request], TokenIds]) -> None:
+        """Serve what a feed brings, to its end, on a scheduler that its owner can look into meanwhile.
+
+        Args:
+            prompt_ids: as in `serving.serve`; all in the model's vocabulary.
+
+        Raises:
+            as `serve`.
+        """
+        config = scheduler.config
+        runner = self._runner(config)
         _warm_up(runner, config)
         clock = make_clock(self.options.clock, self.options.timer)
         with Lane(clock, beside=config.async_scheduling != "off") as lane:
             launcher = Launcher(runner, scheduler, lane, clock)
-            conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), launch=launcher.launch)
+            conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
             self._answer(conversation, launcher, lane, clock)
 
     def _answer(self, conversation: Conversation, launcher: Launcher, lane: Lane, clock: Clock) -> None:
@@ -134,8 +148,12 @@ class Engine:
         A policy that needs step times gets this machine's, measured first, unless `step_time` has them.
 
         Raises:
+            RequestTooLargeError: a request could never run on this configuration: more likely an oversight in a trace
+                than meant.
             as `serve`, and RunError if the folder exists or cannot be written.
         """
+        for request in workload.requests:
+            config.refuse_if_too_large(request)
         self._refuse(workload, config)  # before step times are measured on a context that the model may not have
         if step_time is None and getattr(policy, "needs_step_time", False):
             step_time = self.measure_step_time(config)
@@ -192,7 +210,6 @@ class Engine:
                 f"{self.model.config.max_position}"
             )
         for request in workload.requests:
-            config.refuse_if_too_large(request)
             for token in request.prompt.token_ids or ():
                 if not 0 <= token < self.model.config.vocab_size:
                     raise ConfigError(

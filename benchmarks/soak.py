@@ -170,9 +170,7 @@ def _round(engine: Engine, scale: Scale, number: int, policy: BatchPolicy, step_
     config, sent, records = scale.config(number), workload(number, scale), Records()
     vocab_size = engine.model.config.vocab_size
     scheduler = AuditedScheduler(config, policy, records, step_time=step_time)
-    engine.serve_on(
-        scheduler, WorkloadFeed(sent), lambda r: prompt_token_ids(r, vocab_size=vocab_size, seed=sent.seed)
-    )
+    engine.serve_on(scheduler, WorkloadFeed(sent), lambda r: prompt_token_ids(r, vocab_size=vocab_size, seed=sent.seed))
     scheduler.ledger.audit()
     assert scheduler.ledger.num_used_blocks == 0, f"round {number} leaks {scheduler.ledger.num_used_blocks} KV blocks"
     assert scheduler.num_live == 0, f"round {number} leaves {scheduler.num_live} requests"

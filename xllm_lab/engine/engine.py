@@ -101,7 +101,7 @@ class Engine:
         """
         config = scheduler.config
         runner = self._runner(config)
-        _warm_up(runner, config)
+        _warm_up(runner, config, self.device)
         clock = make_clock(self.options.clock, self.options.timer)
         with Lane(clock, beside=config.async_scheduling != "off") as lane:
             launcher = Launcher(runner, scheduler, lane, clock)
@@ -238,10 +238,13 @@ class Engine:
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
 
 
-def _warm_up(runner: Runner, config: InstanceConfig) -> None:
-    """Steps of a few shapes before the clock starts: the first call of a kernel pays for choosing and packing it."""
-    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-    for num_tokens in _halves(longest):
+def _warm_up(runner: Runner, config: InstanceConfig, device: Device) -> None:
+    """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing and loading it.
+
+    On a CPU no first step of more than 64 tokens was slower than its repetition, whoever served the operators.
+    """
+    longest = min(64 if device.name == "cpu" else 512, config.num_kv_tokens, config.max_tokens_per_batch)
+    for num_tokens in _halves(min(longest, config.max_model_len)):
         runner.run(_synthetic((Chunk(num_tokens, 0),), config))
 
 

@@ -241,10 +241,11 @@ class Engine:
 def _warm_up(runner: Runner, config: InstanceConfig, device: Device) -> None:
     """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing and loading it.
 
-    On a CPU no first step of more than 64 tokens was slower than its repetition, whoever served the operators.
+    On a CPU no first step of a shape was slower than its repetition, whoever served the operators, but for the first of
+    all: two steps must do.
     """
-    longest = min(64 if device.name == "cpu" else 512, config.num_kv_tokens, config.max_tokens_per_batch)
-    for num_tokens in _halves(min(longest, config.max_model_len)):
+    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
+    for num_tokens in (min(longest, 64), 1) if device.name == "cpu" else _halves(longest):
         runner.run(_synthetic((Chunk(num_tokens, 0),), config))
 
 

@@ -410,3 +410,29 @@ def validate_measured(
         model_config=None if model_config is None else Path(model_config),
         workload_file=None if workload is None else Path(workload),
     )
+
+
+def profile_engine(
+    *,
+    out: PathLike,
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 1,
+    timer: str = "wall",
+    progress: bool = True,
+    **grid: int,
+) -> dict[str, dict[int, float]]:
+    """Measure the engine's operators on the device at hand, for `simulate` on a machine `--profile`d so.
+
+    Args:
+        out: the profile bundle, a new folder.
+        grid: fields of `engine.machine_profile.Grid`.
+    """
+    from xllm_lab.engine.engine import Engine, EngineOptions
+    from xllm_lab.engine.machine_profile import Grid, num_shapes, write_machine_profile
+
+    wanted = Grid(**grid)
+    engine = Engine(EngineOptions(model=model, device=device, dtype=dtype, threads=threads, timer=timer))
+    with bar(num_shapes(wanted), "profile", show=progress) as measured:
+        return write_machine_profile(engine, Path(out), wanted, progress=measured.update)

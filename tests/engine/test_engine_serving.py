@@ -19,7 +19,7 @@ from tests.laws import obey_the_laws
 from tests.small_runs import batch_policies, busy_workloads, request, tight_configs
 from tests.tiny_models import EOS_TOKEN_IDS, MAX_POSITION, VOCAB_SIZE, tiny_model, write_tiny_model
 from xllm_lab.engine.engine import Engine, EngineOptions
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
@@ -388,3 +388,14 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match="request 0: token id 256; the vocabulary accepts 0 to 255"):
         engine().serve(Workload(requests=(other,)), config(), make_batch_policy("fcfs"), Records())
+
+
+def test_a_request_that_can_never_run_is_rejected_and_the_others_served(tmp_path: Path) -> None:
+    """A server answers one client so; a trace to be replayed is refused, before its run folder is made."""
+    large = request(4, prompt=900, output=4)
+    workload = Workload(requests=(*crowd(4).requests, large), seed=3)
+    records = served(workload, config(), make_batch_policy("fcfs"))
+    assert [str(r.finish_reason) for r in records.requests] == ["length"] * 4 + ["rejected"]
+    with pytest.raises(RequestTooLargeError, match="request 4: 900 prompt and 4 output tokens"):
+        engine().replay(workload, config(), make_batch_policy("fcfs"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

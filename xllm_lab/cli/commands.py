@@ -310,6 +310,9 @@ def _validate_npu(o: argparse.Namespace) -> int:
 
 
 def _profile(o: argparse.Namespace) -> int:
+    if o.path is None:
+        times = profile.measured(o)
+        return _print(o, {"profile": str(o.out), "us": times}, profile.measured_text(times, o.out))
     found = profile.opened(o)
     return _print(o, profile.as_dict(*found), profile.as_text(*found, top=o.top))
 
@@ -365,6 +368,6 @@ COMMANDS = {
     "timeline": Command("what a run did and when, for https://ui.perfetto.dev", _timeline_options, _timeline),
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
     "validate": Command("the simulator beside measurements of others", _validate_options, _validate),
-    "profile": Command("what a profiler recorded: operators, collectives, steps", profile.options, _profile),
+    "profile": Command("what a profiler recorded, or this machine's operators, measured", profile.options, _profile),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

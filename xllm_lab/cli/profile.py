@@ -1,4 +1,4 @@
-"""The verb `profile`: what a profiler recorded, for a terminal."""
+"""The verb `profile`: what a profiler recorded, for a terminal; or this machine's own operators, measured."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from xllm_lab import verbs
 from xllm_lab.errors import ConfigError
 from xllm_lab.operator_table import write_operator_table
 from xllm_lab.profiles import Profile, read_profile
@@ -22,17 +23,65 @@ TOP = 20
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a profiler's folder, or hccl_test's output")
+    parser.add_argument(
+        "path",
+        type=Path,
+        nargs="?",
+        help="a profiler's folder, or hccl_test's output; without it, the engine is measured",
+    )
     parser.add_argument("--source", help="which profiler; else found from what is there")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="operators and collectives to show")
     parser.add_argument("--kv-block-tokens", type=int, metavar="N", help="of the profiled engine; to estimate lengths")
-    parser.add_argument("--out", type=Path, help="write the operator table as CSV")
+    parser.add_argument("--out", type=Path, help="write the operator table as CSV; or the engine's bundle, a folder")
+    group = parser.add_argument_group("engine", "measured here, for `simulate --profile`")
+    for name, what in _ENGINE.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(what.default), help=what.told, metavar=what.metavar)
+
+
+class _Option(NamedTuple):
+    default: str | int
+    told: str
+    metavar: str | None = None
+
+
+_ENGINE = {
+    "model": _Option("smollm2-135m", "a name, a folder with config.json, or a .gguf file"),
+    "device": _Option("auto", "cpu, cuda, npu or auto"),
+    "dtype": _Option("auto", "float32, bfloat16 or auto"),
+    "threads": _Option(1, "of a CPU", "N"),
+    "timer": _Option("wall", "wall or cpu time"),
+    "most_tokens": _Option(1024, "of a step's prompts", "N"),
+    "most_seqs": _Option(64, "decodes in a step", "N"),
+    "most_kv_tokens": _Option(2048, "of one sequence", "N"),
+    "repeats": _Option(3, "steps of each shape", "N"),
+}
+
+
+def measured(o: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """The engine's operators, measured and written to `--out`: operator -> tokens or sequences -> microseconds."""
+    if o.source is not None or o.kv_block_tokens is not None:
+        raise ConfigError("--source and --kv-block-tokens are of a profiler's folder; accepted: with its path")
+    if o.out is None:
+        raise ConfigError("no path and no --out; accepted: a profiler's folder, or --out DIR to measure the engine")
+    given = {name: getattr(o, name) for name in _ENGINE if getattr(o, name) is not None}
+    return verbs.profile_engine(out=o.out, **{name: what.default for name, what in _ENGINE.items()} | given)
+
+
+def measured_text(times: dict[str, dict[int, float]], out: Path) -> str:
+    """A row for each operator: microseconds of a call at the smallest and at the largest size."""
+    rows = []
+    for operator, by_size in times.items():
+        sizes = (min(by_size), max(by_size))
+        rows.append([operator, *(f"{size:,}" for size in sizes), *(compact(by_size[size]) for size in sizes)])
+    return f"{table(['', 'smallest', 'largest', 'us', 'us'], rows)}\n{out}"
 
 
 def opened(o: argparse.Namespace) -> tuple[Profile, Steps]:
     """The profile that the options name, its table written where they say."""
     if o.top < 1:
         raise ConfigError(f"--top is {o.top}, at least 1 is accepted")
+    if given := [f"--{name.replace('_', '-')}" for name in _ENGINE if getattr(o, name) is not None]:
+        raise ConfigError(f"{', '.join(given)} beside {o.path}, which was measured already; accepted: one or the other")
     profile = read_profile(o.path, source=o.source)
     found = steps(profile, kv_block_tokens=o.kv_block_tokens)
     if o.out is not None:

@@ -69,7 +69,7 @@ class VirtualClock:
     """
 
     def __init__(self, timer: str = "wall") -> None:
-        self._read_ns = time.thread_time_ns if timer == "cpu" else time.perf_counter_ns
+        self._read_ns = timer_ns(timer)
         self._is_shared = timer == "wall"  # by all threads
         self._zero_ns = self._read_ns()
 
@@ -85,6 +85,11 @@ class VirtualClock:
         before_ns = self._read_ns()
         result = work()
         return Timed(result, start_us, start_us + (self._read_ns() - before_ns) // 1000)
+
+
+def timer_ns(timer: str) -> Callable[[], int]:
+    """What a timer of `TIMERS` reads, in nanoseconds."""
+    return time.thread_time_ns if timer == "cpu" else time.perf_counter_ns
 
 
 def make_clock(clock: str, timer: str) -> Clock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
-from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
@@ -88,6 +88,8 @@ class Engine:
     ) -> dict[str, Any] | None:
         """Serve a workload to its end; records go to `recorder` as they come.
 
+        A request that could never run on this configuration is rejected when it arrives, and the others are served.
+
         Args:
             shapes: which steps are captured and replayed.
 
@@ -95,20 +97,39 @@ class Engine:
             What became of graphs (`Graphs.describe`); None if every step is eager.
 
         Raises:
-            RequestTooLargeError: a request could never run on this configuration.
-            ConfigError: the KV pool or the graphs' does not fit, the context is longer than the model's, or step times
-                are missing.
+            ConfigError: the KV pool or the graphs' does not fit, the context is longer than the model's, a token is not
+                in the vocabulary, or step times are missing.
             PolicyError: a policy planned something illegal, or starves a request.
         """
         self._refuse(workload, config)
         scheduler = Scheduler(config, policy, recorder, step_time=step_time)
-        runner = self._runner(config, shapes)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
-        _warm_up(runner, config)
+        return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), shapes=shapes)
+
+    def serve_on(
+        self,
+        scheduler: Scheduler,
+        feed: Feed,
+        prompt_ids: Callable[[Request], TokenIds],
+        *,
+        shapes: ShapesPolicy = EAGER,
+    ) -> dict[str, Any] | None:
+        """Serve what a feed brings, to its end, on a scheduler that its owner can look into meanwhile.
+
+        Args:
+            prompt_ids: as in `serving.serve`; all in the model's vocabulary.
+            shapes: as in `serve`.
+
+        Returns, raises:
+            as `serve`.
+        """
+        config = scheduler.config
+        runner = self._runner(config, shapes)
+        _warm_up(runner, config, self.device)
         clock = make_clock(self.options.clock, self.options.timer)
         with Lane(clock, beside=config.async_scheduling != "off") as lane:
             launcher = Launcher(runner, scheduler, lane, clock)
-            conversation = serve(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), launch=launcher.launch)
+            conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
             self._answer(conversation, launcher)
         return None if runner.graphs is None else runner.graphs.describe()
 
@@ -150,8 +171,12 @@ class Engine:
         A policy that needs step times gets this machine's, measured first, unless `step_time` has them.
 
         Raises:
+            RequestTooLargeError: a request could never run on this configuration: more likely an oversight in a trace
+                than meant.
             as `serve`, and RunError if the folder exists or cannot be written.
         """
+        for request in workload.requests:
+            config.refuse_if_too_large(request)
         self._refuse(workload, config)  # before step times are measured on a context that the model may not have
         if step_time is None and getattr(policy, "needs_step_time", False):
             step_time = self.measure_step_time(config)
@@ -212,7 +237,6 @@ class Engine:
                 f"{self.model.config.max_position}"
             )
         for request in workload.requests:
-            config.refuse_if_too_large(request)
             for token in request.prompt.token_ids or ():
                 if not 0 <= token < self.model.config.vocab_size:
                     raise ConfigError(
@@ -249,10 +273,14 @@ class Engine:
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
 
 
-def _warm_up(runner: Runner, config: InstanceConfig) -> None:
-    """Steps of a few shapes before the clock starts: the first call of a kernel pays for choosing and packing it."""
+def _warm_up(runner: Runner, config: InstanceConfig, device: Device) -> None:
+    """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing and loading it.
+
+    On a CPU no first step of a shape was slower than its repetition, whoever served the operators, but for the first of
+    all: two steps must do.
+    """
     longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-    for num_tokens in _halves(longest):
+    for num_tokens in (min(longest, 64), 1) if device.name == "cpu" else _halves(longest):
         runner.run(_synthetic((Chunk(num_tokens, 0),), config))
     if runner.graphs is not None:
         runner.graphs.warm()

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from xllm_lab.engine.device import Device
+from xllm_lab.engine.device import Device, give_back_freed_memory
 from xllm_lab.engine.gguf_file import read_gguf
 from xllm_lab.engine.gguf_weights import gguf_config, gguf_eos_token_ids, gguf_tokenizer, gguf_weights
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.model_config import ModelConfig, from_transformers
+from xllm_lab.engine.ops.build import cache_folder
 from xllm_lab.engine.weights import read_safetensors, safetensors_files
+from xllm_lab.engine.weights_cache import cached_weights
 from xllm_lab.errors import ModelError
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -61,10 +63,13 @@ def load_model(name: str, *, device: Device, dtype: torch.dtype | None = None) -
     dtype = dtype or device.default_dtype
     path = embedded_model() if name == DEFAULT_MODEL else Path(name).expanduser()
     if path.is_dir():
-        return _from_folder(name, path, device, dtype)
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(name, path, device, dtype)
-    raise ModelError(f"model {name!r} is unknown; accepted are {_ACCEPTED}")
+        loaded = _from_folder(name, path, device, dtype)
+    elif path.suffix == ".gguf" and path.is_file():
+        loaded = _from_gguf(name, path, device, dtype)
+    else:
+        raise ModelError(f"model {name!r} is unknown; accepted are {_ACCEPTED}")
+    give_back_freed_memory()
+    return loaded
 
 
 def embedded_model() -> Path:
@@ -97,15 +102,18 @@ def weights_checksum(files: Sequence[Path]) -> str:
 
 
 def _from_gguf(name: str, path: Path, device: Device, dtype: torch.dtype) -> LoadedModel:
-    file = read_gguf(path)
+    file, checksum = read_gguf(path), weights_checksum([path])
     config = gguf_config(file)
+    weights = cached_weights(
+        path, checksum, config, dtype, lambda: gguf_weights(file, config, dtype), folder=cache_folder()
+    )
     return LoadedModel(
         name=name,
         config=config,
-        model=DecoderModel(config, gguf_weights(file, config, dtype), device=device.torch_device),
+        model=DecoderModel(config, weights, device=device.torch_device),
         eos_token_ids=gguf_eos_token_ids(file),
-        load_tokenizer=lambda: gguf_tokenizer(file),
-        checksum=weights_checksum([path]),
+        load_tokenizer=lambda: gguf_tokenizer(read_gguf(path)),  # not of `file`, which holds the vocabulary
+        checksum=checksum,
     )
 
 

@@ -26,17 +26,30 @@ def read_safetensors(folder: Path, config: ModelConfig, dtype: torch.dtype) -> d
     Raises:
         ModelError: a file is missing or corrupt, or a tensor is missing, unexpected or of the wrong shape.
     """
+    weights: dict[str, Tensor] = {}
+    for path in safetensors_files(folder):
+        weights |= read_safetensors_file(path, dtype)
+    return checked(weights, config, source=str(folder))
+
+
+def read_safetensors_file(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one file, cast to `dtype`; matrices of that dtype are views of the mapped file.
+
+    Raises:
+        ModelError: the file is missing or corrupt.
+    """
     from safetensors import SafetensorError, safe_open
 
     weights: dict[str, Tensor] = {}
-    for path in safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    weights[name] = opened.get_tensor(name).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file: {_one_line(error)}") from error
-    return checked(weights, config, source=str(folder))
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                tensor = opened.get_tensor(name)
+                # A model packs its matrices and keeps its vectors: a view would keep the whole file mapped for them.
+                weights[name] = tensor.to(dtype, copy=tensor.dim() == 1)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {_one_line(error)}") from error
+    return weights
 
 
 def safetensors_files(folder: Path) -> list[Path]:

@@ -160,7 +160,7 @@ def profiled_machine(
 
     Args:
         folder: a profile bundle.
-        model: if it is not the bundle's own.
+        model: if it is not the bundle's own: that of its config.json, or the well-known one of its name.
         device: whose links join the devices of tensor parallelism.
 
     Raises:
@@ -174,7 +174,7 @@ def profiled_machine(
             f"{d.expert_parallel} and precision {d.precision!r}; 1, 1 and 'bf16' are accepted"
         )
     bundle = read_bundle(folder, d.tensor_parallel)
-    spec = known_model(bundle.model) if model is None else model
+    spec = model or (read_model_spec(folder) if (folder / "config.json").exists() else known_model(bundle.model))
     links = None if device is None or d.tensor_parallel == 1 else collectives(device, d.tensor_parallel)
     cost = ProfiledCost(bundle, spec, graphs=d.graphs, collectives=links)
     told = {"cost_model": "profiled", "profile": str(folder), **_told(d)}

@@ -1,0 +1,139 @@
+"""The engine's operators as a profile bundle: nothing of a step is lost, and the simulator prices steps with it."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.tiny import tiny_model as tiny_variant
+from tests.small_runs import request
+from tests.tiny_loop import said
+from tests.tiny_models import MAX_POSITION, tiny_model
+from xllm_lab.engine.device import Device
+from xllm_lab.engine.engine import Engine, EngineOptions
+from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.machine_profile import Grid, num_shapes, write_machine_profile
+from xllm_lab.engine.operator_times import TimedSteps
+from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.errors import ConfigError
+from xllm_lab.formats import own
+from xllm_lab.sim.cost import batch_of
+from xllm_lab.sim.cost.profile_bundle import read_bundle
+from xllm_lab.sim.machine import Machine, profiled_machine
+from xllm_lab.step_time import Chunk
+from xllm_lab.workload import Workload
+
+GRID = Grid(most_tokens=40, most_seqs=4, most_kv_tokens=48, repeats=1)
+LAYERS = 2
+BATCH = [SequenceChunk([3, 4, 5], 0, [0], True), SequenceChunk([6], 9, [1], True)]
+
+
+def engine(folder: Path) -> Engine:
+    return Engine(EngineOptions(model=str(folder), device="cpu", dtype="float32"))
+
+
+def timed(host: Engine, num_layers: int = LAYERS) -> TimedSteps:
+    return TimedSteps(host.model.model, host.device, num_layers=num_layers, num_blocks=2, block_size=16, timer="wall")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("profiled") / "bundle"
+    write_machine_profile(engine(tiny_model()), out, GRID)
+    return out
+
+
+@pytest.fixture(scope="module")
+def machine(bundle: Path) -> Machine:
+    return profiled_machine(bundle)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_every_moment_of_a_step_is_some_operators(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks once whenever it is read, a row is as many microseconds as it has operators in a call."""
+    steps = timed(engine(tiny_variant(variant).folder))
+    monkeypatch.setattr(steps, "_read_ns", count(0, 1000).__next__)
+    found = steps.run(BATCH)
+    assert found.pop("embedding") >= 1
+    expected = dict.fromkeys(
+        ("layernorm", "qkv_proj", "rotary_emb", "o_proj", "gate_up_proj", "act_fn", "down_proj"), 1.0
+    )
+    expected |= {"attention": 2.0, "final_layernorm": 1.0, "lm_head": 1.0, "sampler": 1.0}
+    assert found == expected | ({"qk_norm": 0.5} if variant == "qwen3" else {})
+
+
+def test_a_watched_model_computes_what_it_did_and_stays_as_it_was(device: Device) -> None:
+    """The profile is of the model that is served, which is served afterwards."""
+    host = engine(tiny_model())
+    model, ops = host.model.model, host.model.model.ops
+    pool = KvPool(host.model.config, num_blocks=2, block_size=16, dtype=torch.float32, device=device)
+    before = Runner(model, pool, device).run(BATCH).clone()
+    steps = timed(host)
+    steps.run(BATCH)
+    assert torch.equal(steps._runner.run(BATCH)[0], before[0])
+    assert model.ops is ops
+    assert torch.equal(Runner(model, pool, device).run(BATCH), before)
+
+
+def test_the_bundle_has_every_shape_of_the_grid(bundle: Path) -> None:
+    """And the reader, which refuses holes, has nothing against it."""
+    read = read_bundle(bundle)
+    assert set(read.attention) == set(GRID.attention)
+    assert all(sorted(by_size) == GRID.tokens for by_size in read.dense.values())
+    assert num_shapes(GRID) == len(read.attention) + len(GRID.tokens)
+    assert sorted(read.per_sequence["lm_head"]) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [[Chunk(1, 20)], [Chunk(1, 48)] * 4, [Chunk(40, 0)], [Chunk(30, 48), Chunk(1, 30), Chunk(1, 7)]],
+    ids=["a decode", "decodes", "a prompt", "both"],
+)
+def test_steps_within_the_grid_are_priced(machine: Machine, chunks: list[Chunk]) -> None:
+    """A step costs no less than each of its layers' calls, and nothing in the grid is extrapolated."""
+    price = machine.cost.step(batch_of(chunks, len(chunks)))
+    assert price.us > LAYERS * 10 * 0.1
+    assert not price.is_extrapolated
+
+
+def test_beyond_the_grid_a_price_says_so(machine: Machine) -> None:
+    """Five decodes where four were measured, and a decode after 500 tokens where 48 were."""
+    for chunks in ([Chunk(1, 20)] * 5, [Chunk(1, 500)]):
+        assert machine.cost.step(batch_of(chunks, len(chunks))).is_extrapolated
+
+
+def test_a_grid_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    """With both numbers, before anything is written."""
+    with pytest.raises(ConfigError, match=rf"most_kv_tokens 500: 540 together.* accepts {MAX_POSITION}"):
+        write_machine_profile(engine(tiny_model()), tmp_path / "out", Grid(most_tokens=40, most_kv_tokens=500))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_command_brings_this_machine_into_the_simulator(tmp_path: Path) -> None:
+    """Profile, then simulate: the model's shape travels in the bundle."""
+    own.write(Workload(requests=(request(0, prompt=30, output=5),)), tmp_path / "trace.jsonl")
+    sizes = ("--most-tokens", 40, "--most-seqs", 2, "--most-kv-tokens", 48, "--repeats", 1)
+    profiled = said("profile", "--model", tiny_model(), "--out", tmp_path / "bundle", *sizes)
+    assert (profiled.status, "gate_up_proj" in profiled.out) == (0, True), profiled.err
+    machine = ("--profile", tmp_path / "bundle", "--set", f"max_model_len={MAX_POSITION}")
+    simulated = said("simulate", tmp_path / "trace.jsonl", *machine, "--out", tmp_path / "run", "--json")
+    assert json.loads(simulated.out)["num_served"] == 1, simulated.err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "accepted: a profiler's folder, or --out DIR"),
+        (["somewhere", "--model", "smollm2-135m"], "--model beside somewhere"),
+        (["--source", "torch_npu", "--out", "x"], "are of a profiler's folder"),
+    ],
+)
+def test_options_without_effect_are_refused(options: list[str], told: str) -> None:
+    """One of two things is measured: what a profiler left, or the engine."""
+    got = said("profile", *options)
+    assert got.status == 2  # the user can mend it
+    assert told in got.err

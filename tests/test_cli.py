@@ -95,6 +95,18 @@ def test_a_replay_in_graphs_keeps_their_policy_and_counts(loop: TinyLoop, tmp_pa
     assert manifest.graphs["replays"] > 0
 
 
+def test_graphs_that_are_not_simulated_are_told_of(loop: TinyLoop, tmp_path: Path) -> None:
+    """A run that had them is simulated without; standard error and the manifest say so, and of other runs nothing."""
+    line = ("replay", loop / "learn.jsonl", *SETTINGS, *engine_words(), "--quiet", "--shapes", "powers-of-two")
+    assert said(*line, "--out", tmp_path / "run").status == 0
+    for source, name in ((tmp_path / "run", "powers-of-two"), (loop / "full", None)):
+        out = tmp_path / f"simulated-{name}"
+        told = said("simulate", "--like", source, "--calibration", loop / "calibration.json", "--out", out)
+        assert told.status == 0
+        assert ("shapes policy powers-of-two is not simulated" in told.err) == (name is not None)
+        assert read_run(out).manifest.timing.get("shapes_not_priced") == name
+
+
 def test_a_calibration_tells_its_error(loop: TinyLoop) -> None:
     """Of as many steps as the runs had."""
     steps = [len(read_run(loop / name).records.steps) for name in ("full", "paced")]

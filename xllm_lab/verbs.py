@@ -6,7 +6,7 @@ Everything heavy is imported where it is used, so that simulating needs no torch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,8 @@ def simulate(
 ) -> Run:
     """Serve a trace in simulated time. Given a run, whatever is not overridden is taken from it.
 
+    But for its shapes policy: captured graphs are not priced, and the manifest's timing says so, `shapes_not_priced`.
+
     Args:
         machine: what prices steps; a calibration, or the file of one, is the machine it was fitted to.
         fleet: a fleet, or the cluster file of one; None is a single instance.
@@ -167,11 +169,15 @@ def simulate(
     """
     from xllm_lab.fleet_config import fleet_config
     from xllm_lab.fleet_file import read_fleet
+    from xllm_lab.policies.shapes.eager import Eager
     from xllm_lab.sim.machine import Machine, fitted_machine
     from xllm_lab.sim.simulator import simulate as run_simulator
 
     chosen = chosen_for(trace, policy, settings)
     workload = trace.workload if isinstance(trace, Run) else _workload(trace)
+    priced = machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine))
+    if not isinstance(chosen.shapes, Eager):
+        priced = replace(priced, timing={**priced.timing, "shapes_not_priced": policy_name(chosen.shapes)})
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)
@@ -180,7 +186,7 @@ def simulate(
             workload,
             chosen.instance,
             chosen.policy,
-            machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine)),
+            priced,
             out=Path(out),
             fleet=read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet,
             fast_forward=fast_forward,

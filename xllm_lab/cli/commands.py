@@ -115,6 +115,8 @@ def _simulate(o: argparse.Namespace) -> int:
         progress=not o.quiet,
     )
     _warn_if_extrapolated(run)
+    if name := run.manifest.timing.get("shapes_not_priced"):
+        tell(f"xllm-lab: shapes policy {name} is not simulated; steps cost what the machine says, in graphs or not")
     return _print_run(run, o)
 
 

@@ -120,7 +120,10 @@ class Engine:
             prompt_ids: as in `serving.serve`; all in the model's vocabulary.
             shapes: as in `serve`.
 
-        Returns, raises:
+        Returns:
+            as `serve`.
+
+        Raises:
             as `serve`.
         """
         config = scheduler.config

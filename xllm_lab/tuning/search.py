@@ -18,6 +18,7 @@ from xllm_lab.candidate import candidate
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.runs import new_folder, read_json, write_json
 from xllm_lab.sim.calibrate import Calibration, write_calibration
 from xllm_lab.tuning.journal import open_journal, sole_writer
@@ -26,8 +27,6 @@ from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial, pick, write_study
 from xllm_lab.tuning.workers import worker_pool
 from xllm_lab.workload import Workload
-
-EAGER = "eager"
 
 
 def tune(
@@ -63,8 +62,9 @@ def tune(
             raise ConfigError(f"{name} is {value}, at least {least} is accepted")
     if not 0 <= min_slo_attainment_frac <= 1:
         raise ConfigError(f"min_slo_attainment_frac is {min_slo_attainment_frac}, from 0 to 1 is accepted")
-    if (shapes := policy_name(space.default.shapes)) != EAGER:
-        raise ConfigError(f"shapes is {shapes!r}, {EAGER!r} is accepted: the simulator does not price captured graphs")
+    if not isinstance(space.default.shapes, Eager):
+        name = policy_name(space.default.shapes)
+        raise ConfigError(f"shapes is {name!r}, 'eager' is accepted: the simulator does not price captured graphs")
     spec = _open(out, workloads, calibration, space, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
     journal = out / "trials.journal"
     # The last third asks which changes of the best candidate are needed at all, one knob at a time.

@@ -15,6 +15,7 @@ from setuptools import setup
 # variables, and a policy is what people edit. `policies/ordered.py` does, as no native class may inherit from a list.
 COMPILED = (
     "ledger",
+    "live_view",
     "lockstep",
     "policies/api",
     "policies/batch/admission",

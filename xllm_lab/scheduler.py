@@ -25,18 +25,17 @@ from typing import NamedTuple
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import Ledger
+from xllm_lab.live_view import LiveView
 from xllm_lab.lockstep import Lockstep
 from xllm_lab.policies.api import (
     BatchPlan,
     BatchPolicy,
     StepTimeView,
-    admission_key,
     arrival_key,
     ceil_div,
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
-from xllm_lab.policies.ordered import ByAdmission, ByArrival
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.step import NO_DECODES, Decodes, ScheduledChunk, Step
@@ -50,49 +49,6 @@ class Sampled(NamedTuple):
 
     token_id: int
     is_stop: bool = False
-
-
-class _View:
-    """A `BatchView` over live objects, the same one for every decision: what it shows moves on with the scheduler."""
-
-    __slots__ = (
-        "_live",
-        "block_size",
-        "decoding",
-        "draining",
-        "max_seqs_per_batch",
-        "max_tokens_per_batch",
-        "now_us",
-        "num_blocks",
-        "num_decode_blocks",
-        "num_free_blocks",
-        "prefilling",
-        "step_time",
-        "waiting",
-    )
-
-    def __init__(
-        self, config: InstanceConfig, live: Mapping[RequestId, RequestState], step_time: StepTimeView | None
-    ) -> None:
-        self._live = live
-        self.now_us = self.num_free_blocks = self.num_decode_blocks = 0
-        self.block_size = config.block_size
-        self.num_blocks = config.num_kv_blocks
-        self.max_tokens_per_batch = config.max_tokens_per_batch
-        self.max_seqs_per_batch = config.max_seqs_per_batch
-        self.decoding: ByAdmission[RequestState] = ByAdmission()
-        self.prefilling: ByAdmission[RequestState] = ByAdmission()
-        self.draining: ByAdmission[RequestState] = ByAdmission()
-        self.waiting: ByArrival[RequestState] = ByArrival()
-        self.step_time = step_time
-
-    @property
-    def running(self) -> ByAdmission[RequestState]:
-        return ByAdmission(sorted((*self.decoding, *self.prefilling), key=admission_key))
-
-    def find(self, request: RequestId) -> RequestState | None:
-        state = self._live.get(request)
-        return None if state is None or state.is_draining else state
 
 
 class Scheduler:
@@ -130,7 +86,7 @@ class Scheduler:
         self._victims: list[RequestId] = []
         # Who lost its KV with a token under way, which it still gets.
         self._due: list[RequestState] = []
-        self._view = _View(config, self._live, step_time)
+        self._view = LiveView(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._chunk: ScheduledChunk | None = None  # of the plan made last, if that may be repeated
         self._foresees_length = config.async_scheduling == "length_aware"

@@ -1,10 +1,10 @@
-"""What planning ahead is worth: measured on the engine, and predicted by the simulator from runs planned in turns.
+"""What planning ahead and captured graphs are worth: measured on the engine, and predicted by the simulator.
 
     python benchmarks/mode_effects.py --layers 4 --hidden 256 --repeats 5
 
-A random Llama small enough for the host to matter. Modes take turns on the engine; the simulator is calibrated on the
-runs planned in turns, of another workload. Prints a Markdown table: the end of the run in each mode against planning in
-turns, measured (median, range over the repeats) and predicted.
+A random Llama small enough for the host to matter. Modes take turns on the engine; the simulator is calibrated on runs
+of another workload, planned in turns, eager and in graphs. Prints a Markdown table: the end of the run in each mode
+against eager steps planned in turns, measured (median, range over the repeats) and predicted.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from host_gap import CONFIG, workload
 
 from xllm_lab.engine.engine import Engine, EngineOptions
-from xllm_lab.instance_config import ASYNC_SCHEDULING
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.catalog import make_shapes_policy
+from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.records import Records
-from xllm_lab.sim.calibrate import calibrate
+from xllm_lab.sim.calibrate import Calibration, calibrate
 from xllm_lab.sim.instance import Predicted
-from xllm_lab.sim.machine import fitted_machine
+from xllm_lab.sim.machine import Machine, fitted_machine
 from xllm_lab.sim.simulator import run_simulation
 
 
@@ -48,8 +51,51 @@ def write_model(folder: Path, *, layers: int, hidden: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+class Mode(NamedTuple):
+    """How steps are planned, and where they run."""
+
+    async_scheduling: str
+    shapes: str
+
+    def config(self) -> InstanceConfig:
+        return replace(CONFIG, async_scheduling=self.async_scheduling)
+
+    def shapes_policy(self) -> ShapesPolicy:
+        return make_shapes_policy(self.shapes)
+
+
+IN_TURNS = Mode("off", "eager")
+GRAPHS = ("powers-of-two", "xllm-buckets")
+MODES = (*(Mode(a, "eager") for a in ASYNC_SCHEDULING), *(Mode(a, s) for s in GRAPHS for a in ("off", "length_aware")))
+
+
 def end_us(records: Records) -> int:
     return max(r.finish_us or 0 for r in records.requests)
+
+
+def measured(engine: Engine, args: argparse.Namespace, folder: Path) -> tuple[dict[Mode, list[int]], Calibration]:
+    """Ends of the held-out workload in each mode, and a calibration on another one, eager and in graphs."""
+    held_out, learn, runs = workload(args.requests), workload(args.requests + 7), []
+    ends: dict[Mode, list[int]] = {mode: [] for mode in MODES}
+    for repeat in range(args.repeats):
+        for shapes in ("eager", *GRAPHS):
+            mode, out = Mode("off", shapes), folder / f"{shapes}-{repeat}"
+            runs.append(engine.replay(learn, mode.config(), DecodeFirst(), out=out, shapes=mode.shapes_policy()))
+        for mode in MODES:
+            records = Records()
+            engine.serve(held_out, mode.config(), DecodeFirst(), records, shapes=mode.shapes_policy())
+            ends[mode].append(end_us(records))
+    return ends, calibrate(runs)
+
+
+def predicted_us(machine: Machine, mode: Mode, num_requests: int) -> int:
+    timing = Predicted(machine.cost_of(mode.config()))
+    vocab_size, shapes = machine.model["vocab_size"], mode.shapes_policy()
+    return end_us(
+        run_simulation(
+            workload(num_requests), mode.config(), DecodeFirst(), timing, vocab_size=vocab_size, shapes=shapes
+        )
+    )
 
 
 def main() -> None:
@@ -59,33 +105,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    policy, held_out, learn = DecodeFirst(), workload(args.requests), workload(args.requests + 7)
-    ends: dict[str, list[int]] = {mode: [] for mode in ASYNC_SCHEDULING}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model", layers=args.layers, hidden=args.hidden)
         engine = Engine(EngineOptions(model=str(Path(folder) / "model"), device="cpu", timer="cpu"))
-        runs = []
-        for repeat in range(args.repeats):
-            runs.append(engine.replay(learn, CONFIG, policy, out=Path(folder) / f"learn-{repeat}"))
-            for mode in ASYNC_SCHEDULING:
-                records = Records()
-                engine.serve(held_out, replace(CONFIG, async_scheduling=mode), policy, records)
-                ends[mode].append(end_us(records))
-        machine = fitted_machine(calibrate(runs))
+        ends, calibration = measured(engine, args, Path(folder))
+    machine = fitted_machine(calibration)
     print(f"Host {machine.host.step_us:.0f} us a step and {machine.host.sequence_us:.1f} us a sequence.\n")
-    print("| mode | measured ms | against in turns | predicted ms | against in turns |\n|---|---|---|---|---|")
-    predicted: dict[str, int] = {}
-    for mode in ASYNC_SCHEDULING:
-        config = replace(CONFIG, async_scheduling=mode)
-        timing = Predicted(machine.cost_of(config))
-        predicted[mode] = end_us(
-            run_simulation(held_out, config, policy, timing, vocab_size=machine.model["vocab_size"])
-        )
-        ratios = [one / other - 1 for one, other in zip(ends[mode], ends["off"], strict=True)]
+    print("| planned | steps run | measured ms | effect | predicted ms | effect |\n|---|---|---|---|---|---|")
+    base_us = predicted_us(machine, IN_TURNS, args.requests)
+    for mode in MODES:
+        us = predicted_us(machine, mode, args.requests)
+        ratios = [one / other - 1 for one, other in zip(ends[mode], ends[IN_TURNS], strict=True)]
         print(
-            f"| {mode} | {statistics.median(ends[mode]) / 1e3:.1f} | {statistics.median(ratios):+.1%} "
-            f"({min(ratios):+.1%} to {max(ratios):+.1%}) | {predicted[mode] / 1e3:.1f} "
-            f"| {predicted[mode] / predicted['off'] - 1:+.1%} |"
+            f"| {mode.async_scheduling} | {mode.shapes} | {statistics.median(ends[mode]) / 1e3:.1f} "
+            f"| {statistics.median(ratios):+.1%} ({min(ratios):+.1%} to {max(ratios):+.1%}) "
+            f"| {us / 1e3:.1f} | {us / base_us - 1:+.1%} |"
         )
 
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 from xllm_lab.policies.api import BatchPlan, BatchView
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.scheduler import Scheduler
-from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.interpolation import Surface
 from xllm_lab.sim.cost.profile_bundle import ProfileBundle, read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
@@ -74,7 +74,7 @@ VARIANTS: dict[str, Change] = {
     "as it is": lambda: patch.object(Surface, "__doc__", Surface.__doc__),
     "unequal lengths add nothing": bundles(lambda b: replace(b, skew=())),
     "unequal lengths add a third": bundles(skew_times(1 / 3)),
-    "no padding to graphs": lambda: patch.object(measured, "graph_buckets", lambda *a: GraphBuckets()),
+    "no padding to graphs": lambda: patch.object(measured, "shapes_policy", lambda folder: EAGER),
     "several chunks as one": one_chunk,
     "no whole tiles": lambda: patch.object(ProfiledCost, "_whole_tiles", lambda self, tokens: tokens),
     "no planning ahead": lambda: patch.object(

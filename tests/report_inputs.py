@@ -61,10 +61,10 @@ class Page(HTMLParser):
 
 
 def calibration(factor: float = 1.0, *, highest: float = 1e9) -> Calibration:
-    weights = {"constant_us": 3000.0, "token_us": 150.0, "sequence_us": 200.0, "kv_read_us": 0.5}
+    weights = {"eager_us": 3000.0, "token_us": 150.0, "sequence_us": 200.0, "kv_read_us": 0.5}
     return Calibration(
         step_time=StepTime(tuple(factor * weights.get(term, 0.0) for term in TERMS)),
-        highest=(highest,) * len(TERMS),
+        highest=tuple(0.0 if term == "replay_us" else highest for term in TERMS),
         residual=Residual(mape_frac=0.071, p90_frac=0.154, bias_frac=-0.004, num_steps=4321),
         model={"name": "a-model", "vocab_size": 1000, "kv_bytes_per_token": 64},
         hardware={"cpu": "a cpu", "system": "Linux"},

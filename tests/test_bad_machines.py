@@ -165,7 +165,9 @@ CASES: dict[str, Case] = {
         calibrated("--tensor-parallel", "2"), ("--tensor-parallel beside --calibration", "one or the other")
     ),
     "host time beside a calibration": Case(calibrated("--host-us", "9"), ("--host-us beside --calibration",)),
-    "graphs beside a calibration": Case(calibrated("--graphs", "xllm"), ("--graphs beside --calibration",)),
+    "graphs nobody measured": Case(
+        calibrated("--shapes", "xllm-buckets"), ("shapes is 'xllm-buckets'", "no step calibrated on ran in a graph")
+    ),
     "precision beside operators": Case(profiled("--precision", "w8a8"), ("--precision beside --profile",)),
     "copies beside operators": Case(profiled("--data-parallel", "2"), ("--data-parallel beside --profile",)),
     "links of one device": Case(

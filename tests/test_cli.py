@@ -95,16 +95,26 @@ def test_a_replay_in_graphs_keeps_their_policy_and_counts(loop: TinyLoop, tmp_pa
     assert manifest.graphs["replays"] > 0
 
 
-def test_graphs_that_are_not_simulated_are_told_of(loop: TinyLoop, tmp_path: Path) -> None:
-    """A run that had them is simulated without; standard error and the manifest say so, and of other runs nothing."""
+def test_graphs_are_calibrated_simulated_and_tuned(loop: TinyLoop, tmp_path: Path) -> None:
+    """As the engine ran them; a calibration that never saw one is refused."""
     line = ("replay", loop / "learn.jsonl", *SETTINGS, *engine_words(), "--quiet", "--shapes", "powers-of-two")
     assert said(*line, "--out", tmp_path / "run").status == 0
-    for source, name in ((tmp_path / "run", "powers-of-two"), (loop / "full", None)):
-        out = tmp_path / f"simulated-{name}"
-        told = said("simulate", "--like", source, "--calibration", loop / "calibration.json", "--out", out)
-        assert told.status == 0
-        assert ("shapes policy powers-of-two is not simulated" in told.err) == (name is not None)
-        assert read_run(out).manifest.timing.get("shapes_not_priced") == name
+    blind = said(
+        *("simulate", "--like", tmp_path / "run", "--calibration", loop / "calibration.json", "--out", tmp_path / "no")
+    )
+    assert (blind.status, blind.out) == (2, "")
+    assert "no step calibrated on ran in a graph" in blind.err
+    both = tmp_path / "both.json"
+    assert said("calibrate", loop / "full", tmp_path / "run", "--out", both).status == 0
+    told = said("simulate", "--like", tmp_path / "run", "--calibration", both, "--out", tmp_path / "simulated")
+    assert told.status == 0
+    simulated = read_run(tmp_path / "simulated")
+    assert simulated.manifest.shapes == read_run(tmp_path / "run").manifest.shapes
+    assert simulated.manifest.graphs is not None
+    assert simulated.manifest.graphs["replays"] == sum(s.graph_tokens is not None for s in simulated.records.steps) > 0
+    search = ("tune", loop / "learn.jsonl", *SETTINGS, "--shapes", "powers-of-two", "--trials", 3, "--quiet")
+    assert said(*search, "--calibration", both, "--out", tmp_path / "study").status == 0
+    assert said(*search, "--calibration", loop / "calibration.json", "--out", tmp_path / "none").status == 2
 
 
 def test_a_calibration_tells_its_error(loop: TinyLoop) -> None:

@@ -9,7 +9,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, make_batch_policy, make_shapes_policy, policy_name, values_of
 from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.policies.shapes.eager import EAGER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class Candidate:
 
     instance: InstanceConfig
     policy: BatchPolicy
-    shapes: ShapesPolicy = field(default_factory=Eager)
+    shapes: ShapesPolicy = field(default_factory=lambda: EAGER)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `candidate` turns it back."""

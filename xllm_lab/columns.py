@@ -52,10 +52,12 @@ def instance_of(batch: Mapping[str, Any]) -> npt.NDArray[np.int64]:
 
 def step_feature_rows(path: Path) -> Iterator[npt.NDArray[np.float64]]:
     """The factors of `step_time.TERMS` of all steps in a run's `steps.parquet`: parts of shape [steps, terms]."""
-    for batch in batches(path, STEP_SCHEMA, ("ids", "num_tokens", "num_computed_tokens", "num_logits")):
+    names = ("ids", "num_tokens", "num_computed_tokens", "num_logits", "graph_tokens")
+    for batch in batches(path, STEP_SCHEMA, names):
         yield feature_rows(
             ints(pc.list_value_length(batch["ids"])),
             ints(batch["num_tokens"].flatten()),
             ints(batch["num_computed_tokens"].flatten()),
             ints(batch["num_logits"]),
+            ints(pc.fill_null(batch["graph_tokens"], 0)),
         )

@@ -11,6 +11,7 @@
     clockless       no clock, no chance, no imports that could bring them
     hash-free       hash randomisation changes nothing
     live            a batch policy that drives the real scheduler serves every request in a bounded number of steps
+    unbroken        a shapes policy that treats two contexts alike treats those between alike, too
     holds           and where it says that a plan holds for further steps, running them in one go changes no record
 
 What a kind of policy may meet is in `policy_kinds`. A view that breaks a law is drawn again by its number:
@@ -34,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, ClassVar, Protocol
 
 from xllm_lab.drawn_views import STEP_TIME, drawn_scene
@@ -42,6 +43,7 @@ from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, values_of
+from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policy_kinds import KINDS, Kind
 from xllm_lab.records import Records, StepRecord
 from xllm_lab.scheduler import Scheduler
@@ -97,6 +99,8 @@ def check_policy(policy: Policy, *, num_views: int = NUM_VIEWS) -> list[str]:
         return broken  # the others would only say so again
     laws = (repeatable, order_free, identity_free, pure, clockless)
     found = [sentence for law in laws for sentence in law(policy, num_views)] + hash_free(policy)
+    if policy.decides == "shapes":
+        found += unbroken(policy, num_views)
     return found + ((live(policy) or holds(policy)) if policy.decides == "batch" else [])
 
 
@@ -164,6 +168,22 @@ def pure(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:
         return f"writes to the view: {', '.join(changed)}" if changed else None
 
     return _first_broken("pure", policy, broken, num_views)
+
+
+def unbroken(policy: ShapesPolicy, num_views: int = NUM_VIEWS) -> list[str]:
+    """Graphs that come back as contexts grow: a host that skips steps looks for the one step where they change."""
+
+    def broken(view: Any) -> str | None:
+        shown = copy.copy(view)
+        contexts = {*range(view.max_context_tokens, view.max_context_tokens + 70)}
+        contexts |= {*range(max(view.max_context_tokens, view.max_model_len - 3), view.max_model_len + 1)}
+        plans = []
+        for shown.max_context_tokens in sorted(contexts):
+            plans.append(policy.decide(shown))
+        num_stretches = sum(1 for _ in groupby(plans))
+        return None if num_stretches == len(set(plans)) else "returns to a graph that it left as contexts grew"
+
+    return _first_broken("unbroken", policy, broken, num_views)
 
 
 def clockless(policy: Policy, num_views: int = NUM_VIEWS) -> list[str]:

@@ -17,7 +17,7 @@ from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.workload import Priority, Prompt, Request, Slo, Workload
 
 # 5 us a step, 1 us a token, 1/100 us per token in KV.
-STEP_TIME = StepTime(tuple({"constant_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
+STEP_TIME = StepTime(tuple({"eager_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
 NOW_US = 1000
 
 

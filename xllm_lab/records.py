@@ -96,7 +96,8 @@ class StepRecord:
         num_used_blocks, num_idle_blocks: KV blocks in use, and cached but unused, after allocation.
         reason: the policy's word for it.
         instance: which instance of a fleet took it.
-        host_us, device_us, gap_us, graph_tokens: `step.Work`, where it was measured.
+        host_us, device_us, gap_us: `step.Work`, where it was measured.
+        graph_tokens: size of the captured graph that it ran in, padding included; None: it ran eagerly.
     """
 
     step: int
@@ -148,6 +149,7 @@ def steps_of(span: Step) -> Iterable[StepRecord]:
             num_idle_blocks=span.idle_blocks[k],
             reason=span.reason,
             instance=span.instance,
+            graph_tokens=span.shape.num_tokens,
             **({} if span.work is None else span.work._asdict()),
         )
         start_us = end_us
@@ -243,7 +245,7 @@ STEP_SCHEMA = pa.schema(
         pa.field("num_idle_blocks", pa.int32(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("instance", pa.int32(), nullable=False),
-        *(pa.field(name, pa.int64()) for name in Work._fields),
+        *(pa.field(name, pa.int64()) for name in (*Work._fields, "graph_tokens")),
     ]
 )
 
@@ -320,7 +322,8 @@ def step_table(spans: Sequence[Step]) -> pa.Table:
         "num_idle_blocks": [*chain.from_iterable(s.idle_blocks for s in spans)],
         "reason": pa.DictionaryArray.from_arrays(of_span, [s.reason for s in spans]).cast(pa.string()),
         "instance": each("instance"),
-        **{name: _measured(spans, name, of_span) for name in Work._fields},
+        **{name: _nullable(_measured(spans, name), of_span) for name in Work._fields},
+        "graph_tokens": _nullable([s.shape.num_tokens for s in spans], of_span),
     }
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
@@ -373,8 +376,11 @@ def _entries(
     }
 
 
-def _measured(spans: Sequence[Step], name: str, of_span: npt.NDArray[np.int64]) -> pa.Array:
-    values = [None if s.work is None else getattr(s.work, name) for s in spans]
+def _measured(spans: Sequence[Step], name: str) -> list[int | None]:
+    return [None if s.work is None else getattr(s.work, name) for s in spans]
+
+
+def _nullable(values: list[int | None], of_span: npt.NDArray[np.int64]) -> pa.Array:
     return pa.array(values, type=pa.int64()).take(pa.array(of_span))
 
 

@@ -22,7 +22,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import configured, make_batch_policy, make_shapes_policy, policy_name, values_of
 from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import (
     REQUEST_SCHEMA,
     STEP_SCHEMA,
@@ -53,7 +53,8 @@ class Manifest:
         workload: source, checksum, seed, number of requests.
         fleet: fields of `FleetConfig`; None is a single instance.
         shapes: as `policy`, of the policy that says in which graph a step runs.
-        graphs: what an engine counted, see `engine.graphs`; None if every step was eager, or simulated.
+        graphs: what became of steps, see `step_shape.ShapeCounts`; of an engine, with its captures and their memory.
+            None if every step was eager.
     """
 
     host: str
@@ -91,13 +92,13 @@ def describe(
     policy: BatchPolicy,
     step_time: StepTime | None,
     workload: Workload,
-    shapes: ShapesPolicy | None = None,
+    shapes: ShapesPolicy = EAGER,
 ) -> dict[str, Any]:
     """The part of a manifest that both hosts fill in the same way."""
     return {
         "instance": values_of(config),
         "policy": {"name": policy_name(policy), **values_of(policy)},
-        "shapes": {"name": policy_name(shapes or Eager()), **values_of(shapes or Eager())},
+        "shapes": {"name": policy_name(shapes), **values_of(shapes)},
         "step_time": None if step_time is None else list(step_time.weights),
         "workload": {
             "source": workload.source,

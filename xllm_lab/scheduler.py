@@ -39,6 +39,7 @@ from xllm_lab.policies.checks import batch_violations
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.step import NO_DECODES, Decodes, ScheduledChunk, Step
+from xllm_lab.step_shape import Shapes
 from xllm_lab.workload import Request, RequestId, TokenIds
 
 _BY_ARRIVAL, _BY_ADMISSION = attrgetter("arrival_order"), attrgetter("admission_order")
@@ -65,6 +66,7 @@ class Scheduler:
         recorder: Recorder,
         *,
         step_time: StepTimeView | None = None,
+        shapes: Shapes | None = None,
         instance: int = 0,
     ) -> None:
         if getattr(policy, "needs_step_time", False) and step_time is None:
@@ -75,6 +77,7 @@ class Scheduler:
         self.instance = instance
         self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
         self._recorder = recorder
+        self.shapes = shapes
         self._num_steps = self._num_recorded = 0
         self._live: dict[RequestId, RequestState] = {}
         self._lockstep = Lockstep(config.block_size)
@@ -164,7 +167,10 @@ class Scheduler:
             if not plan.is_empty and (not plan.preempt or self._still_fits(plan)):
                 preempted = tuple(self._victims)
                 self._victims.clear()
-                return self._act(plan, preempted, now_us)
+                step = self._act(plan, preempted, now_us)
+                if self.shapes is not None:
+                    step.shape = self.shapes.plan(step)
+                return step
             if not plan.preempt:
                 break
             # What a preemption frees is an estimate: two victims that shared blocks free more together than the policy
@@ -185,6 +191,11 @@ class Scheduler:
         Args:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
+        most = self._num_alike(step, ahead)
+        return most if self.shapes is None or not most else self.shapes.num_alike(step, most)
+
+    def _num_alike(self, step: Step, ahead: Step | None) -> int:
+        """`num_repeats`, in whatever graph."""
         latest = step if ahead is None else ahead
         if not latest.holds_for or (ahead is not None and (step.others or ahead.others)):
             return 0
@@ -375,6 +386,8 @@ class Scheduler:
         if ahead is not None:
             ahead.index += num_more
             ahead.decodes = ahead.decodes.later(num_more)
+            if self.shapes is not None:
+                ahead.shape = self.shapes.plan(ahead)
 
     def _complete_decodes(
         self, step: Step, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None
@@ -542,6 +555,8 @@ class Scheduler:
             step.used_blocks, step.idle_blocks = self._blocks_in_use(step, num_more, ahead)
         else:
             step.used_blocks, step.idle_blocks = (step.num_used_blocks,), (step.num_idle_blocks,)
+        if self.shapes is not None:
+            self.shapes.count(step, len(ends_us))
         self._recorder.span(step)
         self._num_recorded = step.index + len(ends_us)
 

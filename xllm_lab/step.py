@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from xllm_lab.policies.api import RequestId
+from xllm_lab.policies.shapes import ShapePlan, eagerly
+
+EAGERLY = eagerly("no graphs")
 
 
 class ScheduledChunk(NamedTuple):
@@ -28,13 +31,11 @@ class Work(NamedTuple):
         host_us: planning it and preparing its inputs.
         device_us: running it, its tokens drawn.
         gap_us: the device had nothing to do before it, since the step before; None after an idle host.
-        graph_tokens: size of the captured graph that ran it, padding included; None: it ran eagerly.
     """
 
     host_us: int
     device_us: int
     gap_us: int | None
-    graph_tokens: int | None = None
 
 
 class Decodes:
@@ -72,6 +73,7 @@ class Step:
         turns: per chunk of `others`, how often its request had lost its KV when the step was planned.
         holds_for, keeps_free_blocks: for how many further steps the policy would plan the same, see `BatchPlan`.
         num_waiting, num_used_blocks, num_idle_blocks: after the plan; blocks of requests that end meanwhile included.
+        shape: the captured graph that it runs in, or that it runs eagerly; so do its repeats.
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
         used_blocks, idle_blocks: then, `num_used_blocks` and `num_idle_blocks` of each.
@@ -92,6 +94,7 @@ class Step:
     num_used_blocks: int
     num_idle_blocks: int
     instance: int
+    shape: ShapePlan = EAGERLY
     num_repeats: int = 0
     ends_us: Sequence[int] = ()
     used_blocks: Sequence[int] = ()

@@ -19,6 +19,7 @@ class StepSample:
         num_logits: rows the model's head was asked for; traces that do not tell have one per sequence.
         step_us: measured time, integer or not: a profiler's clock is finer than a record's. The device's, if the
             host's is told apart.
+        graph_tokens: size of the captured graph that ran it; None: it ran eagerly, or nobody knows.
         host_us: what the host took to plan it and prepare its inputs; None if that is part of `step_us`.
     """
 
@@ -26,6 +27,7 @@ class StepSample:
     num_logits: int
     step_us: float
     host_us: float | None = None
+    graph_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.step_us < float("inf"):
@@ -42,7 +44,7 @@ class StepSample:
 
     def features(self) -> list[float]:
         """The factors of `step_time.TERMS`."""
-        return features(self.chunks, self.num_logits)
+        return features(self.chunks, self.num_logits, self.graph_tokens)
 
 
 def samples(steps: Iterable[StepRecord]) -> Iterator[StepSample]:
@@ -50,4 +52,6 @@ def samples(steps: Iterable[StepRecord]) -> Iterator[StepSample]:
     for s in steps:
         chunks = tuple(map(Chunk, s.num_tokens, s.num_computed_tokens))
         step_us = s.step_us if s.device_us is None else max(1, s.device_us)
-        yield StepSample(chunks=chunks, num_logits=s.num_logits, step_us=step_us, host_us=s.host_us)
+        yield StepSample(
+            chunks=chunks, num_logits=s.num_logits, step_us=step_us, host_us=s.host_us, graph_tokens=s.graph_tokens
+        )

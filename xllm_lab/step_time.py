@@ -1,12 +1,15 @@
 """How long a step takes, as a sum of terms with a physical meaning; fitted with non-negative weights.
 
-    step_us = constant_us                                    launching and bookkeeping of any step
+    step_us = eager_us, or replay_us                         launching and bookkeeping: kernel by kernel, or in a graph
             + small_batch_m_us * min(tokens, m)              reading weights: a small batch costs more per token
             + token_us     * tokens                          matrix multiplications
             + sequence_us  * sequences                       one attention call per sequence
             + logits_us    * rows                            the head and the sampler
             + attention_us * sum(new * (computed + new / 2)) scores and weighted values
             + kv_read_us   * sum(computed + new)             gathering K and V
+
+A step in a captured graph computes what pads it, too: a graph of decodes is a batch of as many sequences, any other one
+has more tokens.
 
 xLLM fits prefill and decode apart, on [1, L-P, (L-P)^2, (L-P)*P] and [1, B, B*L] (time_predictor.cpp at 87e8d6e), and
 adds requests up. Here a mixed batch is one batch, so the saving of sharing a matrix multiplication is in the model.
@@ -25,7 +28,8 @@ from xllm_lab.errors import ConfigError
 
 SMALL_BATCHES = (4, 16, 64)
 TERMS = (
-    "constant_us",
+    "eager_us",
+    "replay_us",
     *(f"small_batch_{m}_us" for m in SMALL_BATCHES),
     "token_us",
     "sequence_us",
@@ -43,8 +47,12 @@ class Chunk(NamedTuple):
     num_computed_tokens: int
 
 
-def features(chunks: Iterable[Chunk], num_logits: int) -> list[float]:
-    """The terms' factors, in the order of `TERMS`."""
+def features(chunks: Iterable[Chunk], num_logits: int, graph_tokens: int | None = None) -> list[float]:
+    """The terms' factors, in the order of `TERMS`.
+
+    Args:
+        graph_tokens: size of the captured graph that runs the step; None: it runs eagerly.
+    """
     tokens = sequences = kv_read = 0
     attention = 0.0
     for new, computed in chunks:
@@ -52,8 +60,17 @@ def features(chunks: Iterable[Chunk], num_logits: int) -> list[float]:
         sequences += 1
         kv_read += computed + new
         attention += new * (computed + 0.5 * new)
+    constants = (1.0, 0.0)
+    if graph_tokens is not None:
+        constants = (0.0, 1.0)
+        if tokens == sequences:  # what pads are sequences of one token
+            padding = graph_tokens - sequences
+            sequences = num_logits = graph_tokens
+            kv_read += padding
+            attention += 0.5 * padding
+        tokens = graph_tokens
     small = (float(min(tokens, m)) for m in SMALL_BATCHES)
-    return [1.0, *small, tokens, sequences, num_logits, attention, kv_read]
+    return [*constants, *small, tokens, sequences, num_logits, attention, kv_read]
 
 
 def feature_rows(
@@ -61,11 +78,13 @@ def feature_rows(
     num_tokens: npt.NDArray[np.int64],
     num_computed_tokens: npt.NDArray[np.int64],
     num_logits: npt.NDArray[np.int64],
+    graph_tokens: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
     """The factors of many steps at once, shape [steps, terms]; what `features` says of each.
 
     Args:
         num_chunks, num_logits: shape [steps].
+        graph_tokens: of steps in captured graphs; 0 of those that ran eagerly. Shape [steps].
         num_tokens, num_computed_tokens: of all the steps' chunks in one line, shape [chunks].
     """
     step = np.repeat(np.arange(len(num_chunks)), num_chunks)
@@ -73,8 +92,22 @@ def feature_rows(
     tokens, kv_read, attention = (
         np.bincount(step, of_chunk, len(num_chunks)) for of_chunk in (new, kv, new * (kv - 0.5 * new))
     )
+    is_replayed = graph_tokens > 0
+    is_decode = is_replayed & (tokens == num_chunks)
+    padding = np.where(is_decode, graph_tokens - num_chunks, 0)
+    sequences, logits = num_chunks + padding, np.where(is_decode, graph_tokens, num_logits)
+    tokens = np.where(is_replayed, graph_tokens, tokens)
     small = (np.minimum(tokens, m) for m in SMALL_BATCHES)
-    columns = (np.ones_like(tokens), *small, tokens, num_chunks, num_logits, attention, kv_read)
+    columns = (
+        ~is_replayed,
+        is_replayed,
+        *small,
+        tokens,
+        sequences,
+        logits,
+        attention + 0.5 * padding,
+        kv_read + padding,
+    )
     return np.column_stack(columns).astype(np.float64)
 
 
@@ -94,17 +127,18 @@ class StepTime:
 
     @property
     def constant_us(self) -> float:
+        """Of a step that runs eagerly."""
         return self.weights[0]
 
     def request_us(self, num_tokens: int, num_computed_tokens: int) -> float:
         """What one request adds to a batch that is large already."""
         alone = features((Chunk(num_tokens, num_computed_tokens),), 1)
-        skip = 1 + len(SMALL_BATCHES)
+        skip = TERMS.index("token_us")
         return sum(w * f for w, f in zip(self.weights[skip:], alone[skip:], strict=True))
 
-    def step_us(self, chunks: Iterable[Chunk], num_logits: int) -> float:
-        """Predicted time of one step."""
-        return sum(w * f for w, f in zip(self.weights, features(chunks, num_logits), strict=True))
+    def step_us(self, chunks: Iterable[Chunk], num_logits: int, graph_tokens: int | None = None) -> float:
+        """Predicted time of one step; arguments as of `features`."""
+        return sum(w * f for w, f in zip(self.weights, features(chunks, num_logits, graph_tokens), strict=True))
 
 
 def fit(rows: Sequence[Sequence[float]], step_us: Sequence[float]) -> StepTime:

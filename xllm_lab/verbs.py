@@ -6,7 +6,7 @@ Everything heavy is imported where it is used, so that simulating needs no torch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,7 @@ def simulate(
     out: PathLike,
     policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    shapes: str | None = None,
     fleet: FleetConfig | PathLike | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
@@ -159,25 +160,24 @@ def simulate(
 ) -> Run:
     """Serve a trace in simulated time. Given a run, whatever is not overridden is taken from it.
 
-    But for its shapes policy: captured graphs are not priced, and the manifest's timing says so, `shapes_not_priced`.
-
     Args:
         machine: what prices steps; a calibration, or the file of one, is the machine it was fitted to.
+        shapes: which steps run in captured graphs; its knobs are among `settings`.
         fleet: a fleet, or the cluster file of one; None is a single instance.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
     """
     from xllm_lab.fleet_config import fleet_config
     from xllm_lab.fleet_file import read_fleet
-    from xllm_lab.policies.shapes.eager import Eager
     from xllm_lab.sim.machine import Machine, fitted_machine
     from xllm_lab.sim.simulator import simulate as run_simulator
 
-    chosen = chosen_for(trace, policy, settings)
+    if isinstance(trace, Run):
+        chosen = _like(trace, policy, settings or {}, shapes)
+    else:
+        chosen = configure(policy or DEFAULT_POLICY, settings, shapes or DEFAULT_SHAPES)
     workload = trace.workload if isinstance(trace, Run) else _workload(trace)
     priced = machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine))
-    if not isinstance(chosen.shapes, Eager):
-        priced = replace(priced, timing={**priced.timing, "shapes_not_priced": policy_name(chosen.shapes)})
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)
@@ -189,19 +189,11 @@ def simulate(
             priced,
             out=Path(out),
             fleet=read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet,
+            shapes=chosen.shapes,
             fast_forward=fast_forward,
             keep_steps=keep_steps,
             progress=ended.update,
         )
-
-
-def chosen_for(
-    trace: Workload | Run | PathLike, policy: str | None = None, settings: Mapping[str, Any] | None = None
-) -> Candidate:
-    """The configuration in which `simulate` serves a trace: that of a run, or the default one, with changes."""
-    if isinstance(trace, Run):
-        return _like(trace, policy, settings or {})
-    return configure(policy or DEFAULT_POLICY, settings)
 
 
 def compare(simulated: Run | PathLike, engine: Iterable[Run | PathLike]) -> list[Row]:
@@ -356,16 +348,17 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _like(run: Run, policy: str | None, settings: Mapping[str, Any]) -> Candidate:
+def _like(run: Run, policy: str | None, settings: Mapping[str, Any], shapes: str | None = None) -> Candidate:
     """A run's configuration, but for what is overridden; another policy starts from its own defaults."""
-    own, shapes = run.manifest.batch_policy(), run.manifest.shapes_policy()
-    name = policy or policy_name(own)
-    instance, values, of_shapes = split_settings(name, settings, policy_name(shapes))
+    own, own_shapes = run.manifest.batch_policy(), run.manifest.shapes_policy()
+    name, of = policy or policy_name(own), shapes or policy_name(own_shapes)
+    instance, values, of_shapes = split_settings(name, settings, of)
     held = values_of(own) if name == policy_name(own) else {}
+    held_by_shapes = values_of(own_shapes) if of == policy_name(own_shapes) else {}
     return Candidate(
         instance=configured(InstanceConfig, {**run.manifest.instance, **instance}),
         policy=make_batch_policy(name, {**held, **values}),
-        shapes=make_shapes_policy(policy_name(shapes), {**values_of(shapes), **of_shapes}),
+        shapes=make_shapes_policy(of, {**held_by_shapes, **of_shapes}),
     )
 
 

@@ -35,7 +35,7 @@ from xllm_lab.step_time import TERMS, Chunk, StepTime
 from xllm_lab.workload import ClosedLoop, Priority, Request, Sampling, Slo, Workload
 
 # 200 us a step and 20 us a token: about this model's own, but known beforehand.
-STEP_TIME = StepTime(tuple({"constant_us": 200.0, "token_us": 20.0}.get(t, 0.0) for t in TERMS))
+STEP_TIME = StepTime(tuple({"eager_us": 200.0, "token_us": 20.0}.get(t, 0.0) for t in TERMS))
 POLICIES = tuple(policies("batch"))
 
 

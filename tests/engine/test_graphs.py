@@ -159,6 +159,7 @@ def test_a_walk_over_the_edges_of_graphs(
     order = data.draw(st.permutations(range(WHERE.num_kv_blocks)))
     alive = stories(20, order)
     exactly = {s.by for s in model(dtype, without).ops.served.values()} == {"native"}
+    num_replays = 0
     for _ in range(data.draw(st.integers(2, 8))):
         count = data.draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 19, 20]))
         group = data.draw(st.permutations(alive))[:count]
@@ -173,9 +174,9 @@ def test_a_walk_over_the_edges_of_graphs(
             continue
         size = size_for(shapes, chunks)
         event("eager" if size is None else "replayed")
+        num_replays += size is not None
         same(subject.run(chunks, size), eager.run(chunks), exactly=exactly, dtype=dtype)
-    counts = captured(subject).counts
-    assert counts.captures <= counts.replays
+    assert captured(subject).counts.captures <= num_replays
 
 
 def test_padding_touches_no_block_of_a_request() -> None:
@@ -244,7 +245,7 @@ def test_steady_decoding_captures_nothing_and_allocates_nothing() -> None:
     assert allocating(profiled) == set()
     assert len(at) == 1
     counts = captured(subject).counts
-    assert (counts.captures, counts.replays, counts.padded_tokens) == (before, 31, 31)
+    assert counts.captures == before
 
 
 def test_the_profiler_would_see_an_allocation() -> None:

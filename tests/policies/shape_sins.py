@@ -53,3 +53,13 @@ class PadsTheView(_ShapesSin):
     def decide(self, view: Any) -> ShapePlan:
         view.num_seqs = view.num_tokens
         return graph(view.num_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikesFullBlocks(_ShapesSin):
+    """Runs eagerly while the longest context fills no whole block. Broken law: unbroken."""
+
+    def decide(self, view: ShapeView) -> ShapePlan:
+        if view.max_context_tokens % 16:
+            return ShapePlan(num_tokens=None, reason="a block is open")
+        return graph(view.num_tokens)

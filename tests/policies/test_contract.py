@@ -86,6 +86,7 @@ SINS: dict[str, tuple[Policy, ...]] = {
         *(clock_sins.RoutesByDice(), clock_sins.FailsOverByTheClock()),
     ),
     "hash-free": (sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
+    "unbroken": (shape_sins.LikesFullBlocks(),),
     "live": (sins.Thrashes(), sins.Starves()),
     "holds": (sins.HoldsBackUntilTheyAreLong(), sins.HoldsBackTheYoung(), sins.HoldsOneStepTooLong()),
 }
@@ -97,6 +98,7 @@ LAWS: dict[str, Callable[[Any], list[str]]] = {
     "pure": contract.pure,
     "clockless": contract.clockless,
     "hash-free": contract.hash_free,
+    "unbroken": contract.unbroken,
     "live": contract.live,
     "holds": contract.holds,
 }

@@ -138,6 +138,6 @@ def test_samples_of_a_known_machine_give_it_back(tmp_path: Path) -> None:
     write_csv(tmp_path / "batch.csv", BATCH_HEADER, rows)
     samples = steps(read_profile(tmp_path)).samples
     weights = dict(zip(TERMS, fit([s.features() for s in samples], [s.step_us for s in samples]).weights, strict=True))
-    assert weights["constant_us"] == pytest.approx(2600, rel=0.01)
+    assert weights["eager_us"] == pytest.approx(2600, rel=0.01)
     assert weights["token_us"] == pytest.approx(3, rel=0.01)
     assert weights["kv_read_us"] == pytest.approx(0.02, rel=0.02)

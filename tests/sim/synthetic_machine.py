@@ -14,7 +14,7 @@ from xllm_lab.step_time import TERMS, Chunk, features
 
 Chunks = tuple[Chunk, ...]
 WEIGHTS = {
-    **{"constant_us": 3000.0, "small_batch_16_us": 100.0, "token_us": 20.0, "sequence_us": 50.0},
+    **{"eager_us": 3000.0, "small_batch_16_us": 100.0, "token_us": 20.0, "sequence_us": 50.0},
     **{"kv_read_us": 0.2, "attention_us": 0.01},
 }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +23,8 @@ from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.admission import ORDERS
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView, eagerly, replayed
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, request_table, step_table
 from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
 from xllm_lab.sim.instance import Predicted
@@ -46,6 +48,7 @@ class Uneven:
     @staticmethod
     def _price(batch: Batch, kv: Any, longest: Any) -> Any:
         tokens = sum(c.num_tokens * (1 + 0.1 * c.num_computed_tokens) for c in batch.prefills)
+        tokens += 2.3 * (batch.graph_tokens or 0.4)
         return 3.7 + 0.9 * tokens + 0.3 * batch.num_decodes + 0.07 * kv + 0.011 * longest, kv % 3 == 0
 
 
@@ -60,11 +63,29 @@ class Counting(Predicted):
 
 
 def simulated(
-    work: Workload, config: InstanceConfig, policy: BatchPolicy, cost: CostModel, *, fast_forward: bool
+    work: Workload,
+    config: InstanceConfig,
+    policy: BatchPolicy,
+    cost: CostModel,
+    *,
+    fast_forward: bool,
+    shapes: ShapesPolicy = EAGER,
 ) -> tuple[Records, Counting]:
     timing = Counting(cost, fast_forward=fast_forward)
-    records = run_simulation(work, config, policy, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
+    records = run_simulation(work, config, policy, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME, shapes=shapes)
     return records, timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turning:
+    """A shapes policy that leaves its graphs as contexts grow, and finds others."""
+
+    decides: ClassVar[str] = "shapes"
+
+    def decide(self, view: ShapeView) -> ShapePlan:
+        if 14 <= view.max_context_tokens < 23:
+            return eagerly("in between")
+        return replayed(view, view.num_tokens + (view.max_context_tokens >= 23))
 
 
 @st.composite
@@ -90,16 +111,21 @@ def long_prompts(draw: st.DrawFn) -> Workload:
     config=tight_configs(),
     policy=batch_policies(),
     mode=st.sampled_from(ASYNC_SCHEDULING),
+    shapes=st.sampled_from((EAGER, Turning())),
 )
-def test_skipping_steps_changes_nothing(work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str) -> None:
-    """Any workload, policy, and way of scheduling: the records are equal, on disk too, and so is what was counted."""
-    same_records(work, config, policy, mode)
+def test_skipping_steps_changes_nothing(
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, shapes: ShapesPolicy
+) -> None:
+    """Any workload, policies, and way of scheduling: the records are equal, on disk too, and so is what was counted."""
+    same_records(work, config, policy, mode, shapes)
 
 
-def same_records(work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str) -> None:
+def same_records(
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, shapes: ShapesPolicy = EAGER
+) -> None:
     config = replace(config, async_scheduling=mode)
-    stepped, slow = simulated(work, config, policy, Uneven(), fast_forward=False)
-    skipped, fast = simulated(work, config, policy, Uneven(), fast_forward=True)
+    stepped, slow = simulated(work, config, policy, Uneven(), fast_forward=False, shapes=shapes)
+    skipped, fast = simulated(work, config, policy, Uneven(), fast_forward=True, shapes=shapes)
     event(f"skips {(slow.num_events - fast.num_events) * 10 // slow.num_events if slow.num_events else 0}0 %")
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
@@ -124,7 +150,7 @@ def test_skipping_chunks_changes_nothing(
     work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str
 ) -> None:
     """As above, where chunks of a prompt repeat themselves."""
-    same_records(work, config, policy, mode)
+    same_records(work, config, policy, mode, Turning())
 
 
 @pytest.mark.parametrize("mode", ASYNC_SCHEDULING)

@@ -75,24 +75,42 @@ def test_the_edge_of_the_range_is_crossed_within_one_call() -> None:
     assert (np.diff(flags.astype(int)) >= 0).all()
 
 
-@given(st.lists(chunks, min_size=1, max_size=40), st.integers(0, 50))
-def test_a_price_is_the_weighted_sum(drawn: list[Chunk], num_logits: int) -> None:
+@given(st.lists(chunks, min_size=1, max_size=40), st.integers(0, 50), st.none() | st.integers(0, 9))
+def test_a_price_is_the_weighted_sum(drawn: list[Chunk], num_logits: int, padding: int | None) -> None:
     """As `StepTime`, which policies see, says; and it is extrapolated if any factor is beyond the largest seen."""
-    price = FittedCost(fitted()).step(batch_of(drawn, num_logits))
-    assert price.us == pytest.approx(fitted().step_time.step_us(drawn, num_logits))
-    factors = features(drawn, num_logits)
+    graph_tokens = None if padding is None else sum(c.num_tokens for c in drawn) + padding
+    price = FittedCost(fitted()).step(batch_of(drawn, num_logits)._replace(graph_tokens=graph_tokens))
+    assert price.us == pytest.approx(fitted().step_time.step_us(drawn, num_logits, graph_tokens))
+    factors = features(drawn, num_logits, graph_tokens)
     assert price.is_extrapolated == any(f > m for f, m in zip(factors, fitted().highest, strict=True))
     assert price.std_us > 0
 
 
-@given(st.lists(st.lists(chunks, min_size=1, max_size=9), min_size=1, max_size=9))
-def test_factors_of_many_steps_are_those_of_each(drawn: list[list[Chunk]]) -> None:
+@given(st.lists(st.lists(chunks, min_size=1, max_size=9), min_size=1, max_size=9), st.data())
+def test_factors_of_many_steps_are_those_of_each(drawn: list[list[Chunk]], data: st.DataObject) -> None:
     flat = [c for step in drawn for c in step]
     lengths = np.asarray([len(step) for step in drawn])
+    padding = [data.draw(st.none() | st.integers(0, 9)) for _ in drawn]
+    graphs = [
+        None if more is None else more + sum(c.num_tokens for c in step)
+        for step, more in zip(drawn, padding, strict=True)
+    ]
     rows = feature_rows(
-        lengths, np.asarray([c.num_tokens for c in flat]), np.asarray([c.num_computed_tokens for c in flat]), lengths
+        lengths,
+        np.asarray([c.num_tokens for c in flat]),
+        np.asarray([c.num_computed_tokens for c in flat]),
+        lengths,
+        np.asarray([g or 0 for g in graphs]),
     )
-    assert rows.tolist() == [features(step, len(step)) for step in drawn]
+    assert rows.tolist() == [features(step, len(step), graph) for step, graph in zip(drawn, graphs, strict=True)]
+
+
+@given(st.integers(1, 40), st.integers(0, 20), st.integers(0, 500))
+def test_a_decode_in_a_graph_is_a_batch_of_its_size(num_seqs: int, padding: int, context: int) -> None:
+    """What pads is a sequence of one token, whose row the head computes, too."""
+    size = num_seqs + padding
+    padded = features([*[Chunk(1, context)] * num_seqs, *[Chunk(1, 0)] * padding], size)
+    assert features([Chunk(1, context)] * num_seqs, num_seqs, size) == [0.0, 1.0, *padded[2:]]
 
 
 def test_the_fitted_total_is_the_measured_one() -> None:

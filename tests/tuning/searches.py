@@ -22,7 +22,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 CALIBRATION = Calibration(
-    step_time=StepTime(tuple({"constant_us": 2_000.0, "token_us": 90.0}.get(term, 0.0) for term in TERMS)),
+    step_time=StepTime(tuple({"eager_us": 2_000.0, "token_us": 90.0}.get(term, 0.0) for term in TERMS)),
     highest=(1e9,) * len(TERMS),
     residual=Residual(mape_frac=0.02, p90_frac=0.05, bias_frac=0.0, num_steps=100),
     model={"name": "made up", "vocab_size": 1000, "kv_bytes_per_token": 100},

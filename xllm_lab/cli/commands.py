@@ -89,6 +89,7 @@ def _simulate_options(parser: argparse.ArgumentParser) -> None:
     trace_options(parser, nargs="?")
     parser.add_argument("--like", type=Path, help="take workload and configuration from this run")
     configuration_options(parser, default_policy=None)
+    shapes_option(parser, default=None)
     machine_options(parser)
     fleet_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
@@ -102,21 +103,19 @@ def _simulate(o: argparse.Namespace) -> int:
     if o.like is not None:
         refuse_transforms(o, "--like")
     source = read_run(o.like) if o.like else workload(o.trace, o)
-    chosen = verbs.chosen_for(source, o.policy, settings(o)).instance
     run = verbs.simulate(
         source,
-        machine(o, chosen.max_seqs_per_batch),
+        machine(o),
         out=o.out,
         policy=o.policy,
         settings=settings(o),
+        shapes=o.shapes,
         fleet=fleet(o),
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
         progress=not o.quiet,
     )
     _warn_if_extrapolated(run)
-    if name := run.manifest.timing.get("shapes_not_priced"):
-        tell(f"xllm-lab: shapes policy {name} is not simulated; steps cost what the machine says, in graphs or not")
     return _print_run(run, o)
 
 

@@ -10,10 +10,8 @@ from xllm_lab.errors import ConfigError
 
 if TYPE_CHECKING:
     from xllm_lab.fleet_config import FleetConfig
-    from xllm_lab.sim.cost.graphs import GraphBuckets
     from xllm_lab.sim.machine import Deployment, Machine
 
-GRAPHS = ("none", "vllm", "xllm")
 _DEPLOYMENT = ("tensor_parallel", "data_parallel", "expert_parallel")
 
 
@@ -26,7 +24,6 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     for name in _DEPLOYMENT:
         group.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N")
     group.add_argument("--precision", default="bf16", help="of weights and KV")
-    group.add_argument("--graphs", choices=GRAPHS, default="none", help="whose captured sizes decodes are padded to")
     group.add_argument("--host-us", type=float, default=0.0, metavar="US", help="of the host, per step")
     group.add_argument("--host-us-per-seq", type=float, default=0.0, metavar="US", help="of the host, per sequence")
 
@@ -37,7 +34,7 @@ def fleet_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--instances", type=int, metavar="N", help="N instances that take turns, instead of --cluster")
 
 
-def machine(o: argparse.Namespace, max_seqs: int) -> Machine:
+def machine(o: argparse.Namespace) -> Machine:
     """The machine that the options describe; ConfigError if they describe none, or two."""
     from xllm_lab.hardware import hardware
     from xllm_lab.sim.calibrate import read_calibration
@@ -48,7 +45,7 @@ def machine(o: argparse.Namespace, max_seqs: int) -> Machine:
         return fitted_machine(read_calibration(o.calibration))
     device = None if o.hardware is None else hardware(o.hardware)
     model = None if o.model_config is None else model_of(o.model_config)
-    deployment = _deployment(o, max_seqs)
+    deployment = _deployment(o)
     if o.profile is not None:
         _refuse_beside_profile(o)
         return profiled_machine(o.profile, model, deployment, device)
@@ -71,24 +68,15 @@ def fleet(o: argparse.Namespace) -> FleetConfig | None:
     return None if o.instances is None else FleetConfig(num_instances=o.instances)
 
 
-def _deployment(o: argparse.Namespace, max_seqs: int) -> Deployment:
+def _deployment(o: argparse.Namespace) -> Deployment:
     from xllm_lab.sim.cost.host import HostOverhead
     from xllm_lab.sim.machine import Deployment
 
     return Deployment(
         **{name: getattr(o, name) for name in _DEPLOYMENT},
         precision=o.precision,
-        graphs=_graphs(o.graphs, max_seqs),
         host=HostOverhead(step_us=o.host_us, sequence_us=o.host_us_per_seq),
     )
-
-
-def _graphs(whose: str, max_seqs: int) -> GraphBuckets:
-    from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets, xllm_graph_buckets
-
-    if whose == "none":
-        return GraphBuckets()
-    return vllm_graph_buckets(max_seqs) if whose == "vllm" else xllm_graph_buckets()
 
 
 def _refuse_beside_calibration(o: argparse.Namespace) -> None:
@@ -96,7 +84,7 @@ def _refuse_beside_calibration(o: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("profile", "hardware") if getattr(o, name) is not None]
     given += ["--model-config"] * (o.model_config is not None)
     given += [f"--{name.replace('_', '-')}" for name in _DEPLOYMENT if getattr(o, name) != 1]
-    given += ["--precision"] * (o.precision != "bf16") + ["--graphs"] * (o.graphs != "none")
+    given += ["--precision"] * (o.precision != "bf16")
     given += ["--host-us"] * bool(o.host_us) + ["--host-us-per-seq"] * bool(o.host_us_per_seq)
     if given:
         raise ConfigError(f"{', '.join(given)} beside --calibration, which has it all; accepted: one or the other")

@@ -52,10 +52,8 @@ def configuration_options(parser: argparse.ArgumentParser, default_policy: str |
     )
 
 
-def shapes_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shapes", default=verbs.DEFAULT_SHAPES, help="which steps run in captured graphs; see `xllm-lab policies`"
-    )
+def shapes_option(parser: argparse.ArgumentParser, default: str | None = verbs.DEFAULT_SHAPES) -> None:
+    parser.add_argument("--shapes", default=default, help="which steps run in captured graphs; see `xllm-lab policies`")
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:

@@ -19,16 +19,15 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
+from xllm_lab.step_shape import Shapes, shapes_of
 from xllm_lab.step_time import Chunk, StepTime, features, fit
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
-
-EAGER = Eager()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +93,7 @@ class Engine:
             shapes: which steps are captured and replayed.
 
         Returns:
-            What became of graphs (`Graphs.describe`); None if every step is eager.
+            What became of steps and graphs (`ShapeCounts`, `Graphs.describe`); None if every step is eager.
 
         Raises:
             ConfigError: the KV pool or the graphs' does not fit, the context is longer than the model's, a token is not
@@ -102,23 +101,18 @@ class Engine:
             PolicyError: a policy planned something illegal, or starves a request.
         """
         self._refuse(workload, config)
-        scheduler = Scheduler(config, policy, recorder, step_time=step_time)
+        at_work = shapes_of(shapes, config)
+        scheduler = Scheduler(config, policy, recorder, step_time=step_time, shapes=at_work)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
-        return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id), shapes=shapes)
+        return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
 
     def serve_on(
-        self,
-        scheduler: Scheduler,
-        feed: Feed,
-        prompt_ids: Callable[[Request], TokenIds],
-        *,
-        shapes: ShapesPolicy = EAGER,
+        self, scheduler: Scheduler, feed: Feed, prompt_ids: Callable[[Request], TokenIds]
     ) -> dict[str, Any] | None:
         """Serve what a feed brings, to its end, on a scheduler that its owner can look into meanwhile.
 
         Args:
             prompt_ids: as in `serving.serve`; all in the model's vocabulary.
-            shapes: as in `serve`.
 
         Returns:
             as `serve`.
@@ -127,14 +121,16 @@ class Engine:
             as `serve`.
         """
         config = scheduler.config
-        runner = self._runner(config, shapes)
+        runner = self._runner(config, scheduler.shapes)
         _warm_up(runner, config, self.device)
         clock = make_clock(self.options.clock, self.options.timer)
         with Lane(clock, beside=config.async_scheduling != "off") as lane:
             launcher = Launcher(runner, scheduler, lane, clock)
             conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
             self._answer(conversation, launcher)
-        return None if runner.graphs is None else runner.graphs.describe()
+        if scheduler.shapes is None or runner.graphs is None:
+            return None
+        return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
 
     def _answer(self, conversation: Conversation, launcher: Launcher) -> None:
         try:
@@ -155,7 +151,7 @@ class Engine:
         sampled = {r.id: Sampled(token, self._stops(r, token)) for r, token in drawn}
         # A step shorter than the clock's tick would end when it started.
         end_us = max(done.end_us, step.start_us + 1)
-        work = Work(launched.host_us, done.device_us, done.idle_us, launched.inputs.graph_tokens)
+        work = Work(launched.host_us, done.device_us, done.idle_us)
         return Completion((end_us,), sampled, work)
 
     def replay(
@@ -247,8 +243,8 @@ class Engine:
                         f"{self.model.config.vocab_size - 1}"
                     )
 
-    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
-        captures = not isinstance(shapes, Eager)
+    def _runner(self, config: InstanceConfig, shapes: Shapes | None = None) -> Runner:
+        captures = shapes is not None
         pool = KvPool(
             self.model.config,
             num_blocks=config.num_kv_blocks + captures,  # what pads a graph has a block of its own
@@ -257,11 +253,11 @@ class Engine:
             device=self.device,
         )
         runner = Runner(self.model.model, pool, self.device)
-        if captures:
+        if shapes is not None:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),
                 config=config,
-                policy=shapes,
+                policy=shapes.policy,
                 pool_bytes=self.options.graph_pool_bytes,
             )
         longest = min(config.max_tokens_per_batch, config.num_kv_tokens)

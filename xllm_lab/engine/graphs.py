@@ -12,9 +12,8 @@ policy before anything is captured; a pool that does not fit is refused. After t
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import ceil_div
 from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.step import Step
-from xllm_lab.step_shape import decide_shape, graph_sizes, shape_of
+from xllm_lab.step_shape import graph_sizes
 
 
 class Key(NamedTuple):
@@ -66,20 +64,15 @@ class PoolPlan(NamedTuple):
 
 @dataclass(slots=True)
 class GraphCounts:
-    """What became of steps.
+    """What captures came to; what became of steps, `step_shape.ShapeCounts` says.
 
     Attributes:
-        captures, replays: of graphs.
-        eager: steps that ran in none, by the policy's reason.
-        padded_tokens: computed for nobody.
-        capture_us: captures took so long, wall time.
+        captures: of graphs.
+        capture_us: they took so long, wall time.
         kernels, calls: of the graphs in the cache: kernels replayed, and calls from Python that start them.
     """
 
     captures: int = 0
-    replays: int = 0
-    eager: Counter[str] = field(default_factory=Counter)
-    padded_tokens: int = 0
     capture_us: int = 0
     kernels: int = 0
     calls: int = 0
@@ -123,7 +116,6 @@ class Graphs:
         """
         assert kv_pool.num_blocks == config.num_kv_blocks + 1, "a block to pad with"
         self._model, self._kv_pool, self._workspace = model, kv_pool, workspace
-        self._config, self._policy = config, policy
         self._decode_sizes = graph_sizes(policy, config, is_decode=True)
         self.plan = _plan(workspace, config, [*self._decode_sizes, *graph_sizes(policy, config, is_decode=False)])
         _refuse(self.plan, device, pool_bytes)
@@ -140,17 +132,6 @@ class Graphs:
         workspace.is_fixed = True
         self._cache: dict[Key, _Graph] = {}
         self.counts = GraphCounts()
-
-    def size_for(self, step: Step) -> int | None:
-        """The size of the graph that runs a planned step; None: it runs eagerly, which is counted.
-
-        Raises:
-            PolicyError: the policy plans something illegal.
-        """
-        plan = decide_shape(self._policy, shape_of(step, self._config))
-        if plan.num_tokens is None:
-            self.counts.eager[plan.reason] += 1
-        return plan.num_tokens
 
     def warm(self) -> None:
         """Captures the decoding graphs, the largest first. Others are captured when a step needs them."""
@@ -171,14 +152,11 @@ class Graphs:
         else:
             self._memory.fill(graph.inputs, tokens, chunks, is_decode=key.is_decode)
             graph.replay()
-        self.counts.replays += 1
-        self.counts.padded_tokens += size - len(tokens)
         return graph.normed_TD, graph.logits_TV
 
     def describe(self) -> dict[str, Any]:
         """Counts and pool, for a manifest."""
-        counts = {name: getattr(self.counts, name) for name in GraphCounts.__slots__}
-        return {**counts, "eager": dict(sorted(self.counts.eager.items())), "pool_bytes": self.plan.num_bytes}
+        return {**asdict(self.counts), "pool_bytes": self.plan.num_bytes}
 
     def _capture(self, key: Key, tokens: Sequence[int], chunks: Sequence[Chunk]) -> _Graph:
         """Records the step that makes it necessary, and has run it."""

@@ -88,8 +88,7 @@ class Launcher:
             if chunk.samples:
                 drawing.append(state.request)
                 positions.append(chunk.num_computed_tokens + chunk.num_tokens - state.num_prompt_tokens)
-        graphs = self._runner.graphs
-        return Inputs(chunks, drawing, positions, None if graphs is None else graphs.size_for(step))
+        return Inputs(chunks, drawing, positions, step.shape.num_tokens)
 
     def _tokens(self, state: RequestState, chunk: ScheduledChunk) -> Sequence[int]:
         start, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_tokens

@@ -19,8 +19,8 @@ from xllm_lab.step_time import TERMS, StepTime, fit
 
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
-# 1 had no spread, and 2 did not tell the host from the device: such files are refused.
-FORMAT = 3
+# 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps: such files are refused.
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +64,14 @@ class Calibration:
     spread: Spread = UNKNOWN
 
     def step_time_with_host(self) -> StepTime:
-        """Of whole steps, of a host that the device waits for."""
-        added = {"constant_us": self.host.step_us, "sequence_us": self.host.sequence_us}
-        weights = zip(TERMS, self.step_time.weights, strict=True)
-        return StepTime(tuple(weight + added.get(term, 0.0) for term, weight in weights))
+        """Of whole steps, of a host that the device waits for: what policies are told.
+
+        They do not know in which graph a step will run, and are told the time of the slower kind.
+        """
+        told = dict(zip(TERMS, self.step_time.weights, strict=True))
+        told["eager_us"] = told["replay_us"] = max(told["eager_us"], told["replay_us"]) + self.host.step_us
+        told["sequence_us"] += self.host.sequence_us
+        return StepTime(tuple(told.values()))
 
     def run_spread(self) -> RunSpread:
         """Of a run whose steps are added to it."""

@@ -35,6 +35,7 @@ from xllm_lab.serving import Event, WorkloadFeed, serve
 from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.instance import FROM_OUTSIDE, Instance, Timing, at
 from xllm_lab.sim.links import Link, Transfer
+from xllm_lab.step_shape import Shapes
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 # Before what comes from clients, at equal times.
@@ -239,6 +240,7 @@ class Fleet:
         recorder: Recorder,
         vocab_size: int,
         step_time: StepTimeView | None = None,
+        shapes: Shapes | None = None,
         on_transfer: Callable[[Transfer], None] | None = None,
     ) -> None:
         self.config = config
@@ -259,7 +261,8 @@ class Fleet:
         self._held: deque[tuple[Request, RequestRecord]] = deque()
         links = [Link(self._env, config.link, InstanceId(k), on_transfer) for k in range(config.num_instances)]
         schedulers = (
-            Scheduler(instance, policy, recorder, step_time=step_time, instance=k) for k in range(config.num_instances)
+            Scheduler(instance, policy, recorder, step_time=step_time, shapes=shapes, instance=k)
+            for k in range(config.num_instances)
         )
         self._members = [Member(self, s, link) for s, link in zip(schedulers, links, strict=True)]
         self._up: ById[Member] = ById(self._members)

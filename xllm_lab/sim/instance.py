@@ -130,8 +130,9 @@ def batch_of_step(step: Step) -> Batch:
     decodes = step.decodes
     kv_tokens, max_kv_tokens = decodes.kv_tokens, decodes.max_kv_tokens
     num_decodes = num_logits = len(decodes.ids)
+    graph_tokens = step.shape.num_tokens
     if not step.others:
-        return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits)
+        return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits, graph_tokens)
     prefills: list[Chunk] = []
     for _, num_tokens, num_computed, samples in step.others:
         num_logits += samples
@@ -141,7 +142,7 @@ def batch_of_step(step: Step) -> Batch:
             num_decodes += 1
             kv_tokens += num_computed
             max_kv_tokens = max(max_kv_tokens, num_computed)
-    return Batch(tuple(prefills), num_decodes, kv_tokens, max_kv_tokens, num_logits)
+    return Batch(tuple(prefills), num_decodes, kv_tokens, max_kv_tokens, num_logits, graph_tokens)
 
 
 class Instance:

@@ -13,17 +13,21 @@ from xllm_lab.hardware import Device
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spec
+from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.cost import CostModel, batch_of
 from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.fitted import FittedCost
-from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.cost.roofline import roofline_cost
 from xllm_lab.sim.cost.sharding import kv_blocks_that_fit
-from xllm_lab.step_time import Chunk, StepTime, features, fit
+from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
+
+_RUNS = "accepted: a calibration on runs of both kinds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,19 @@ class Machine:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
         return Hosted(self.cost, self.host, plans_ahead=config.async_scheduling != "off")
 
+    def refuse_if_not_priced(self, shapes: ShapesPolicy) -> None:
+        """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one."""
+        if self.calibration is None:
+            return
+        has_eager, has_replayed = (self.calibration.highest[TERMS.index(t)] > 0 for t in ("eager_us", "replay_us"))
+        if isinstance(shapes, Eager) and not has_eager:
+            raise ConfigError(f"every step calibrated on ran in a graph: what an eager one costs is not known; {_RUNS}")
+        if not isinstance(shapes, Eager) and not has_replayed:
+            raise ConfigError(
+                f"shapes is {policy_name(shapes)!r}, and no step calibrated on ran in a graph: what one costs is not "
+                f"known; {_RUNS}"
+            )
+
     def refuse_if_too_large(self, config: InstanceConfig) -> None:
         """ConfigError for an instance that the machine's memory or its model's context cannot hold."""
         if self.most_kv_tokens is not None and config.num_kv_tokens > self.most_kv_tokens:
@@ -68,17 +85,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """How a model is put on devices that were not measured as a whole.
-
-    Attributes:
-        graphs: sizes for which graphs were captured; none is eager.
-    """
+    """How a model is put on devices that were not measured as a whole."""
 
     tensor_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: int = 1
     precision: str = "bf16"
-    graphs: GraphBuckets = field(default_factory=GraphBuckets)
     host: HostOverhead = field(default_factory=HostOverhead)
 
     def __post_init__(self) -> None:
@@ -131,7 +143,6 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         data_parallel=d.data_parallel,
         expert_parallel=d.expert_parallel,
         precision=d.bytes_and_rates,
-        graphs=d.graphs,
     )
     room = kv_blocks_that_fit(
         device,
@@ -176,7 +187,7 @@ def profiled_machine(
     bundle = read_bundle(folder, d.tensor_parallel)
     spec = model or (read_model_spec(folder) if (folder / "config.json").exists() else known_model(bundle.model))
     links = None if device is None or d.tensor_parallel == 1 else collectives(device, d.tensor_parallel)
-    cost = ProfiledCost(bundle, spec, graphs=d.graphs, collectives=links)
+    cost = ProfiledCost(bundle, spec, collectives=links)
     told = {"cost_model": "profiled", "profile": str(folder), **_told(d)}
     step_time = step_time_of(Hosted(cost, d.host))
     return Machine(cost=cost, model=_described(spec), timing=told, step_time=step_time, host=d.host)
@@ -211,6 +222,5 @@ def _told(d: Deployment) -> dict[str, Any]:
         "data_parallel": d.data_parallel,
         "expert_parallel": d.expert_parallel,
         "precision": d.precision,
-        "graph_buckets": list(d.graphs.sizes),
         "host": asdict(d.host),
     }

@@ -14,16 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_lab.hardware import Device, hardware
+from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.sim.cost import Batch
 from xllm_lab.sim.cost.collectives import Collectives
-from xllm_lab.sim.cost.graphs import vllm_graph_buckets
 from xllm_lab.sim.cost.roofline import RooflineCost, StepParts
 from xllm_lab.sim.cost.sharding import Sharding
 from xllm_lab.sim.npu_points import points
+from xllm_lab.step_shape import decide_shape, decode_shape
 from xllm_lab.step_time import Chunk
 
 FITTED_DEVICE = "ascend-910c"
+# Its attention takes lengths that are fixed in a graph, so that steps with prompts run eagerly.
+GRAPHS = VllmBuckets(cudagraph_mode="full_decode_only")
+_INSTANCE = InstanceConfig(max_seqs_per_batch=256)  # vLLM's default
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 4096, 1536
 
 
@@ -48,12 +54,18 @@ def mean_step(device: Device, clients: int) -> StepParts:
 
     A client's step in `_OUTPUT_TOKENS` is its prefill; in the others it decodes at the mean context of its life.
     """
-    cost = RooflineCost(device, known_model("qwen3-32b"), sharding=Sharding(tensor=16), graphs=vllm_graph_buckets(256))
+    cost = RooflineCost(device, known_model("qwen3-32b"), sharding=Sharding(tensor=16))
     context = _PROMPT_TOKENS + _OUTPUT_TOKENS // 2
-    decode = cost.parts(Batch((), clients, clients * context, context, clients))
+    decode = cost.parts(decoding(clients, context))
     prefill = cost.parts(Batch((Chunk(_PROMPT_TOKENS, 0),), 0, 0, 0, 1))
     share = clients / _OUTPUT_TOKENS
     return StepParts(*(d + share * p for d, p in zip(decode, prefill, strict=True)))
+
+
+def decoding(num_seqs: int, context: int, shapes: ShapesPolicy = GRAPHS) -> Batch:
+    """A batch of decodes as vLLM-Ascend runs it: padded to one of vLLM's graphs, unless it is told otherwise."""
+    graph = decide_shape(shapes, decode_shape(num_seqs, _INSTANCE))
+    return Batch((), num_seqs, num_seqs * context, context, num_seqs, graph.num_tokens)
 
 
 def fit() -> tuple[float, float]:

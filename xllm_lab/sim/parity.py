@@ -25,6 +25,7 @@ class Decision(NamedTuple):
     admitted: tuple[int, ...]
     preempted: tuple[int, ...]
     reason: str
+    graph_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
             recorded,
             vocab_size=run.manifest.model["vocab_size"],
             step_time=run.manifest.step_time_model(),
+            shapes=run.manifest.shapes_policy(),
         )
     except _DifferenceError as difference:
         step, simulator = difference.args
@@ -135,9 +137,10 @@ def _as_it_arrived(workload: Workload, records: Records) -> Workload:
 
 def _decision_of_step(step: Step) -> Decision:
     tokens = tuple((int(c.id), c.num_tokens, c.num_computed_tokens) for c in step.chunks)
-    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason)
+    graph_tokens = step.shape.num_tokens
+    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, graph_tokens)
 
 
 def _decision_of_record(step: StepRecord) -> Decision:
     tokens = tuple(zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True))
-    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason)
+    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, step.graph_tokens)

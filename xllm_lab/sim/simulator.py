@@ -14,6 +14,8 @@ from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Recorder, Records
 from xllm_lab.run_writer import STEPS_FILE, RunWriter
 from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
@@ -24,6 +26,7 @@ from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Instance, Predicted, Timing
 from xllm_lab.sim.machine import Machine
+from xllm_lab.step_shape import Shapes, shapes_of
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
@@ -40,14 +43,27 @@ def run_simulation(
     *,
     vocab_size: int,
     step_time: StepTime | None = None,
+    shapes: ShapesPolicy = EAGER,
 ) -> Records:
     """Records of one instance that serves `workload`, in memory.
+
+    Args:
+        shapes: which steps run in captured graphs.
 
     Raises:
         as `serve_alone`.
     """
     records = Records()
-    serve_alone(workload, config, policy, timing, recorder=records, vocab_size=vocab_size, step_time=step_time)
+    serve_alone(
+        workload,
+        config,
+        policy,
+        timing,
+        recorder=records,
+        vocab_size=vocab_size,
+        step_time=step_time,
+        shapes=shapes_of(shapes, config),
+    )
     return records.sort()
 
 
@@ -60,6 +76,7 @@ def serve_alone(
     recorder: Recorder,
     vocab_size: int,
     step_time: StepTime | None = None,
+    shapes: Shapes | None = None,
 ) -> None:
     """One instance serves `workload`, without a router.
 
@@ -73,7 +90,7 @@ def serve_alone(
             return _NO_TOKENS  # only block keys ever read them
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
-    scheduler = Scheduler(config, policy, recorder, step_time=step_time)
+    scheduler = Scheduler(config, policy, recorder, step_time=step_time, shapes=shapes)
     env = simpy.Environment(initial_time=0)
     feed = WorkloadFeed(workload)
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
@@ -89,6 +106,7 @@ def simulate(
     *,
     out: Path,
     fleet: FleetConfig | None = None,
+    shapes: ShapesPolicy = EAGER,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: Callable[[], object] = lambda: None,
@@ -99,22 +117,31 @@ def simulate(
 
     Args:
         fleet: equal instances behind a router; without it, one instance and no router.
+        shapes: which steps run in captured graphs.
         fast_forward: skip steps that repeat themselves; the records are the same without, and take longer.
         keep_steps: without them, steps.parquet has no rows.
         progress: called once for every request that ended.
 
     Raises:
         RequestTooLargeError: a request could never run on this configuration.
-        ConfigError: the machine cannot hold the instance; and as `run_simulation`, which PolicyError is too.
+        ConfigError: the machine cannot hold the instance, or does not know what its steps cost; and as
+            `run_simulation`, which PolicyError is too.
         RunError: the folder exists, or cannot be written.
     """
     machine.refuse_if_too_large(config)
+    machine.refuse_if_not_priced(shapes)
     for request in workload.requests:
         config.refuse_if_too_large(request)
     timing = Predicted(machine.cost_of(config), fast_forward=fast_forward)
     with new_folder(out) as folder:
         with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
-            known = {"recorder": writer, "vocab_size": machine.model["vocab_size"], "step_time": machine.step_time}
+            at_work = shapes_of(shapes, config)
+            known = {
+                "recorder": writer,
+                "vocab_size": machine.model["vocab_size"],
+                "step_time": machine.step_time,
+                "shapes": at_work,
+            }
             if fleet is None:
                 serve_alone(workload, config, policy, timing, **known)
             else:
@@ -129,7 +156,8 @@ def simulate(
             timing=told,
             model=dict(machine.model),
             fleet=None if fleet is None else fleet.as_dict(),
-            **describe(config, policy, machine.step_time, workload),
+            graphs=None if at_work is None else at_work.counts.as_dict(),
+            **describe(config, policy, machine.step_time, workload, shapes),
         )
         write_json(folder / "manifest.json", asdict(manifest))
         own.write(workload, folder / "workload.jsonl")

@@ -12,16 +12,17 @@ from xllm_lab.known_models import known_model
 from xllm_lab.metrics import summarize, tpot_us
 from xllm_lab.model_spec import PRECISIONS
 from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.cost.collectives import collectives
-from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets
 from xllm_lab.sim.cost.host import HostOverhead
 from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.cost.speculative import Drafts
 from xllm_lab.sim.instance import Predicted
-from xllm_lab.sim.npu_fit import FITTED_DEVICE, collective_us, mean_step
+from xllm_lab.sim.npu_fit import FITTED_DEVICE, GRAPHS, collective_us, decoding, mean_step
 from xllm_lab.sim.npu_points import Points, points
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step_time import Chunk
@@ -30,7 +31,6 @@ from xllm_lab.workload import ClosedLoop, Prompt, Request, RequestId, Workload
 # Between two steps of vLLM-Ascend and xDeepServe the device waits about 2 ms for the host (Ascend/msmodeling's serving
 # overhead, 2026-08; arXiv 2508.02520).
 HOST = HostOverhead(step_us=2000.0)
-_GRAPHS = vllm_graph_buckets(256)
 _BLOCK_SIZE = 128  # the only one of vLLM-Ascend's kernels
 _MTP_ACCEPTANCE_FRAC = 0.7  # CloudMatrix384, arXiv 2506.12708
 _REQUESTS_PER_CLIENT = 2
@@ -179,13 +179,11 @@ def _share(row: _Row, table: Points) -> Iterator[Point]:
         known_model("deepseek-v3"),
         sharding=sharding,
         precision=PRECISIONS["w8a8"],
-        graphs=_GRAPHS,
     )
     if row["stage"] == "prefill":
         batch = Batch((Chunk(2048, 0),), 0, 0, 0, 1)
     else:
-        seqs = -(-row["clients"] // sharding.data)
-        batch = Batch((), seqs, seqs * 2048, 2048, seqs)
+        batch = decoding(-(-row["clients"] // sharding.data), 2048)
     parts = cost.parts(batch)
     total_us = parts.compute_us + parts.communication_us + HOST.step_us
     ours = {"compute": parts.compute_us, "communication": parts.communication_us, "free": HOST.step_us}
@@ -218,8 +216,7 @@ def _iteration(row: _Row, table: Points) -> Iterator[Point]:
 def _iterated(row: _Row) -> Batch:
     if "prompts" in row:
         return Batch((Chunk(row["prompt_tokens"], 0),) * row["prompts"], 0, 0, 0, row["prompts"])
-    seqs, context = row["seqs"], row["context"]
-    return Batch((), seqs, seqs * context, context, seqs)
+    return decoding(row["seqs"], row["context"], _shapes(row))
 
 
 def _dispatch(row: _Row, table: Points) -> Iterator[Point]:
@@ -277,7 +274,6 @@ def _cost(row: _Row, drafts: Drafts | None = None) -> CostModel:
         known_model(row["model"]),
         **_groups(row),
         precision=PRECISIONS[row["precision"]],
-        graphs=GraphBuckets() if row.get("is_eager") else _GRAPHS,
         host=HOST,
         drafts=drafts,
     )
@@ -316,7 +312,12 @@ def _serve(
         Request(id=RequestId(i), arrival_us=0, prompt=prompt, output_tokens=output_tokens) for i in range(num)
     )
     workload = Workload(requests=requests, closed_loop=ClosedLoop(num_clients=clients))
-    return run_simulation(workload, config, make_batch_policy(policy), Predicted(cost), vocab_size=spec.vocab_size)
+    decides, timing = make_batch_policy(policy), Predicted(cost)
+    return run_simulation(workload, config, decides, timing, vocab_size=spec.vocab_size, shapes=_shapes(row))
+
+
+def _shapes(row: _Row) -> ShapesPolicy:
+    return EAGER if row.get("is_eager") else GRAPHS
 
 
 def _layout(row: _Row) -> str:

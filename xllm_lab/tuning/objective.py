@@ -47,6 +47,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
                 predicted,
                 vocab_size=machine.model["vocab_size"],
                 step_time=machine.step_time,
+                shapes=chosen.shapes,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

@@ -17,10 +17,9 @@ from optuna.trial import TrialState
 from xllm_lab.candidate import candidate
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
-from xllm_lab.policies.catalog import policy_name
-from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.runs import new_folder, read_json, write_json
 from xllm_lab.sim.calibrate import Calibration, write_calibration
+from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.tuning.journal import open_journal, sole_writer
 from xllm_lab.tuning.objective import evaluate
 from xllm_lab.tuning.space import Space
@@ -53,8 +52,8 @@ def tune(
         on_trial: told of each trial as it ends, resumed ones included.
 
     Raises:
-        ConfigError: `out` holds a study of something else, a number is out of range, or steps are to run in graphs,
-            which the simulator does not price by the policy that chooses them.
+        ConfigError: `out` holds a study of something else, a number is out of range, or steps are to run in graphs and
+            none of those calibrated on did.
         RunError: `out` is finished already, is being searched by another process, or cannot be written.
     """
     for name, value, least in (("trials", num_trials, 1), ("workers", num_workers, 1), ("seed", seed, 0)):
@@ -62,9 +61,7 @@ def tune(
             raise ConfigError(f"{name} is {value}, at least {least} is accepted")
     if not 0 <= min_slo_attainment_frac <= 1:
         raise ConfigError(f"min_slo_attainment_frac is {min_slo_attainment_frac}, from 0 to 1 is accepted")
-    if not isinstance(space.default.shapes, Eager):
-        name = policy_name(space.default.shapes)
-        raise ConfigError(f"shapes is {name!r}, 'eager' is accepted: the simulator does not price captured graphs")
+    fitted_machine(calibration).refuse_if_not_priced(space.default.shapes)
     spec = _open(out, workloads, calibration, space, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
     journal = out / "trials.journal"
     # The last third asks which changes of the best candidate are needed at all, one knob at a time.

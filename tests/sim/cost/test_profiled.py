@@ -14,7 +14,6 @@ from xllm_lab.hardware import Link
 from xllm_lab.known_models import known_model
 from xllm_lab.sim.cost import Batch
 from xllm_lab.sim.cost.collectives import Collectives
-from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.profile_bundle import ProfileBundle, read_bundle
 from xllm_lab.sim.cost.profiled import CALLS_PER_LAYER, ProfiledCost
 from xllm_lab.step_time import Chunk
@@ -39,7 +38,7 @@ def cost(folder: Path) -> ProfiledCost:
 
 @pytest.fixture(scope="module")
 def skewed(skewed_folder: Path) -> ProfiledCost:
-    return ProfiledCost(read_bundle(skewed_folder), MODEL, graphs=GraphBuckets((1, 2, 4, 8, 16, 32)))
+    return ProfiledCost(read_bundle(skewed_folder), MODEL)
 
 
 def decodes(n: int, kv: int, longest: int | None = None) -> Batch:
@@ -129,9 +128,9 @@ def test_a_length_measured_for_a_chunk_alone_does_not_hide_the_decodes(cost: Pro
 
 
 def test_tokens_are_padded_to_the_graph_but_attention_is_not(folder: Path) -> None:
-    graphs = ProfiledCost(read_bundle(folder), MODEL, graphs=GraphBuckets((8, 32)))
+    cost = ProfiledCost(read_bundle(folder), MODEL)
     expected = other_us(folder, 32, 16) + MODEL.num_layers * attention_us(0, 0, 16, 64)
-    assert graphs.step(decodes(16, 64)).us == pytest.approx(expected, rel=1e-6)
+    assert cost.step(decodes(16, 64)._replace(graph_tokens=32)).us == pytest.approx(expected, rel=1e-6)
 
 
 def test_matrix_products_compute_whole_tiles(tmp_path: Path) -> None:
@@ -238,8 +237,9 @@ def test_a_group_ends_with_its_slowest_and_pays_for_all_tokens(experts_bundle: P
 def test_a_group_is_padded_to_the_most_tokens_where_a_graph_is_replayed(experts_bundle: ProfileBundle) -> None:
     model = known_model("qwen3-30b-a3b")
     link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
-    group = ProfiledCost(experts_bundle, model, graphs=GraphBuckets((16,)), collectives=link, expert_parallel=2)
-    assert group.together([decodes(2, 64), decodes(16, 64)]) == group.together([decodes(13, 64), decodes(16, 64)])
+    group = ProfiledCost(experts_bundle, model, collectives=link, expert_parallel=2)
+    two, thirteen, sixteen = (decodes(n, 64)._replace(graph_tokens=16) for n in (2, 13, 16))
+    assert group.together([two, sixteen]) == group.together([thirteen, sixteen])
 
 
 def test_tensor_and_expert_parallelism_together_are_refused(tmp_path: Path) -> None:

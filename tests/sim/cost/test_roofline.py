@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.sim.cost.cost_laws import batches, check_decode_steps, chunks, decode_batches
+from tests.sim.cost.cost_laws import batches, check_decode_steps, chunks, decode_batches, in_graph
 from xllm_lab.errors import ConfigError
 from xllm_lab.hardware import BUILT_IN, hardware, read_hardware
 from xllm_lab.known_models import CONFIGS, known_model
 from xllm_lab.model_spec import PRECISIONS, Precision
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.sim.cost import Batch
-from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets
 from xllm_lab.sim.cost.host import HostOverhead
 from xllm_lab.sim.cost.roofline import Ceilings, Operator, RooflineCost, roofline_cost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
@@ -28,7 +30,7 @@ MODELS = tuple(known_model(name) for name in CONFIGS)
 LLAMA, DEEPSEEK, QWEN_MOE = (known_model(name) for name in ("llama-3.1-8b", "deepseek-v3", "qwen3-30b-a3b"))
 DENSE = tuple(spec for spec in MODELS if spec.experts is None)
 
-graphs = st.sampled_from((GraphBuckets(), vllm_graph_buckets(256), GraphBuckets((3, 100))))
+shapes = st.sampled_from((EAGER, VllmBuckets(), VllmBuckets(cudagraph_capture_sizes="3,100")))
 
 
 @st.composite
@@ -46,9 +48,7 @@ def costs(draw: st.DrawFn) -> RooflineCost:
     precision = PRECISIONS[draw(st.sampled_from(names))]
     rows = draw(st.integers(1, 4))
     try:
-        return RooflineCost(
-            device, spec, sharding=sharding, precision=precision, graphs=draw(graphs), rows_per_decode=rows
-        )
+        return RooflineCost(device, spec, sharding=sharding, precision=precision, rows_per_decode=rows)
     except ConfigError as refused:
         assert "key-value heads" in str(refused)  # noqa: PT017 the one law drawn layouts may break
         return RooflineCost(device, spec, precision=precision)
@@ -69,7 +69,6 @@ def test_so_they_are_with_host_and_drafts(
         tensor_parallel=16,
         expert_parallel=16,
         precision=PRECISIONS["w8a8"],
-        graphs=vllm_graph_buckets(64),
         host=HostOverhead(step_us=700.0, sequence_us=3.0),
         drafts=Drafts(num_tokens=num_tokens, acceptance_frac=acceptance_frac),
     )
@@ -100,15 +99,16 @@ def test_more_context_is_never_faster(cost: RooflineCost, batch: Batch, more: in
     assert cost.step(batch).us <= cost.step(batch._replace(decode_kv_tokens=batch.decode_kv_tokens + more)).us
 
 
-@given(costs(), decode_batches(), st.integers(1, 2000))
-def test_one_more_decode_is_never_faster(cost: RooflineCost, batch: Batch, context: int) -> None:
+@given(costs(), decode_batches(), st.integers(1, 2000), shapes)
+def test_one_more_decode_is_never_faster(cost: RooflineCost, batch: Batch, context: int, policy: ShapesPolicy) -> None:
     """Captured or not: beyond the last graph there is no padding, but there are more tokens than in it."""
     more = batch._replace(
         num_decodes=batch.num_decodes + 1,
         decode_kv_tokens=batch.decode_kv_tokens + context,
         num_logits=batch.num_logits + 1,
     )
-    assert cost.step(batch).us <= cost.step(more).us * (1 + 1e-12)
+    us, longer_us = (cost.step(in_graph(b, policy)).us for b in (batch, more))
+    assert us <= longer_us * (1 + 1e-12)
 
 
 @given(costs(), chunks, st.integers(1, 3000), st.integers(1, 3000))
@@ -128,7 +128,7 @@ def test_a_longer_chunk_is_never_faster(cost: RooflineCost, chunk: Chunk, tokens
 @given(st.sampled_from(DENSE), st.sampled_from(DEVICES), batches(), st.sampled_from(("bf16", "w4a16")))
 def test_no_step_beats_reading_the_weights_or_the_arithmetic(spec, device, batch, precision) -> None:  # type: ignore[no-untyped-def]
     """At the data sheet's own figures, and counted another way: from parameters instead of operators."""
-    cost = RooflineCost(device, spec, precision=PRECISIONS[precision], graphs=vllm_graph_buckets(256))
+    cost = RooflineCost(device, spec, precision=PRECISIONS[precision])
     head = spec.vocab_size * spec.hidden_size
     weights = spec.weight_bytes(PRECISIONS[precision]) - 2 * spec.embedding_params * (not spec.is_tied)
     weights -= 2 * (spec.vector_params + head * (batch.num_logits == 0))
@@ -188,11 +188,10 @@ def test_expert_parallelism_spreads_the_experts() -> None:
 @given(st.integers(1, 200))
 def test_a_small_batch_reads_only_the_experts_it_meets(num_decodes: int) -> None:
     """Reading all of them would take longer, and one token reads 8 of 128."""
-    every_size = GraphBuckets(tuple(range(1, 201)))
-    cost = RooflineCost(A3, QWEN_MOE, graphs=every_size)
-    batch = Batch((), num_decodes, num_decodes, 1, num_decodes)
+    cost = RooflineCost(A3, QWEN_MOE)
+    batch = Batch((), num_decodes, num_decodes, 1, num_decodes, graph_tokens=num_decodes)
     everything = QWEN_MOE.num_params * 2 / (A3.hbm_bytes_per_s * A3.hbm_frac) * 1e6
-    kernels = RooflineCost(replace(A3, hbm_bytes_per_s=1e15), QWEN_MOE, graphs=every_size).step(batch).us
+    kernels = RooflineCost(replace(A3, hbm_bytes_per_s=1e15), QWEN_MOE).step(batch).us
     read = cost.step(batch).us - kernels
     assert read < everything
     if num_decodes == 1:
@@ -200,30 +199,36 @@ def test_a_small_batch_reads_only_the_experts_it_meets(num_decodes: int) -> None
 
 
 def test_decodes_of_one_bucket_cost_the_same_but_for_context() -> None:
-    cost = RooflineCost(A3, LLAMA, graphs=GraphBuckets((8, 16)))
-    nine, sixteen = (cost.step(Batch((), n, 1600 - n, 200, n)).us for n in (9, 16))
+    cost = RooflineCost(A3, LLAMA)
+    nine, sixteen = (cost.step(Batch((), n, 1600 - n, 200, n, graph_tokens=16)).us for n in (9, 16))
     assert nine == sixteen
-    assert cost.step(Batch((), 8, 1592, 200, 8)).us < nine
+    assert cost.step(Batch((), 8, 1592, 200, 8, graph_tokens=8)).us < nine
 
 
 def test_a_replayed_graph_needs_no_launches() -> None:
     """One token of a small model: eager, the host is the slower of the two."""
     slow_host = replace(A3, launch_us=50.0)
     small = known_model("smollm2-135m")
-    batch = Batch((), 1, 10, 10, 1)
-    eager, replayed = (RooflineCost(slow_host, small, graphs=g) for g in (GraphBuckets(), GraphBuckets((1,))))
-    assert eager.step(batch).us == eager.parts(batch).launch_us > replayed.step(batch).us
-    assert replayed.parts(batch).launch_us == 0
-    prompt = Batch((Chunk(2, 0),), 0, 0, 0, 1)
-    assert eager.step(prompt) == replayed.step(prompt)
+    cost, eager = RooflineCost(slow_host, small), Batch((), 1, 10, 10, 1)
+    replayed = eager._replace(graph_tokens=1)
+    assert cost.step(eager).us == cost.parts(eager).launch_us > cost.step(replayed).us
+    assert cost.parts(replayed).launch_us == 0
+
+
+def test_prompts_in_a_graph_launch_their_attention() -> None:
+    """It is between the pieces."""
+    cost, prompt = RooflineCost(A3, LLAMA), Batch((Chunk(2, 0),), 0, 0, 0, 1)
+    replayed = cost.parts(prompt._replace(graph_tokens=2))
+    assert replayed.launch_us == LLAMA.num_layers * A3.launch_us < cost.parts(prompt).launch_us
+    assert replayed.compute_us == cost.parts(prompt).compute_us
 
 
 def test_one_decode_of_llama_by_hand() -> None:
     """8.03e9 parameters less the embedding, read at 0.841 * 1.6 TB/s, and 32 * 7 + 32 * 3 + 32 + 4 - 32 kernels."""
-    cost = RooflineCost(A3, LLAMA, graphs=GraphBuckets((1,)))
+    cost = RooflineCost(A3, LLAMA)
     read_us = 2 * (LLAMA.num_params - LLAMA.embedding_params) / (0.841 * 1.6e12) * 1e6
     kernels = 32 * (6 + 1 + 3) + 4
-    us = cost.step(Batch((), 1, 0, 0, 1)).us
+    us = cost.step(Batch((), 1, 0, 0, 1, graph_tokens=1)).us
     assert us == pytest.approx(read_us + kernels * A3.kernel_us, rel=0.01)
 
 
@@ -285,6 +290,6 @@ def test_experts_of_a_dense_model_are_refused() -> None:
 
 
 def test_it_travels_to_workers() -> None:
-    cost = RooflineCost(A3, LLAMA, graphs=vllm_graph_buckets(8))
+    cost = RooflineCost(A3, LLAMA)
     batch = Batch((Chunk(7, 3),), 2, 30, 20, 3)
     assert pickle.loads(pickle.dumps(cost)).step(batch) == cost.step(batch)

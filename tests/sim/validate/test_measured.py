@@ -13,7 +13,8 @@ import pytest
 from tests.sim.cost.profile_bundles import write_bundle
 from xllm_lab.errors import TraceError
 from xllm_lab.known_models import known_model
-from xllm_lab.sim.validate.measured import MeasuredValidation, graph_buckets, instance_config, validate_measured
+from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
+from xllm_lab.sim.validate.measured import MeasuredValidation, instance_config, shapes_policy, validate_measured
 from xllm_lab.sim.validate.measured_folder import METRICS, STATISTICS, read_measured_folder
 
 MODEL = known_model("llama-3.1-8b")
@@ -107,7 +108,7 @@ def test_what_the_folder_tells_of_the_engine_is_taken(tmp_path: Path) -> None:
     config = instance_config(folder, MODEL)
     assert (config.num_kv_blocks, config.block_size, config.enable_prefix_cache) == (100, 32, False)
     assert (config.max_seqs_per_batch, config.max_tokens_per_batch) == (8, 2048)
-    assert graph_buckets(folder, config).sizes == (1, 2, 4)
+    assert shapes_policy(folder) == VllmBuckets(cudagraph_capture_sizes="1,2,4")
 
 
 def test_blocks_that_are_not_told_follow_from_the_memory(tmp_path: Path) -> None:

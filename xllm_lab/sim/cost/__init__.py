@@ -25,6 +25,7 @@ class Batch(NamedTuple):
         decode_kv_tokens: sum over the decodes of their tokens in KV before the step.
         max_decode_kv_tokens: the largest of these; 0 without decodes.
         num_logits: rows the model's head is asked for.
+        graph_tokens: size of the captured graph that runs it, in decodes if it has nothing else; None: it runs eagerly.
     """
 
     prefills: tuple[Chunk, ...]
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
     decode_kv_tokens: int
     max_decode_kv_tokens: int
     num_logits: int
+    graph_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -43,9 +45,10 @@ class Batch(NamedTuple):
 
     def later(self, num_steps: int) -> Batch:
         """The same requests after `num_steps` more steps that computed as many tokens of each."""
-        prefills, num_decodes, kv_tokens, longest, num_logits = self
+        prefills, num_decodes, kv_tokens, longest, num_logits, graph_tokens = self
         later = tuple([Chunk(n, computed + n * num_steps) for n, computed in prefills])
-        return Batch(later, num_decodes, kv_tokens + num_decodes * num_steps, longest + num_steps, num_logits)
+        kv_tokens += num_decodes * num_steps
+        return Batch(later, num_decodes, kv_tokens, longest + num_steps, num_logits, graph_tokens)
 
 
 def batch_of(chunks: Iterable[Chunk], num_logits: int) -> Batch:

@@ -51,14 +51,17 @@ class FittedCost:
         self._shape = lru_cache(_NUM_SHAPES)(self._shape_of)
 
     def step(self, batch: Batch) -> Price:
-        prefills, decodes, kv, _, logits = batch
+        prefills, decodes, kv, _, logits, graph_tokens = batch
+        if graph_tokens is not None and not prefills:
+            decodes = logits = graph_tokens  # what pads is a sequence of one token
         tokens = decodes
         attention, kv_read = kv + 0.5 * decodes, decodes + kv
         for new, computed in prefills:
             tokens += new
             attention += new * (computed + 0.5 * new)
             kv_read += computed + new
-        shape = self._shape(tokens, decodes + len(prefills), logits)
+        is_replayed = graph_tokens is not None
+        shape = self._shape(graph_tokens or tokens, decodes + len(prefills), logits, is_replayed)
         if attention > self._most_attention or kv_read > self._most_kv_read:
             excess_us, is_extrapolated = self._excess_us(shape.excess_us, attention, kv_read, max), True
         else:
@@ -67,10 +70,11 @@ class FittedCost:
         return Price(us, is_extrapolated, std_us)
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
-        decodes = batch.num_decodes
-        kv_read = decodes + batch.decode_kv_tokens + decodes * np.arange(num_steps)
+        is_replayed = batch.graph_tokens is not None
+        decodes = batch.graph_tokens or batch.num_decodes
+        kv_read = decodes + batch.decode_kv_tokens + batch.num_decodes * np.arange(num_steps)
         attention = kv_read - 0.5 * decodes
-        shape = self._shape(decodes, decodes, batch.num_logits)
+        shape = self._shape(decodes, decodes, decodes if is_replayed else batch.num_logits, is_replayed)
         # Contexts only grow: where the last step is within the range, all are.
         if attention[-1] > self._most_attention or kv_read[-1] > self._most_kv_read:
             excess_us = self._excess_us(shape.excess_us, attention, kv_read, np.maximum)
@@ -99,8 +103,9 @@ class FittedCost:
         added = excess_us + attention_us * maximum(attention - self._most_attention, 0.0)
         return added + kv_read_us * maximum(kv_read - self._most_kv_read, 0.0)
 
-    def _shape_of(self, tokens: int, sequences: int, logits: int) -> _Shape:
-        factors = [1.0, *(float(min(tokens, m)) for m in SMALL_BATCHES), float(tokens), float(sequences), float(logits)]
+    def _shape_of(self, tokens: int, sequences: int, logits: int, is_replayed: bool) -> _Shape:
+        small = (float(min(tokens, m)) for m in SMALL_BATCHES)
+        factors = [1.0 - is_replayed, 0.0 + is_replayed, *small, float(tokens), float(sequences), float(logits)]
         most = self._highest[2:]
         is_extrapolated = any(map(gt, factors, most))
         rows = [sum(map(mul, row, factors[-len(row) :])) for row in self._std_of_shapes]

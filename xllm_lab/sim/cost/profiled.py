@@ -19,7 +19,6 @@ from xllm_lab.errors import ConfigError, ProfileError
 from xllm_lab.model_spec import ModelSpec
 from xllm_lab.sim.cost import Batch, Price, Prices
 from xllm_lab.sim.cost.collectives import Collectives
-from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.interpolation import Line, bracket
 from xllm_lab.sim.cost.profile_bundle import ProfileBundle
 from xllm_lab.sim.cost.profiled_attention import Attention, DecodeTime
@@ -39,7 +38,6 @@ CALLS_PER_LAYER = {
 ONCE_PER_STEP = ("embedding", "final_layernorm")
 PER_SEQUENCE = ("lm_head", "sampler")
 _ALWAYS = ("embedding", "layernorm", "qkv_proj", "o_proj", "final_layernorm")
-EAGER = GraphBuckets()
 # Every tile of a tensor core's matrix product has a multiple of so many rows: PTX ISA, `mma.m16n8k16` (bf16).
 TILE_TOKENS = 16
 _FEED_FORWARD = ("gate_up_proj", "act_fn", "down_proj")
@@ -57,7 +55,6 @@ class ProfiledCost:
     """Operator times of a bundle, for one instance of a model.
 
     Args:
-        graphs: sizes to which the operators on tokens are padded.
         collectives: joins the devices of tensor or expert parallelism; the bundle has no time for that.
         expert_parallel: devices over which the experts are spread, each with batches of its own; see `together`.
 
@@ -71,7 +68,6 @@ class ProfiledCost:
         bundle: ProfileBundle,
         model: ModelSpec,
         *,
-        graphs: GraphBuckets = EAGER,
         collectives: Collectives | None = None,
         expert_parallel: int = 1,
     ) -> None:
@@ -84,7 +80,6 @@ class ProfiledCost:
             raise ConfigError(f"{bundle.folder}: tensor or expert parallelism is accepted, not both")
         _refuse_operators(bundle, model)
         self._model = model
-        self._graphs = graphs
         self._collectives = collectives
         self._expert_parallel = expert_parallel
         self._layers = model.num_layers
@@ -101,30 +96,32 @@ class ProfiledCost:
         self._most_rows = min(line.knots[-1] for line in self._on_rows)
         self._tokens_us: dict[int, float] = {}
         self._rows_us: dict[int, float] = {}
-        self._decoding: dict[int, _Decoding] = {}
+        self._decoding: dict[tuple[int, int | None], _Decoding] = {}
 
     def step(self, batch: Batch) -> Price:
         decodes = batch.num_decodes
         if not batch.prefills:
-            at = self._decoding.get(decodes) or self._decode(decodes)
+            at = self._decode(decodes, batch.graph_tokens)
             mean_kv = batch.decode_kv_tokens / decodes
             us = at.other_us + self._layers * at.attention.us(mean_kv, batch.max_decode_kv_tokens)
             return Price(us, at.is_extrapolated or mean_kv > at.attention.line.knots[-1])
         tokens, rows = batch.num_tokens, batch.num_seqs
         attention_us, is_outside = self._attention_us(batch)
-        us = self._other_us(tokens, rows) + self._layers * attention_us
+        us = self._other_us(batch.graph_tokens or tokens, rows) + self._layers * attention_us
         return Price(us, is_outside or tokens > self._most_tokens or rows > self._most_rows)
 
     def together(self, batches: Sequence[Batch]) -> Price:
         """A step that an expert-parallel group takes together, and the slowest device ends.
 
-        All are padded to the most tokens if that has a graph; else each computes its own, as vLLM pads across a group
-        only to replay (`coordinate_batch_across_dp`). Devices without a batch have no tokens.
+        In a graph all are padded to it; else each computes its own, as vLLM pads across a group only to replay
+        (`coordinate_batch_across_dp`). Devices without a batch have no tokens.
         """
         most = max(batch.num_tokens for batch in batches)
-        if self._graphs.is_replayed(most):
-            tokens = [self._graphs.padded(most)] * len(batches)
-            shared_us = self._shared_us(float(tokens[0]))
+        graph_tokens = batches[0].graph_tokens
+        assert all(b.graph_tokens == graph_tokens for b in batches), "a group steps in one graph, or eagerly"
+        if graph_tokens is not None:
+            tokens = [graph_tokens] * len(batches)
+            shared_us = self._shared_us(float(graph_tokens))
         else:
             tokens = [batch.num_tokens for batch in batches]
             shared_us = self._shared_us(sum(tokens) / self._expert_parallel)
@@ -146,25 +143,27 @@ class ProfiledCost:
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
         assert not batch.prefills, "only decodes repeat themselves"
-        at = self._decoding.get(batch.num_decodes) or self._decode(batch.num_decodes)
+        at = self._decode(batch.num_decodes, batch.graph_tokens)
         steps = np.arange(num_steps)
         mean_kv = (batch.decode_kv_tokens + batch.num_decodes * steps) / batch.num_decodes
         max_kv = (batch.max_decode_kv_tokens + steps).astype(np.float64)
         us = at.other_us + self._layers * at.attention.us_at(mean_kv, max_kv)
         return Prices(us, (mean_kv > at.attention.line.knots[-1]) | at.is_extrapolated)
 
-    def _decode(self, decodes: int) -> _Decoding:
-        attention = self._attention.decodes(decodes)
-        is_outside = attention.is_extrapolated or decodes > self._most_tokens or decodes > self._most_rows
-        self._decoding[decodes] = _Decoding(self._other_us(decodes, decodes), attention, is_outside)
-        return self._decoding[decodes]
+    def _decode(self, decodes: int, graph_tokens: int | None) -> _Decoding:
+        found = self._decoding.get((decodes, graph_tokens))
+        if found is None:
+            attention = self._attention.decodes(decodes)
+            is_outside = attention.is_extrapolated or decodes > self._most_tokens or decodes > self._most_rows
+            other_us = self._other_us(graph_tokens or decodes, decodes)
+            found = self._decoding[decodes, graph_tokens] = _Decoding(other_us, attention, is_outside)
+        return found
 
     def _other_us(self, tokens: int, rows: int) -> float:
-        """All but attention."""
-        padded = self._graphs.padded(tokens)
-        on_tokens = self._tokens_us.get(padded)
+        """All but attention; padding of a graph is among the tokens, and never attends."""
+        on_tokens = self._tokens_us.get(tokens)
         if on_tokens is None:
-            on_tokens = self._tokens_us[padded] = self._own_us(padded) + self._shared_us(float(padded))
+            on_tokens = self._tokens_us[tokens] = self._own_us(tokens) + self._shared_us(float(tokens))
         return on_tokens + self._head_us(rows)
 
     def _own_us(self, tokens: int) -> float:

@@ -21,7 +21,6 @@ from xllm_lab.hardware import Device
 from xllm_lab.model_spec import PRECISIONS, GroupedAttention, LatentAttention, Matmul, ModelSpec, Precision
 from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
 from xllm_lab.sim.cost.collectives import collectives
-from xllm_lab.sim.cost.graphs import GraphBuckets
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.cost.speculative import Drafts, Speculative, draft_spec
@@ -98,12 +97,10 @@ class RooflineCost:
         *,
         sharding: Sharding = Sharding(),  # noqa: B008 frozen
         precision: Precision = PRECISIONS["bf16"],
-        graphs: GraphBuckets = GraphBuckets(),  # noqa: B008 frozen
         rows_per_decode: int = 1,
     ) -> None:
         sharding.refuse_if_impossible(spec)
         self._device, self._spec, self._sharding, self._precision = device, spec, sharding, precision
-        self._graphs = graphs
         self._rows = rows_per_decode
         self._hbm_us = 1e6 / (device.hbm_bytes_per_s * device.hbm_frac)
         *body, self._head = self._matmuls()
@@ -111,10 +108,11 @@ class RooflineCost:
         self._body, self._tail = Ceilings(self._operators), Ceilings((self._head,))
         num_kernels = _num_kernels(spec, precision)
         self._kernels_us, self._launches_us = num_kernels * device.kernel_us, num_kernels * device.launch_us
+        self._attention_launches_us = spec.num_layers * device.launch_us
         self._tensor_group = collectives(device, sharding.tensor)
         self._expert_group = collectives(device, sharding.expert)
         self._set_attention()
-        self._memo: dict[tuple[int, int, bool], StepParts] = {}
+        self._memo: dict[tuple[int, int, bool, int | None], StepParts] = {}
 
     def step(self, batch: Batch) -> Price:
         fixed, kv_tokens = self._fixed(batch), batch.decode_kv_tokens + batch.num_decodes * self._rows
@@ -148,7 +146,7 @@ class RooflineCost:
             tokens += chunk.num_tokens
         tokens += batch.num_decodes * self._rows
         logits = batch.num_logits + batch.num_decodes * (self._rows - 1)
-        key = (tokens, logits, not batch.prefills)
+        key = (tokens, logits, not batch.prefills, batch.graph_tokens)
         found = self._memo.get(key)
         if found is None:
             if len(self._memo) >= _MEMO_SIZE:
@@ -156,18 +154,18 @@ class RooflineCost:
             found = self._memo[key] = self._fixed_parts(*key)
         return found
 
-    def _fixed_parts(self, tokens: int, logits: int, is_decode: bool) -> StepParts:
-        # Graphs hold decodes only: in any other batch lengths differ between steps, and vLLM-Ascend and xLLM run it
-        # eagerly.
-        is_replayed = is_decode and self._graphs.is_replayed(tokens)
-        padded = self._graphs.padded(tokens) if is_replayed else tokens
+    def _fixed_parts(self, tokens: int, logits: int, is_decode: bool, graph_tokens: int | None) -> StepParts:
+        launch = self._launches_us
+        if graph_tokens is not None:
+            # The attention of prompts, whose lengths differ from step to step, is launched between pieces of graph.
+            launch = 0.0 if is_decode else self._attention_launches_us
+            tokens = graph_tokens * (self._rows if is_decode else 1)
+            logits = tokens if is_decode else logits
         compute = self._kernels_us
-        compute += self._body.us(padded) + self._experts_us(padded)
+        compute += self._body.us(tokens) + self._experts_us(tokens)
         if logits:
-            compute += self._tail.us(max(logits, padded) if is_replayed else logits)
-        communication = self._communication_us(padded, logits)
-        launch = 0.0 if is_replayed else self._launches_us
-        return StepParts(compute, communication, launch)
+            compute += self._tail.us(logits)
+        return StepParts(compute, self._communication_us(tokens, logits), launch)
 
     def _matmuls(self) -> Iterator[Operator]:
         for m in self._spec.matmuls:
@@ -285,7 +283,6 @@ def roofline_cost(
     data_parallel: int = 1,
     expert_parallel: int = 1,
     precision: Precision = PRECISIONS["bf16"],
-    graphs: GraphBuckets = GraphBuckets(),  # noqa: B008 frozen
     host: HostOverhead = HostOverhead(),  # noqa: B008 frozen
     drafts: Drafts | None = None,
 ) -> CostModel:
@@ -306,7 +303,7 @@ def roofline_cost(
     sharding = Sharding(tensor=tensor_parallel, data=data_parallel, expert=expert_parallel)
 
     def on_device(spec: ModelSpec, rows: int) -> RooflineCost:
-        return RooflineCost(hardware, spec, sharding=sharding, precision=precision, graphs=graphs, rows_per_decode=rows)
+        return RooflineCost(hardware, spec, sharding=sharding, precision=precision, rows_per_decode=rows)
 
     if drafts is None:
         return Hosted(on_device(spec, 1), host)

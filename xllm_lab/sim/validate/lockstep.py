@@ -11,12 +11,15 @@ from typing import Protocol
 
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.sim.cost import Batch, Price
 from xllm_lab.sim.instance import batch_of_step
 from xllm_lab.step import Step
+from xllm_lab.step_shape import decide_shape, shape_of
 from xllm_lab.workload import Request, TokenIds, Workload
 
 
@@ -32,8 +35,13 @@ def run_lockstep(
     policy: BatchPolicy,
     cost: GroupCost,
     prompt_ids: Callable[[Request], TokenIds],
+    *,
+    shapes: ShapesPolicy = EAGER,
 ) -> tuple[list[Records], float]:
-    """Records of each instance, which serves its workload, and the fraction of steps outside the cost model's range."""
+    """Records of each instance, which serves its workload, and the fraction of steps outside the cost model's range.
+
+    All step in the graph that holds the largest batch of them, or eagerly.
+    """
     records = [Records() for _ in workloads]
     feeds = [WorkloadFeed(w) for w in workloads]
     schedulers = [Scheduler(config, policy, r) for r in records]
@@ -43,7 +51,9 @@ def run_lockstep(
     while any(commands):
         steps = [c for c in commands if isinstance(c, Step)]
         if steps:
-            price = cost.together([batch_of_step(s) for s in steps])
+            largest = max((shape_of(s, config) for s in steps), key=lambda shape: shape.num_tokens)
+            graph_tokens = decide_shape(shapes, largest).num_tokens
+            price = cost.together([batch_of_step(s)._replace(graph_tokens=graph_tokens) for s in steps])
             now_us += max(1, round(price.us))
             num_steps += 1
             num_extrapolated += price.is_extrapolated

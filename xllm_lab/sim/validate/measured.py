@@ -18,9 +18,11 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import ModelSpec, read_model_spec
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.records import Records
 from xllm_lab.sim.cost.collectives import Collectives
-from xllm_lab.sim.cost.graphs import GraphBuckets, vllm_graph_buckets
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.instance import Predicted
@@ -104,10 +106,10 @@ def validate_measured(
     bundle = read_bundle(folder.profile, int(folder.engine_argument("tensor_parallel_size", 1)))
     model = known_model(bundle.model) if model_config is None else read_model_spec(model_config)
     config = instance_config(folder, model)
-    graphs = graph_buckets(folder, config)
+    shapes = shapes_policy(folder)
     group = _group_size(folder, model)
     links = _collectives(folder, max(bundle.tensor_parallel, group))
-    cost = ProfiledCost(bundle, model, graphs=graphs, collectives=links, expert_parallel=group)
+    cost = ProfiledCost(bundle, model, collectives=links, expert_parallel=group)
     shared = _shared(folder, config.block_size, workload_file)
     requests = workload(folder, shared, config.block_size)
     if group > 1:
@@ -117,10 +119,11 @@ def validate_measured(
             Vllm(),
             cost,
             partial(prompt_token_ids, vocab_size=model.vocab_size, seed=0),
+            shapes=shapes,
         )
     else:
         timing = Predicted(cost)
-        records = [run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size)]
+        records = [run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size, shapes=shapes)]
         extrapolated_frac = timing.extrapolated_frac
     return MeasuredValidation(
         folder=path,
@@ -192,12 +195,12 @@ def _shared(folder: MeasuredFolder, block_size: int, workload_file: Path | None)
     return prefixes_of_file(workload_file, block_size, checksum=checksum, lengths=lengths)
 
 
-def graph_buckets(folder: MeasuredFolder, config: InstanceConfig) -> GraphBuckets:
-    """Sizes for which graphs were captured."""
+def shapes_policy(folder: MeasuredFolder) -> ShapesPolicy:
+    """Which steps ran in graphs; where the folder does not tell, vLLM's default."""
     if folder.resolved("model_config", "enforce_eager", False):
-        return GraphBuckets()
+        return EAGER
     sizes = folder.resolved("compilation_config", "cudagraph_capture_sizes", None)
-    return GraphBuckets(tuple(sizes)) if isinstance(sizes, list) else vllm_graph_buckets(config.max_seqs_per_batch)
+    return VllmBuckets(cudagraph_capture_sizes=",".join(map(str, sizes)) if isinstance(sizes, list) else "")
 
 
 def _gpu_blocks(folder: MeasuredFolder, model: ModelSpec, block_size: int) -> int:

@@ -120,6 +120,7 @@ def test_the_parts_compute_what_the_whole_does(case: tuple[ModelConfig, int]) ->
     parts = on_ranks(ranks, lambda group: logits(runner(config, group), config.vocab_size))
     for rank in parts:
         for ours, theirs, first in zip(rank, whole, parts[0], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * max(1.0, float(theirs.abs().max())))\
-                if len(theirs) else None
+            torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * max(1.0, float(theirs.abs().max()))) if len(
+                theirs
+            ) else None
             assert torch.equal(ours, first)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
-from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model
+from xllm_lab.engine.lead import Lead
+from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
+from xllm_lab.engine.ranks import Ranks, lead, refuse_other_size
 from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
@@ -43,6 +47,8 @@ class EngineOptions:
         clock: "wall" replays in real time; "virtual" jumps over idle gaps.
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
+        tensor_parallel: processes, each with a device of its own, that the model is divided over.
+        rank_timeout_s: how long one of them waits for another before the run ends.
     """
 
     model: str = DEFAULT_MODEL
@@ -52,17 +58,26 @@ class EngineOptions:
     clock: str = "virtual"
     timer: str = "wall"
     graph_pool_bytes: int | None = None
+    tensor_parallel: int = 1
+    rank_timeout_s: float = 300.0
 
 
 class Engine:
     """A loaded model on an open device; serves any number of workloads, one after another.
 
+    Divided over several processes, this one is rank 0 and drives the others. Close it, or use it with `with`; a run
+    that goes wrong closes it, too.
+
+    Args:
+        ranks: of a rank other than 0, where it is.
+
     Raises:
-        ConfigError: an unknown device, dtype, clock or timer.
+        ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so.
         ModelError: the model cannot be loaded.
+        RankError: another process does not come up.
     """
 
-    def __init__(self, options: EngineOptions | None = None) -> None:
+    def __init__(self, options: EngineOptions | None = None, *, ranks: Ranks | None = None) -> None:
         self.options = options or EngineOptions()
         if self.options.dtype not in (*DTYPES, "auto"):
             raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
@@ -71,10 +86,52 @@ class Engine:
             raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
-        self.device: Device = open_device(self.options.device, threads=self.options.threads)
-        self.model: LoadedModel = load_model(
-            self.options.model, device=self.device, dtype=DTYPES.get(self.options.dtype)
-        )
+        self._ranks = self._others() if ranks is None else ranks
+        try:
+            self._open()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _others(self) -> Ranks | None:
+        size, timeout_s = self.options.tensor_parallel, self.options.rank_timeout_s
+        refuse_other_size(size)
+        if size == 1:
+            return None
+        if not timeout_s > 0:
+            raise ConfigError(f"rank_timeout_s is {timeout_s}, more than 0 is accepted")
+        if self.options.timer == "cpu":
+            raise ConfigError(f"timer 'cpu' with tensor_parallel {size} leaves out the others; accepted: timer 'wall'")
+        refuse_if_indivisible(model_config(self.options.model), size, self.options.model)
+        others = lead(size, timeout_s)
+        others.tell(asdict(self.options))
+        return others
+
+    def _open(self) -> None:
+        o, ranks = self.options, self._ranks
+        index = None if ranks is None else ranks.place.local_rank
+        self.device: Device = open_device(o.device, threads=o.threads, index=index)
+        if ranks is not None:
+            ranks.connect(self.device.collectives)
+        group = None if ranks is None else ranks.group
+        self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group)
+        self._lead = Lead(ranks)
+
+    def close(self) -> None:
+        """The other ranks end; alone, nothing does."""
+        if self._ranks is not None:
+            self._ranks.end()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _abandon(self) -> None:
+        """After a failure nobody knows at which step each rank is."""
+        if self._ranks is not None:
+            self._ranks.abandon()
 
     def serve(
         self,
@@ -127,14 +184,23 @@ class Engine:
             as `serve`.
         """
         config = scheduler.config
-        runner = self._runner(config, shapes)
-        _warm_up(runner, config, self.device)
-        clock = make_clock(self.options.clock, self.options.timer)
-        with Lane(clock, beside=config.async_scheduling != "off") as lane:
-            launcher = Launcher(runner, scheduler, lane, clock)
-            conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
-            self._answer(conversation, launcher)
+        with self._together():
+            runner = self._runner(config, shapes)
+            self._warm_up(runner, config)
+            clock = make_clock(self.options.clock, self.options.timer)
+            with Lane(clock, beside=config.async_scheduling != "off") as lane:
+                launcher = Launcher(runner, scheduler, lane, clock, self._lead)
+                conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
+                self._answer(conversation, launcher)
         return None if runner.graphs is None else runner.graphs.describe()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
 
     def _answer(self, conversation: Conversation, launcher: Launcher) -> None:
         try:
@@ -208,12 +274,12 @@ class Engine:
             "vocab_size": self.model.config.vocab_size,
             "max_model_len": self.model.config.max_position,
             "ops": self.model.model.describe_ops(),
-            "kv_bytes_per_token": self.model.config.kv_bytes_per_token(dtype),
+            "kv_bytes_per_token": self.model.model.config.kv_bytes_per_token(dtype),
+            "tensor_parallel": self.options.tensor_parallel,
         }
 
     def measure_step_time(self, config: InstanceConfig) -> StepTime:
         """Fit step times to a grid of synthetic steps, as xLLM's `enable_profile_step_time` does at start-up."""
-        runner = self._runner(config)
         longest = min(1024, config.num_kv_tokens // 2, config.max_model_len)
         lengths = _halves(longest)
         grid: list[tuple[Chunk, ...]] = [(Chunk(n, 0),) for n in lengths]
@@ -225,12 +291,15 @@ class Engine:
             if count * (context + 1 + config.block_size) <= config.num_kv_tokens
         ]
         rows, times = [], []
-        for chunks in grid * 3:
-            steps = _synthetic(chunks, config)
-            clock = make_clock("virtual", self.options.timer)
-            runner.run(steps).argmax(-1).tolist()
-            rows.append(features(chunks, len(chunks)))
-            times.append(clock.now_us())
+        with self._together():
+            runner = self._runner(config)
+            for chunks in grid * 3:
+                steps = _synthetic(chunks, config)
+                clock = make_clock("virtual", self.options.timer)
+                self._lead.step(steps)
+                runner.run(steps).argmax(-1).tolist()
+                rows.append(features(chunks, len(chunks)))
+                times.append(clock.now_us())
         return fit(rows, times)
 
     def _refuse(self, workload: Workload, config: InstanceConfig) -> None:
@@ -248,15 +317,25 @@ class Engine:
                     )
 
     def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+        self._lead.open(config, shapes)
+        return self.runner(config, shapes)
+
+    def runner(self, config: InstanceConfig, shapes: ShapesPolicy) -> Runner:
+        """What runs the steps of this rank.
+
+        Raises:
+            ConfigError: the KV pool or the graphs' does not fit.
+        """
         captures = not isinstance(shapes, Eager)
         pool = KvPool(
-            self.model.config,
+            self.model.model.config,
             num_blocks=config.num_kv_blocks + captures,  # what pads a graph has a block of its own
             block_size=config.block_size,
             dtype=self.model.model.dtype,
             device=self.device,
         )
-        runner = Runner(self.model.model, pool, self.device)
+        told = None if self._ranks is None or config.async_scheduling == "off" else self._ranks.group
+        runner = Runner(self.model.model, pool, self.device, told=told)
         if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),
@@ -268,25 +347,27 @@ class Engine:
         runner.workspace.reserve(tokens=longest, logits=min(config.max_seqs_per_batch, longest))
         return runner
 
+    def _warm_up(self, runner: Runner, config: InstanceConfig) -> None:
+        """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing it.
+
+        On a CPU no first step of a shape was slower than its repetition, whoever served the operators, but for the
+        first of all: two steps must do.
+        """
+        longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
+        for num_tokens in (min(longest, 64), 1) if self.device.name == "cpu" else _halves(longest):
+            chunks = _synthetic((Chunk(num_tokens, 0),), config)
+            self._lead.step(chunks)
+            runner.run(chunks)
+        if runner.graphs is not None:
+            self._lead.warm()
+            runner.graphs.warm()
+
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
 
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
-
-
-def _warm_up(runner: Runner, config: InstanceConfig, device: Device) -> None:
-    """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing and loading it.
-
-    On a CPU no first step of a shape was slower than its repetition, whoever served the operators, but for the first of
-    all: two steps must do.
-    """
-    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-    for num_tokens in (min(longest, 64), 1) if device.name == "cpu" else _halves(longest):
-        runner.run(_synthetic((Chunk(num_tokens, 0),), config))
-    if runner.graphs is not None:
-        runner.graphs.warm()
 
 
 def _halves(longest: int) -> list[int]:

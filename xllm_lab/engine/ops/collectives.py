@@ -64,7 +64,7 @@ class TorchGroup:
         self._run(
             dist.init_process_group,
             library,
-            store=dist.PrefixStore("group", store),
+            store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),

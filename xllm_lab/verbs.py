@@ -442,8 +442,11 @@ def profile_engine(
         return write_machine_profile(engine, Path(out), wanted, progress=measured.update)
 
 
-def follow() -> bool:
+def follow(*, timeout_s: float) -> bool:
     """Serve rank 0 of a tensor-parallel engine to its end, if torchrun started this process as another rank.
+
+    Args:
+        timeout_s: until rank 0 is found.
 
     Returns:
         False, at once, in any other process.
@@ -458,7 +461,7 @@ def follow() -> bool:
         return False
     from xllm_lab.engine.follow import follow as serve_rank_0
 
-    serve_rank_0(place)
+    serve_rank_0(place, timeout_s=timeout_s)
     return True
 
 

@@ -12,17 +12,20 @@ from xllm_lab.engine.runner import Runner
 from xllm_lab.errors import RankError
 from xllm_lab.progress import tell
 
-_JOIN_S = 300.0  # until rank 0 has told its own time limit
+_JOIN_S = 300.0
 
 
-def follow(place: Place) -> None:
+def follow(place: Place, *, timeout_s: float = _JOIN_S) -> None:
     """Serve rank 0 to its end.
+
+    Args:
+        timeout_s: until rank 0 is found; from then on its own limit counts.
 
     Raises:
         RankError: rank 0, or another, is gone.
         whatever else ends it; rank 0 is told.
     """
-    ranks = join(place, _JOIN_S)
+    ranks = join(place, timeout_s)
     try:
         options = EngineOptions(**ranks.receive())
         ranks.timeout_s = options.rank_timeout_s

@@ -61,10 +61,10 @@ def place_in_environment(environment: Mapping[str, str] = os.environ) -> Place |
         ConfigError: some are missing, or are no numbers that go together.
     """
     given = {name: environment[name] for name in _VARIABLES if environment.get(name)}
-    if "RANK" not in given or given.get("WORLD_SIZE") == "1":
+    if "RANK" not in given or given.get("WORLD_SIZE", "1") == "1":
         return None
     if missing := [name for name in _VARIABLES if name not in given]:
-        raise ConfigError(f"RANK is set and {', '.join(missing)} not; accepted: all of torchrun's variables, or none")
+        raise ConfigError(f"RANK is set, {', '.join(missing)} not; accepted: all of torchrun's variables, or none")
     try:
         place = Place(
             rank=int(given["RANK"]),
@@ -138,9 +138,7 @@ class Ranks:
             RankError: one of them does not come.
         """
         if dist.is_initialized():
-            raise ConfigError(
-                "torch.distributed is in use in this process; accepted: one tensor-parallel engine"
-            )
+            raise ConfigError("torch.distributed is in use in this process; accepted: one tensor-parallel engine")
         if self.place.rank:
             self._store.set(_joined(self.place.rank), "")
         else:

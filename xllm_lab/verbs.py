@@ -442,11 +442,8 @@ def profile_engine(
         return write_machine_profile(engine, Path(out), wanted, progress=measured.update)
 
 
-def follow(*, timeout_s: float) -> bool:
+def follow() -> bool:
     """Serve rank 0 of a tensor-parallel engine to its end, if torchrun started this process as another rank.
-
-    Args:
-        timeout_s: until rank 0 is found.
 
     Returns:
         False, at once, in any other process.
@@ -454,14 +451,14 @@ def follow(*, timeout_s: float) -> bool:
     Raises:
         RankError: rank 0, or another, is gone.
     """
-    from xllm_lab.engine.ranks import place_in_environment
+    from xllm_lab.engine.rank_place import place_in_environment
 
     place = place_in_environment()
     if place is None or place.rank == 0:
         return False
     from xllm_lab.engine.follow import follow as serve_rank_0
 
-    serve_rank_0(place, timeout_s=timeout_s)
+    serve_rank_0(place)
     return True
 
 

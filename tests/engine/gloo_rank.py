@@ -5,7 +5,8 @@ from __future__ import annotations
 from tests.engine.test_sharding import logits, runner
 from xllm_lab.engine.device import open_device
 from xllm_lab.engine.model_config import ModelConfig
-from xllm_lab.engine.ranks import join, place_in_environment
+from xllm_lab.engine.rank_place import place_in_environment
+from xllm_lab.engine.ranks import join
 
 
 def main() -> None:

@@ -27,7 +27,8 @@ from tests.tiny_models import KV_BYTES_PER_TOKEN, VOCAB_SIZE, tiny_model
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.launcher import Launcher
 from xllm_lab.engine.model_config import ModelConfig
-from xllm_lab.engine.ranks import join, place_in_environment
+from xllm_lab.engine.rank_place import place_in_environment
+from xllm_lab.engine.ranks import join
 from xllm_lab.errors import ConfigError, RankError
 from xllm_lab.formats import own
 from xllm_lab.instance_config import ASYNC_SCHEDULING
@@ -160,15 +161,15 @@ def test_what_another_rank_cannot_do_is_told(two: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "mode", "message"),
+    ("how", "mode", "timeout_s", "message"),
     [
-        (signal.SIGKILL, "off", "rank 1 ended with signal SIGKILL"),
-        (signal.SIGKILL, "on", "rank 1 ended with signal SIGKILL"),
-        (signal.SIGSTOP, "on", "a rank of 2 did not answer within 2 s"),
+        (signal.SIGKILL, "off", 60, "rank 1 ended with signal SIGKILL"),
+        (signal.SIGKILL, "on", 60, "rank 1 ended with signal SIGKILL"),
+        (signal.SIGSTOP, "on", 4, "a rank of 2 did not answer within 4 s"),
     ],
 )
 def test_a_lost_rank_ends_the_run_in_one_line(
-    how: signal.Signals, mode: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals, mode: str, timeout_s: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed, or stopped, while a step waits for it; nothing of it is left, nor of the run."""
     lost: list[subprocess.Popen[bytes]] = []
@@ -185,7 +186,7 @@ def test_a_lost_rank_ends_the_run_in_one_line(
     monkeypatch.setattr(Launcher, "launch", launch)
     own.write(window(0, gap_us=0), tmp_path / "trace.jsonl")
     knobs = [word for knob in (*INSTANCE, f"async_scheduling={mode}") for word in ("--set", knob)]
-    two_ranks = ("--model", tiny_model(), "--device", "cpu", "--tensor-parallel", "2", "--rank-timeout-s", "2")
+    two_ranks = ("--model", tiny_model(), "--device", "cpu", "--tensor-parallel", "2", "--rank-timeout-s", timeout_s)
     found = said("replay", tmp_path / "trace.jsonl", *knobs, *two_ranks, "--out", tmp_path / "run", "--quiet")
     assert (found.status, found.out, found.err) == (2, "", f"xllm-lab: {message}\n")
     assert [process.returncode for process in lost] == [-signal.SIGKILL]
@@ -194,17 +195,18 @@ def test_a_lost_rank_ends_the_run_in_one_line(
 
 RANK_0 = """
 import sys
-from tests.engine.test_tensor_parallel import options
-from xllm_lab.engine.engine import Engine
-engine = Engine(options())
-print(engine._ranks._started[0].process.pid, flush=True)
+from xllm_lab.engine.engine import Engine, EngineOptions
+engine = Engine(EngineOptions(model=sys.argv[1], device="cpu", tensor_parallel=2))
+print(*engine.ranks.process_ids, flush=True)
 sys.stdin.read()
 """
 
 
 def test_nothing_outlives_rank_0() -> None:
     """Whatever kills it, the ranks that it started end."""
-    with subprocess.Popen([sys.executable, "-c", RANK_0], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank_0:
+    with subprocess.Popen(
+        [sys.executable, "-c", RANK_0, str(tiny_model())], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as rank_0:
         assert rank_0.stdout is not None
         other = os.pidfd_open(int(rank_0.stdout.readline()))
         rank_0.kill()

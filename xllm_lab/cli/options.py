@@ -153,4 +153,4 @@ def engine(o: argparse.Namespace) -> EngineOptions:
 
 def followed(o: argparse.Namespace) -> bool:
     """Whether torchrun started this process as a rank other than 0; it has then served rank 0 to its end."""
-    return o.tensor_parallel > 1 and verbs.follow(timeout_s=o.rank_timeout_s)
+    return o.tensor_parallel > 1 and verbs.follow()

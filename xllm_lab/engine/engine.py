@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.lead import Lead
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
-from xllm_lab.engine.ranks import Ranks, lead, refuse_other_size
-from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.rank_place import refuse_other_size
+from xllm_lab.engine.ranks import Ranks, lead
+from xllm_lab.engine.rehearsal import measure_step_time, warm_up
+from xllm_lab.engine.runner import Runner
 from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
@@ -29,7 +31,7 @@ from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
-from xllm_lab.step_time import Chunk, StepTime, features, fit
+from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 EAGER = Eager()
@@ -48,7 +50,7 @@ class EngineOptions:
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
-        rank_timeout_s: how long one of them waits for another before the run ends.
+        rank_timeout_s: how long one of them waits for another in a step before the run ends.
     """
 
     model: str = DEFAULT_MODEL
@@ -71,6 +73,9 @@ class Engine:
     Args:
         ranks: of a rank other than 0, where it is.
 
+    Attributes:
+        ranks: this process and the others; None if there are none.
+
     Raises:
         ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so.
         ModelError: the model cannot be loaded.
@@ -86,7 +91,7 @@ class Engine:
             raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
-        self._ranks = self._others() if ranks is None else ranks
+        self.ranks = self._others() if ranks is None else ranks
         try:
             self._open()
         except BaseException:
@@ -108,19 +113,21 @@ class Engine:
         return others
 
     def _open(self) -> None:
-        o, ranks = self.options, self._ranks
+        o, ranks = self.options, self.ranks
         index = None if ranks is None else ranks.place.local_rank
         self.device: Device = open_device(o.device, threads=o.threads, index=index)
         if ranks is not None:
             ranks.connect(self.device.collectives)
         group = None if ranks is None else ranks.group
         self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group)
+        if ranks is not None:
+            ranks.meet("loaded")
         self._lead = Lead(ranks)
 
     def close(self) -> None:
         """The other ranks end; alone, nothing does."""
-        if self._ranks is not None:
-            self._ranks.end()
+        if self.ranks is not None:
+            self.ranks.end()
 
     def __enter__(self) -> Engine:
         return self
@@ -130,8 +137,8 @@ class Engine:
 
     def _abandon(self) -> None:
         """After a failure nobody knows at which step each rank is."""
-        if self._ranks is not None:
-            self._ranks.abandon()
+        if self.ranks is not None:
+            self.ranks.abandon()
 
     def serve(
         self,
@@ -186,7 +193,7 @@ class Engine:
         config = scheduler.config
         with self._together():
             runner = self._runner(config, shapes)
-            self._warm_up(runner, config)
+            warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer)
             with Lane(clock, beside=config.async_scheduling != "off") as lane:
                 launcher = Launcher(runner, scheduler, lane, clock, self._lead)
@@ -280,27 +287,8 @@ class Engine:
 
     def measure_step_time(self, config: InstanceConfig) -> StepTime:
         """Fit step times to a grid of synthetic steps, as xLLM's `enable_profile_step_time` does at start-up."""
-        longest = min(1024, config.num_kv_tokens // 2, config.max_model_len)
-        lengths = _halves(longest)
-        grid: list[tuple[Chunk, ...]] = [(Chunk(n, 0),) for n in lengths]
-        grid += [(Chunk(n, longest - n),) for n in lengths[1:]]
-        grid += [
-            (Chunk(1, context),) * count
-            for context in lengths[1::2]
-            for count in (1, 4, 16)
-            if count * (context + 1 + config.block_size) <= config.num_kv_tokens
-        ]
-        rows, times = [], []
         with self._together():
-            runner = self._runner(config)
-            for chunks in grid * 3:
-                steps = _synthetic(chunks, config)
-                clock = make_clock("virtual", self.options.timer)
-                self._lead.step(steps)
-                runner.run(steps).argmax(-1).tolist()
-                rows.append(features(chunks, len(chunks)))
-                times.append(clock.now_us())
-        return fit(rows, times)
+            return measure_step_time(self._runner(config), config, self._lead, self.options.timer)
 
     def _refuse(self, workload: Workload, config: InstanceConfig) -> None:
         if config.max_model_len > self.model.config.max_position:
@@ -334,7 +322,7 @@ class Engine:
             dtype=self.model.model.dtype,
             device=self.device,
         )
-        told = None if self._ranks is None or config.async_scheduling == "off" else self._ranks.group
+        told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
         runner = Runner(self.model.model, pool, self.device, told=told)
         if captures:
             runner.graphs = Graphs(
@@ -347,42 +335,9 @@ class Engine:
         runner.workspace.reserve(tokens=longest, logits=min(config.max_seqs_per_batch, longest))
         return runner
 
-    def _warm_up(self, runner: Runner, config: InstanceConfig) -> None:
-        """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing it.
-
-        On a CPU no first step of a shape was slower than its repetition, whoever served the operators, but for the
-        first of all: two steps must do.
-        """
-        longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-        for num_tokens in (min(longest, 64), 1) if self.device.name == "cpu" else _halves(longest):
-            chunks = _synthetic((Chunk(num_tokens, 0),), config)
-            self._lead.step(chunks)
-            runner.run(chunks)
-        if runner.graphs is not None:
-            self._lead.warm()
-            runner.graphs.warm()
-
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
 
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
-
-
-def _halves(longest: int) -> list[int]:
-    return [longest >> k for k in range(longest.bit_length())]
-
-
-def _synthetic(chunks: Sequence[Chunk], config: InstanceConfig) -> list[SequenceChunk]:
-    """Chunks over made-up tokens, each sequence on blocks of its own."""
-    made: list[SequenceChunk] = []
-    next_block = 0
-    for num_tokens, num_computed in chunks:
-        num_blocks = -(-(num_tokens + num_computed) // config.block_size)
-        table = range(next_block, next_block + num_blocks)
-        next_block += num_blocks
-        # Token 0 is in every vocabulary.
-        made.append(SequenceChunk([0] * num_tokens, num_computed, table, True))
-    assert next_block <= config.num_kv_blocks, "the synthetic step is larger than the pool"
-    return made

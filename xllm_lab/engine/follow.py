@@ -7,25 +7,22 @@ import sys
 
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.lead import chunks_of, opened
-from xllm_lab.engine.ranks import LOST_STATUS, Place, Ranks, join, place_in_environment
+from xllm_lab.engine.rank_place import Place, place_in_environment
+from xllm_lab.engine.rank_processes import LOST_STATUS
+from xllm_lab.engine.ranks import Ranks, join
 from xllm_lab.engine.runner import Runner
 from xllm_lab.errors import RankError
 from xllm_lab.progress import tell
 
-_JOIN_S = 300.0
 
-
-def follow(place: Place, *, timeout_s: float = _JOIN_S) -> None:
+def follow(place: Place) -> None:
     """Serve rank 0 to its end.
-
-    Args:
-        timeout_s: until rank 0 is found; from then on its own limit counts.
 
     Raises:
         RankError: rank 0, or another, is gone.
         whatever else ends it; rank 0 is told.
     """
-    ranks = join(place, timeout_s)
+    ranks = join(place)
     try:
         options = EngineOptions(**ranks.receive())
         ranks.timeout_s = options.rank_timeout_s

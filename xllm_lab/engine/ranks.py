@@ -12,100 +12,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import IO, Any
+from typing import Any
 
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from xllm_lab.engine.ops.collectives import TorchGroup
+from xllm_lab.engine.rank_place import Place, place_in_environment
+from xllm_lab.engine.rank_processes import Started, kill, start
 from xllm_lab.errors import ConfigError, RankError
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # A rank may have nothing to do for as long as no request comes.
 _FOR_EVER = timedelta(days=3650)
 _LOOK_S = 0.05  # between looks at whether a rank that is waited for still lives
+_START_S = 600.0  # for others to be started, and to read their weights
 _END_S = 10.0  # for a rank that was told to end
-LOST_STATUS = 3  # of a rank that ends because another one is gone
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A process among its ranks; `local_rank` is the number of its device on its machine."""
-
-    rank: int
-    size: int
-    local_rank: int
-    master_addr: str
-    master_port: int
-
-    def environment(self) -> dict[str, str]:
-        """As torchrun would say it."""
-        values = (self.rank, self.size, self.local_rank, self.master_addr, self.master_port)
-        return {name: str(value) for name, value in zip(_VARIABLES, values, strict=True)}
-
-
-def place_in_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """What torchrun's variables say; None if there are none, or one rank.
-
-    Raises:
-        ConfigError: some are missing, or are no numbers that go together.
-    """
-    given = {name: environment[name] for name in _VARIABLES if environment.get(name)}
-    if "RANK" not in given or given.get("WORLD_SIZE", "1") == "1":
-        return None
-    if missing := [name for name in _VARIABLES if name not in given]:
-        raise ConfigError(f"RANK is set, {', '.join(missing)} not; accepted: all of torchrun's variables, or none")
-    try:
-        place = Place(
-            rank=int(given["RANK"]),
-            size=int(given["WORLD_SIZE"]),
-            local_rank=int(given["LOCAL_RANK"]),
-            master_addr=given["MASTER_ADDR"],
-            master_port=int(given["MASTER_PORT"]),
-        )
-    except ValueError as error:
-        raise ConfigError(f"torchrun's variables: {error}; accepted: whole numbers") from None
-    if not 0 <= place.rank < place.size:
-        raise ConfigError(f"RANK is {place.rank}, from 0 to below WORLD_SIZE {place.size} is accepted")
-    return place
-
-
-def refuse_other_size(tensor_parallel: int) -> None:
-    """Raise ConfigError if torchrun started another number of ranks."""
-    place = place_in_environment()
-    if place is not None and place.size != tensor_parallel:
-        raise ConfigError(f"tensor_parallel is {tensor_parallel}, WORLD_SIZE is {place.size}; accepted: the same")
-
-
-@dataclass(slots=True)
-class _Started:
-    """A rank that this process started; what it says goes to a file, and is shown if it ends without a word."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    said: IO[bytes]
-
-    def ended(self, within_s: float) -> str | None:
-        """How it ended, if by itself."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self.process.wait(within_s)
-            if status == LOST_STATUS:
-                return None
-            self.said.seek(0)
-            lines = self.said.read().decode(errors="replace").strip().splitlines()
-            how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
-            return f"rank {self.rank} ended with {how}" + (f": {lines[-1]}" if lines else "")
-        return None
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -119,12 +47,18 @@ class Ranks:
     place: Place
     timeout_s: float
     _store: Any
-    _started: Sequence[_Started] = ()
+    _started: Sequence[Started] = ()
     _connected: TorchGroup | None = None
+    _is_bound: bool = False  # to the loopback, by us
     _finalizer: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self._finalizer = weakref.finalize(self, _kill, self._started)
+        self._finalizer = weakref.finalize(self, kill, self._started)
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the ranks that this one started."""
+        return tuple(started.process.pid for started in self._started)
 
     @property
     def group(self) -> TorchGroup:
@@ -139,18 +73,31 @@ class Ranks:
         """
         if dist.is_initialized():
             raise ConfigError("torch.distributed is in use in this process; accepted: one tensor-parallel engine")
+        self.meet("joined")
+        self._is_bound = _bind_to_loopback(self.place.master_addr)
+        self._connected = TorchGroup(
+            *(library, self._store),
+            rank=self.place.rank,
+            size=self.place.size,
+            timeout_s=self.timeout_s,
+            lost=self.lost,
+        )
+
+    def meet(self, where: str) -> None:
+        """Rank 0 waits until all others have come as far, each in its own time; they go on at once.
+
+        Raises:
+            RankError: one of them failed before it came, or does not come.
+        """
         if self.place.rank:
-            self._store.set(_joined(self.place.rank), "")
-        else:
-            self._await_all()
-        with _on_loopback(self.place.master_addr):
-            self._connected = TorchGroup(
-                *(library, self._store),
-                rank=self.place.rank,
-                size=self.place.size,
-                timeout_s=self.timeout_s,
-                lost=self.lost,
-            )
+            self._store.set(f"{where}/{self.place.rank}", "")
+            return
+        try:
+            for started in self._started:
+                self._await_started(started, f"{where}/{started.rank}")
+            self._store.wait([f"{where}/{r}" for r in range(1, self.place.size)], timedelta(seconds=_START_S))
+        except RuntimeError as error:
+            raise self.lost(error) from error
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Rank 0 says what all do next, after what it said before; it does not wait until they hear it."""
@@ -211,23 +158,17 @@ class Ranks:
         """Whoever waits for this rank learns that it is gone."""
         if self._connected is not None:
             self._connected.close()
-        self._connected = self._store = None
+        if self._is_bound:
+            del os.environ["GLOO_SOCKET_IFNAME"]
+        self._connected, self._store, self._is_bound = None, None, False
 
-    def _await_all(self) -> None:
-        try:
-            for started in self._started:
-                self._await_started(started)
-            self._store.wait([_joined(r) for r in range(1, self.place.size)], timedelta(seconds=self.timeout_s))
-        except RuntimeError as error:
-            raise self.lost(error) from error
-
-    def _await_started(self, started: _Started) -> None:
-        for _ in range(max(1, round(self.timeout_s / _LOOK_S))):
-            if self._store.check([_joined(started.rank)]):
+    def _await_started(self, started: Started, key: str) -> None:
+        for _ in range(round(_START_S / _LOOK_S)):
+            if self._store.check([key]):
                 return
             if (reason := self._reason(within_s=_LOOK_S)) is not None:
                 raise RankError(reason)
-        raise RankError(f"rank {started.rank} of {self.place.size} did not join within {self.timeout_s:g} s")
+        raise RankError(f"rank {started.rank} of {self.place.size} did not start within {_START_S:g} s")
 
     def _reason(self, within_s: float = 1.0) -> str | None:
         """What a rank said before it ended, or how it ended: a socket closes a little before its process is gone."""
@@ -249,21 +190,21 @@ def lead(size: int, timeout_s: float) -> Ranks:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         *(address, port, size),
         is_master=True,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=_START_S),
         wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )
-    return Ranks(place, timeout_s, store, [_start(place, rank) for rank in range(1, size)])
+    return Ranks(place, timeout_s, store, [start(place, rank) for rank in range(1, size)])
 
 
-def join(place: Place, timeout_s: float) -> Ranks:
-    """A rank that was started as torchrun does.
+def join(place: Place, timeout_s: float = _START_S) -> Ranks:
+    """A rank that was started as torchrun does. Its time limit counts from when all have joined.
 
     Raises:
         RankError: rank 0 is not there.
     """
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_START_S)))
     except RuntimeError as error:
         raise RankError(
             f"rank {place.rank} finds nobody at {place.master_addr}:{place.master_port}: {_first_line(error)}"
@@ -273,45 +214,13 @@ def join(place: Place, timeout_s: float) -> Ranks:
     return Ranks(place, timeout_s, store)
 
 
-def _start(first: Place, rank: int) -> _Started:
-    place = Place(
-        rank=rank, size=first.size, local_rank=rank, master_addr=first.master_addr, master_port=first.master_port
-    )
-    said = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "xllm_lab.engine.follow"],
-        env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **place.environment()},
-        stdin=subprocess.DEVNULL,
-        stdout=said,
-        stderr=said,
-    )
-    return _Started(rank, process, said)
-
-
-def _kill(started: Sequence[_Started]) -> None:
-    for one in started:
-        one.process.kill()  # nothing, if it has ended
-    for one in started:
-        one.process.wait()
-        one.said.close()
-
-
-@contextlib.contextmanager
-def _on_loopback(address: str) -> Iterator[None]:
-    """gloo asks for the machine's own name otherwise, which need not lead anywhere. A user's setting stands."""
+def _bind_to_loopback(address: str) -> bool:
+    """Whether gloo was told to: it asks for the machine's own name otherwise, which need not lead anywhere."""
     name = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if address not in _LOOPBACK or name is None or "GLOO_SOCKET_IFNAME" in os.environ:
-        yield
-        return
+        return False
     os.environ["GLOO_SOCKET_IFNAME"] = name
-    try:
-        yield
-    finally:
-        del os.environ["GLOO_SOCKET_IFNAME"]
-
-
-def _joined(rank: int) -> str:
-    return f"joined/{rank}"
+    return True
 
 
 def _failed(rank: int) -> str:

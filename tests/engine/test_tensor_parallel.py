@@ -161,15 +161,15 @@ def test_what_another_rank_cannot_do_is_told(two: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "mode", "timeout_s", "message"),
+    ("how", "mode", "message"),
     [
-        (signal.SIGKILL, "off", 60, "rank 1 ended with signal SIGKILL"),
-        (signal.SIGKILL, "on", 60, "rank 1 ended with signal SIGKILL"),
-        (signal.SIGSTOP, "on", 4, "a rank of 2 did not answer within 4 s"),
+        (signal.SIGKILL, "off", "rank 1 ended with signal SIGKILL"),
+        (signal.SIGKILL, "on", "rank 1 ended with signal SIGKILL"),
+        (signal.SIGSTOP, "on", "a rank of 2 did not answer within 4 s"),
     ],
 )
 def test_a_lost_rank_ends_the_run_in_one_line(
-    how: signal.Signals, mode: str, timeout_s: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals, mode: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed, or stopped, while a step waits for it; nothing of it is left, nor of the run."""
     lost: list[subprocess.Popen[bytes]] = []
@@ -186,6 +186,7 @@ def test_a_lost_rank_ends_the_run_in_one_line(
     monkeypatch.setattr(Launcher, "launch", launch)
     own.write(window(0, gap_us=0), tmp_path / "trace.jsonl")
     knobs = [word for knob in (*INSTANCE, f"async_scheduling={mode}") for word in ("--set", knob)]
+    timeout_s = 4 if how is signal.SIGSTOP else 60
     two_ranks = ("--model", tiny_model(), "--device", "cpu", "--tensor-parallel", "2", "--rank-timeout-s", timeout_s)
     found = said("replay", tmp_path / "trace.jsonl", *knobs, *two_ranks, "--out", tmp_path / "run", "--quiet")
     assert (found.status, found.out, found.err) == (2, "", f"xllm-lab: {message}\n")

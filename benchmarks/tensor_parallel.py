@@ -3,7 +3,8 @@
     python benchmarks/tensor_parallel.py --model smollm2-135m --ranks 1 3 --repeats 2
 
 The same requests, all there at the start. CPU seconds are those of all processes while they serve, start-up left out.
-One JSON object a line; fails if anybody's tokens differ.
+One JSON object a line; in float32, fails if anybody's tokens differ. In bfloat16 each rank's part of a sum is rounded, so
+that texts may part.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def main() -> None:
                 "load": round(os.getloadavg()[0], 1),
             }
             print(json.dumps(found), flush=True)
-    assert len(tokens) == 1, "tokens differ"
+    assert args.dtype != "float32" or len(tokens) == 1, "tokens differ"
 
 
 if __name__ == "__main__":

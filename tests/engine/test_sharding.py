@@ -76,7 +76,7 @@ def divided(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     heads = kv_heads * draw(st.sampled_from([g for g in (1, 2, 3, 4, 6) if not kv_heads * g % ranks]))
     config = ModelConfig(
         architecture="llama",
-        vocab_size=draw(st.integers(5, 200)),
+        vocab_size=draw(st.one_of(st.integers(5, 200), st.just(64 * ranks))),
         hidden_size=draw(st.sampled_from([16, 48, 64])),
         intermediate_size=ranks * draw(st.sampled_from([3, 16, 33, 64])),
         num_layers=draw(st.integers(1, 3)),

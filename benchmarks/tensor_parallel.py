@@ -3,8 +3,8 @@
     python benchmarks/tensor_parallel.py --model smollm2-135m --ranks 1 3 --repeats 2
 
 The same requests, all there at the start. CPU seconds are those of all processes while they serve, start-up left out.
-One JSON object a line; in float32, fails if anybody's tokens differ. In bfloat16 each rank's part of a sum is rounded, so
-that texts may part.
+One JSON object a line; in float32, fails if anybody's tokens differ. In bfloat16 each rank's part of a sum is rounded,
+so that texts may part.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.records import Records
 from xllm_lab.runs import read_run
 from xllm_lab.sim.calibrate import calibrate
+from xllm_lab.sim.parity import parity
 from xllm_lab.step import Step
 
 POLICY = make_batch_policy("decode-first")
@@ -124,6 +125,12 @@ def test_two_ranks_draw_the_tokens_of_one(two: Engine, scene: Scene, mode: str, 
     """Planned in turns or ahead of tokens that only rank 0 has seen, step by step or in graphs."""
     scene = replace(scene, where=replace(scene.where, async_scheduling=mode))
     assert outputs(served(two, scene, shapes)) == outputs(served(engine(), scene, Eager()))
+
+
+@pytest.mark.parametrize("name", ["impatient clients", "a closed loop, planned ahead", "idle gaps, planned ahead"])
+def test_two_ranks_obey_the_laws_when_times_decide(two: Engine, name: str) -> None:
+    """Where what is served depends on how long it takes, no run is another's equal."""
+    served(two, SCENES[name], Eager())
 
 
 def test_a_run_says_that_it_was_divided(two: Engine, tmp_path: Path) -> None:
@@ -242,6 +249,7 @@ def test_ranks_that_torchrun_started_serve_as_one(tmp_path: Path) -> None:
     records = Records()
     engine().serve(workload, run.manifest.instance_config(), run.manifest.batch_policy(), records)
     assert outputs(run.records) == outputs(records)
+    assert parity(run).is_identical
 
 
 @pytest.mark.parametrize(

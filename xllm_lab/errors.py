@@ -7,6 +7,7 @@
     │   ├── RequestTooLargeError a request that could never run on this configuration
     │   ├── ModelError           a model that cannot be loaded
     │   ├── ProfileError         a profiler's output that cannot be read
+    │   ├── RankError            a process of a tensor-parallel engine that is lost
     │   └── RunError             a run folder that is missing, unfinished, or cannot be written
     └── PolicyError              a policy returned an illegal plan; its author is to blame, not the user
 
@@ -42,6 +43,10 @@ class ModelError(UserError):
 
 class ProfileError(UserError):
     """A profiler's output that cannot be read; the message names file, line, column and value."""
+
+
+class RankError(UserError):
+    """A process of a tensor-parallel engine that failed, died, or does not answer."""
 
 
 class RunError(UserError):

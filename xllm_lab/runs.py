@@ -49,7 +49,8 @@ class Manifest:
         policy: {"name": ..., and its fields}.
         step_time: weights the policy saw, or None.
         timing: how time was had: the engine's clock, or the simulator's cost model and its error.
-        model: what was served: name, dtype, kv_bytes_per_token, vocab_size; a simulated run has its calibration's.
+        model: what was served: name, dtype, kv_bytes_per_token (on each device), vocab_size; an engine also says over
+            how many devices, tensor_parallel. A simulated run has its calibration's.
         workload: source, checksum, seed, number of requests.
         fleet: fields of `FleetConfig`; None is a single instance.
         shapes: as `policy`, of the policy that says in which graph a step runs.

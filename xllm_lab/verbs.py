@@ -5,7 +5,8 @@ Everything heavy is imported where it is used, so that simulating needs no torch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,23 +98,21 @@ def replay(
         engine: an open engine, or the options to open one with.
         calibration: step times for policies that need them; without it they are measured first.
     """
-    from xllm_lab.engine.engine import Engine
-
     workload = _workload(trace)
     chosen = configure(policy, settings, shapes)
-    host = engine if isinstance(engine, Engine) else Engine(engine)
     fitted = None if calibration is None else _calibration(calibration).step_time_with_host()
-    records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
-    with records.bar:
-        return host.replay(
-            workload,
-            chosen.instance,
-            chosen.policy,
-            out=Path(out),
-            step_time=fitted,
-            recorder=records,
-            shapes=chosen.shapes,
-        )
+    with _opened(engine) as host:
+        records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
+        with records.bar:
+            return host.replay(
+                workload,
+                chosen.instance,
+                chosen.policy,
+                out=Path(out),
+                step_time=fitted,
+                recorder=records,
+                shapes=chosen.shapes,
+            )
 
 
 def calibrate(
@@ -262,7 +261,6 @@ def verify(
     progress: bool = True,
 ) -> Verification:
     """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace."""
-    from xllm_lab.engine.engine import Engine
     from xllm_lab.sim.calibrate import read_calibration
     from xllm_lab.tuning.study import Study, read_study
     from xllm_lab.tuning.verify import verify as measure
@@ -270,19 +268,19 @@ def verify(
     opened = study if isinstance(study, Study) else read_study(Path(study))
     workload = _workload(trace)
     step_time = read_calibration(opened.path / "calibration.json").step_time_with_host()
-    host = engine if isinstance(engine, Engine) else Engine(engine)
-    records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
-    with records.bar:
-        return measure(
-            host,
-            workload,
-            default=opened.default.candidate,
-            tuned=opened.best.candidate,
-            out=Path(out),
-            repeats=repeats,
-            step_time=step_time,
-            make_records=lambda: type(records)(bar=records.bar),
-        )
+    with _opened(engine) as host:
+        records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
+        with records.bar:
+            return measure(
+                host,
+                workload,
+                default=opened.default.candidate,
+                tuned=opened.best.candidate,
+                out=Path(out),
+                repeats=repeats,
+                step_time=step_time,
+                make_records=lambda: type(records)(bar=records.bar),
+            )
 
 
 def export(verification: Verification | PathLike, *, to: str) -> Export:
@@ -435,3 +433,35 @@ def profile_engine(
     engine = Engine(EngineOptions(model=model, device=device, dtype=dtype, threads=threads, timer=timer))
     with bar(num_shapes(wanted), "profile", show=progress) as measured:
         return write_machine_profile(engine, Path(out), wanted, progress=measured.update)
+
+
+def follow() -> bool:
+    """Serve rank 0 of a tensor-parallel engine to its end, if torchrun started this process as another rank.
+
+    Returns:
+        False, at once, in any other process.
+
+    Raises:
+        RankError: rank 0, or another, is gone.
+    """
+    from xllm_lab.engine.rank_place import place_in_environment
+
+    place = place_in_environment()
+    if place is None or place.rank == 0:
+        return False
+    from xllm_lab.engine.follow import follow as serve_rank_0
+
+    serve_rank_0(place)
+    return True
+
+
+@contextlib.contextmanager
+def _opened(engine: Engine | EngineOptions | None) -> Iterator[Engine]:
+    """An engine, closed in the end if it was opened here."""
+    from xllm_lab.engine.engine import Engine
+
+    if isinstance(engine, Engine):
+        yield engine
+        return
+    with Engine(engine) as opened:
+        yield opened

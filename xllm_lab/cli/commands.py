@@ -16,6 +16,7 @@ from xllm_lab.cli.options import (
     configuration_options,
     engine,
     engine_options,
+    followed,
     refuse_transforms,
     settings,
     shapes_option,
@@ -55,6 +56,8 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _replay(o: argparse.Namespace) -> int:
+    if followed(o):
+        return 0
     run = verbs.replay(
         workload(o.trace, o),
         out=o.out,
@@ -199,6 +202,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(o: argparse.Namespace) -> int:
+    if followed(o):
+        return 0
     done = verbs.verify(
         o.study, workload(o.trace, o), out=o.out, repeats=o.repeats, engine=engine(o), progress=not o.quiet
     )

@@ -64,6 +64,8 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=1)
     group.add_argument("--clock", default="virtual", help="wall, or virtual: jump over idle gaps")
     group.add_argument("--timer", default="wall", help="what a virtual clock counts: wall or cpu time")
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="processes that share the model")
+    group.add_argument("--rank-timeout-s", type=float, default=300.0, metavar="S", help="one waits so long for another")
     group.add_argument("--graph-pool-mib", type=int, metavar="N", help="of captured graphs; else what is free")
 
 
@@ -142,4 +144,11 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         clock=o.clock,
         timer=o.timer,
         graph_pool_bytes=None if o.graph_pool_mib is None else o.graph_pool_mib * 2**20,
+        tensor_parallel=o.tensor_parallel,
+        rank_timeout_s=o.rank_timeout_s,
     )
+
+
+def followed(o: argparse.Namespace) -> bool:
+    """Whether torchrun started this process as a rank other than 0; it has then served rank 0 to its end."""
+    return o.tensor_parallel > 1 and verbs.follow()

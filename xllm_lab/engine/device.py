@@ -24,6 +24,8 @@ import torch
 from xllm_lab.errors import ConfigError
 
 DEVICE_NAMES = ("cpu", "cuda", "npu", "auto")
+# Who carries tensors between devices of a kind.
+_COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # oneDNN's name for everything below AMX (oneDNN 3.x, "CPU dispatcher control").
@@ -54,6 +56,11 @@ class Device:
     default_dtype: torch.dtype
     description: str
 
+    @property
+    def collectives(self) -> str:
+        """The library through which such devices exchange tensors."""
+        return _COLLECTIVES[self.name]
+
     def synchronize(self) -> None:
         """Returns when the device has finished what was launched; on the CPU at once."""
         if self.name != "cpu":
@@ -66,7 +73,7 @@ class Device:
         return DeviceMemory(free_bytes, total_bytes)
 
 
-def open_device(name: str, *, threads: int | None = None) -> Device:
+def open_device(name: str, *, threads: int | None = None, index: int | None = None) -> Device:
     """Opens a device by name; "auto" takes the accelerator if there is one, else the CPU.
 
     Open the CPU before anything else computes: oneDNN picks its instruction set at its first operator.
@@ -74,6 +81,7 @@ def open_device(name: str, *, threads: int | None = None) -> Device:
     Args:
         name: one of `DEVICE_NAMES`.
         threads: torch's compute threads in this process; `None` leaves them as they are.
+        index: which accelerator of several; `None` is the current one. CPUs are one device.
 
     Raises:
         ConfigError: the name is unknown, the device is not there, or `threads` is below 1.
@@ -92,6 +100,11 @@ def open_device(name: str, *, threads: int | None = None) -> Device:
     if name != found:
         available = "cpu" if found is None else f"cpu, {found}"
         raise ConfigError(f"device {name!r} is not available here; available are {available}")
+    if index is not None:
+        count = torch.accelerator.device_count()
+        if index >= count:
+            raise ConfigError(f"device {name!r} number {index} is wanted; 0 to {count - 1} are accepted here")
+        torch.accelerator.set_device_index(index)
     return Device(
         name=name,
         torch_device=torch.device(name, torch.accelerator.current_device_index()),

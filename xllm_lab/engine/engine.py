@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,25 @@ from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
-from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model
-from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.lead import Lead
+from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
+from xllm_lab.engine.rank_place import refuse_other_size
+from xllm_lab.engine.ranks import Ranks, lead
+from xllm_lab.engine.rehearsal import measure_step_time, warm_up
+from xllm_lab.engine.runner import Runner
+from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.shapes.eager import EAGER, Eager
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
 from xllm_lab.step_shape import Shapes, shapes_of
-from xllm_lab.step_time import Chunk, StepTime, features, fit
+from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 
@@ -42,6 +48,8 @@ class EngineOptions:
         clock: "wall" replays in real time; "virtual" jumps over idle gaps.
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
+        tensor_parallel: processes, each with a device of its own, that the model is divided over.
+        rank_timeout_s: how long one of them waits for another in a step before the run ends.
     """
 
     model: str = DEFAULT_MODEL
@@ -51,17 +59,29 @@ class EngineOptions:
     clock: str = "virtual"
     timer: str = "wall"
     graph_pool_bytes: int | None = None
+    tensor_parallel: int = 1
+    rank_timeout_s: float = 300.0
 
 
 class Engine:
     """A loaded model on an open device; serves any number of workloads, one after another.
 
+    Divided over several processes, this one is rank 0 and drives the others. Close it, or use it with `with`; a run
+    that goes wrong closes it, too.
+
+    Args:
+        ranks: of a rank other than 0, where it is.
+
+    Attributes:
+        ranks: this process and the others; None if there are none.
+
     Raises:
-        ConfigError: an unknown device, dtype, clock or timer.
+        ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so.
         ModelError: the model cannot be loaded.
+        RankError: another process does not come up.
     """
 
-    def __init__(self, options: EngineOptions | None = None) -> None:
+    def __init__(self, options: EngineOptions | None = None, *, ranks: Ranks | None = None) -> None:
         self.options = options or EngineOptions()
         if self.options.dtype not in (*DTYPES, "auto"):
             raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
@@ -70,10 +90,54 @@ class Engine:
             raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
-        self.device: Device = open_device(self.options.device, threads=self.options.threads)
-        self.model: LoadedModel = load_model(
-            self.options.model, device=self.device, dtype=DTYPES.get(self.options.dtype)
-        )
+        self.ranks = self._others() if ranks is None else ranks
+        try:
+            self._open()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _others(self) -> Ranks | None:
+        size, timeout_s = self.options.tensor_parallel, self.options.rank_timeout_s
+        refuse_other_size(size)
+        if size == 1:
+            return None
+        if not timeout_s > 0:
+            raise ConfigError(f"rank_timeout_s is {timeout_s}, more than 0 is accepted")
+        if self.options.timer == "cpu":
+            raise ConfigError(f"timer 'cpu' with tensor_parallel {size} leaves out the others; accepted: timer 'wall'")
+        refuse_if_indivisible(model_config(self.options.model), size, self.options.model)
+        others = lead(size, timeout_s)
+        others.tell(asdict(self.options))
+        return others
+
+    def _open(self) -> None:
+        o, ranks = self.options, self.ranks
+        index = None if ranks is None else ranks.place.local_rank
+        self.device: Device = open_device(o.device, threads=o.threads, index=index)
+        if ranks is not None:
+            ranks.connect(self.device.collectives)
+        group = None if ranks is None else ranks.group
+        self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group)
+        if ranks is not None:
+            ranks.meet("loaded")
+        self._lead = Lead(ranks)
+
+    def close(self) -> None:
+        """The other ranks end; alone, nothing does."""
+        if self.ranks is not None:
+            self.ranks.end()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _abandon(self) -> None:
+        """After a failure nobody knows at which step each rank is."""
+        if self.ranks is not None:
+            self.ranks.abandon()
 
     def serve(
         self,
@@ -121,16 +185,25 @@ class Engine:
             as `serve`.
         """
         config = scheduler.config
-        runner = self._runner(config, scheduler.shapes)
-        _warm_up(runner, config, self.device)
-        clock = make_clock(self.options.clock, self.options.timer)
-        with Lane(clock, beside=config.async_scheduling != "off") as lane:
-            launcher = Launcher(runner, scheduler, lane, clock)
-            conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
-            self._answer(conversation, launcher)
+        with self._together():
+            runner = self._runner(config, scheduler.shapes)
+            warm_up(runner, config, self._lead, self.device)
+            clock = make_clock(self.options.clock, self.options.timer)
+            with Lane(clock, beside=config.async_scheduling != "off") as lane:
+                launcher = Launcher(runner, scheduler, lane, clock, self._lead)
+                conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
+                self._answer(conversation, launcher)
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
 
     def _answer(self, conversation: Conversation, launcher: Launcher) -> None:
         try:
@@ -204,30 +277,14 @@ class Engine:
             "vocab_size": self.model.config.vocab_size,
             "max_model_len": self.model.config.max_position,
             "ops": self.model.model.describe_ops(),
-            "kv_bytes_per_token": self.model.config.kv_bytes_per_token(dtype),
+            "kv_bytes_per_token": self.model.model.config.kv_bytes_per_token(dtype),
+            "tensor_parallel": self.options.tensor_parallel,
         }
 
     def measure_step_time(self, config: InstanceConfig) -> StepTime:
         """Fit step times to a grid of synthetic steps, as xLLM's `enable_profile_step_time` does at start-up."""
-        runner = self._runner(config)
-        longest = min(1024, config.num_kv_tokens // 2, config.max_model_len)
-        lengths = _halves(longest)
-        grid: list[tuple[Chunk, ...]] = [(Chunk(n, 0),) for n in lengths]
-        grid += [(Chunk(n, longest - n),) for n in lengths[1:]]
-        grid += [
-            (Chunk(1, context),) * count
-            for context in lengths[1::2]
-            for count in (1, 4, 16)
-            if count * (context + 1 + config.block_size) <= config.num_kv_tokens
-        ]
-        rows, times = [], []
-        for chunks in grid * 3:
-            steps = _synthetic(chunks, config)
-            clock = make_clock("virtual", self.options.timer)
-            runner.run(steps).argmax(-1).tolist()
-            rows.append(features(chunks, len(chunks)))
-            times.append(clock.now_us())
-        return fit(rows, times)
+        with self._together():
+            return measure_step_time(self._runner(config), config, self._lead, self.options.timer)
 
     def _refuse(self, workload: Workload, config: InstanceConfig) -> None:
         if config.max_model_len > self.model.config.max_position:
@@ -244,20 +301,31 @@ class Engine:
                     )
 
     def _runner(self, config: InstanceConfig, shapes: Shapes | None = None) -> Runner:
-        captures = shapes is not None
+        policy = EAGER if shapes is None else shapes.policy
+        self._lead.open(config, policy)
+        return self.runner(config, policy)
+
+    def runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+        """What runs the steps of this rank.
+
+        Raises:
+            ConfigError: the KV pool or the graphs' does not fit.
+        """
+        captures = not isinstance(shapes, Eager)
         pool = KvPool(
-            self.model.config,
+            self.model.model.config,
             num_blocks=config.num_kv_blocks + captures,  # what pads a graph has a block of its own
             block_size=config.block_size,
             dtype=self.model.model.dtype,
             device=self.device,
         )
-        runner = Runner(self.model.model, pool, self.device)
-        if shapes is not None:
+        told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
+        runner = Runner(self.model.model, pool, self.device, told=told)
+        if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),
                 config=config,
-                policy=shapes.policy,
+                policy=shapes,
                 pool_bytes=self.options.graph_pool_bytes,
             )
         longest = min(config.max_tokens_per_batch, config.num_kv_tokens)
@@ -270,34 +338,3 @@ class Engine:
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
-
-
-def _warm_up(runner: Runner, config: InstanceConfig, device: Device) -> None:
-    """Steps of a few shapes before the clock starts: the first call of a kernel may pay for choosing and loading it.
-
-    On a CPU no first step of a shape was slower than its repetition, whoever served the operators, but for the first of
-    all: two steps must do.
-    """
-    longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-    for num_tokens in (min(longest, 64), 1) if device.name == "cpu" else _halves(longest):
-        runner.run(_synthetic((Chunk(num_tokens, 0),), config))
-    if runner.graphs is not None:
-        runner.graphs.warm()
-
-
-def _halves(longest: int) -> list[int]:
-    return [longest >> k for k in range(longest.bit_length())]
-
-
-def _synthetic(chunks: Sequence[Chunk], config: InstanceConfig) -> list[SequenceChunk]:
-    """Chunks over made-up tokens, each sequence on blocks of its own."""
-    made: list[SequenceChunk] = []
-    next_block = 0
-    for num_tokens, num_computed in chunks:
-        num_blocks = -(-(num_tokens + num_computed) // config.block_size)
-        table = range(next_block, next_block + num_blocks)
-        next_block += num_blocks
-        # Token 0 is in every vocabulary.
-        made.append(SequenceChunk([0] * num_tokens, num_computed, table, True))
-    assert next_block <= config.num_kv_blocks, "the synthetic step is larger than the pool"
-    return made

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from xllm_lab.engine.clock import Clock
 from xllm_lab.engine.lane import Done, Lane
+from xllm_lab.engine.lead import Lead
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.request_state import RequestState
 from xllm_lab.scheduler import Scheduler
@@ -48,8 +49,8 @@ class Launched(NamedTuple):
 class Launcher:
     """Hands the steps of one run to the device."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, lane: Lane, clock: Clock) -> None:
-        self._runner, self._scheduler, self._lane, self._clock = runner, scheduler, lane, clock
+    def __init__(self, runner: Runner, scheduler: Scheduler, lane: Lane, clock: Clock, lead: Lead) -> None:
+        self._runner, self._scheduler, self._lane, self._clock, self._lead = runner, scheduler, lane, clock, lead
         self._launched: dict[int, Launched] = {}
         self._rows: dict[RequestId, int] = {}  # of the tokens that the step launched last draws
         self._working_since_us = clock.now_us()  # on the step to be launched next, without the time it waited
@@ -58,6 +59,7 @@ class Launcher:
         """Write down what the step reads, and queue it."""
         inputs = self._inputs(step)
         self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
+        self._lead.step(inputs.chunks, inputs.graph_tokens, draws=True)
         host_us = self._clock.now_us() - self._working_since_us
         future = self._lane.launch(partial(_compute, self._runner, inputs))
         self._launched[step.index] = Launched(inputs, future, host_us)

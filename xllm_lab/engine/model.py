@@ -16,8 +16,11 @@ from torch import Tensor
 from xllm_lab.engine.kv import LayerKv
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.collectives import Group, join_logits, own_rows
 from xllm_lab.engine.ops.linear import Linear, TorchLinear
 from xllm_lab.engine.ops.table import choose
+from xllm_lab.engine.ops.tape import taped
+from xllm_lab.engine.sharding import Shard
 from xllm_lab.engine.workspace import Rows, Workspace
 
 
@@ -42,13 +45,34 @@ class DecoderModel:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], *, device: torch.device, without: Sequence[str] = ()
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        *,
+        device: torch.device,
+        without: Sequence[str] = (),
+        group: Group | None = None,
     ) -> None:
-        """Args: `weights` as `weights.checked` returns them; `without` names implementations not to use."""
+        """Takes over a whole model, or one rank's part of it.
+
+        Args:
+            config, weights: `weights` as `weights.checked` returns them; of one rank of several, both as its `Shard`
+                cuts them.
+            without: names implementations not to use.
+            group: the ranks that have the other parts; None: this is the whole model.
+        """
         self.config = config
         self.dtype = weights["model.norm.weight"].dtype
         self.device = device
-        self.ops = choose(device, self.dtype, head_dim=config.head_dim, hidden_size=config.hidden_size, without=without)
+        self._group = group
+        self._shard = None if group is None else Shard(group.rank, group.size)
+        self.ops = choose(
+            *(device, self.dtype),
+            head_dim=config.head_dim,
+            hidden_size=config.hidden_size,
+            without=without,
+            group=group,
+        )
 
         def take(name: str) -> Tensor:
             return weights.pop(name).to(device)
@@ -93,7 +117,7 @@ class DecoderModel:
 
     def workspace(self) -> Workspace:
         """Memory for steps of this model."""
-        return Workspace(self.config, self.dtype, self.device)
+        return Workspace(self.config, self.dtype, self.device, self._shard)
 
     def forward(
         self,
@@ -120,7 +144,13 @@ class DecoderModel:
     def logits(self, normed_RD: Tensor, workspace: Workspace) -> Tensor:
         """The head: as `forward` returns them, of rows that `run_layers` returned."""
         logits_RV = workspace.logits(len(normed_RD))
-        self._head(normed_RD, logits_RV)
+        if self._group is None or self._shard is None:
+            self._head(normed_RD, logits_RV)
+        elif len(normed_RD):
+            part_RU, parts_nRU = workspace.logit_parts(len(normed_RD))
+            self._head(normed_RD, part_RU)
+            taped(self._group.all_gather)(part_RU, parts_nRU)
+            join_logits(parts_nRU, self._shard.vocabulary(self.config.vocab_size).own, logits_RV)
         return logits_RV
 
     def run_layers(
@@ -138,7 +168,7 @@ class DecoderModel:
             Shape [T, D], what the head reads; they are the workspace's, and stand until the next step.
         """
         ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(token_T))
-        self._embed(token_T, rows.hidden_TD)
+        self._embed_tokens(token_T, rows.hidden_TD, workspace)
         ops.rope_angles(position_T, self._frequencies_H2, rows.cos_TH, rows.sin_TH)
         ops.rms_norm(rows.hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
         # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
@@ -149,8 +179,18 @@ class DecoderModel:
             layer.gate_up(rows.normed_TD, rows.gate_up_TF2)
             ops.swiglu(rows.gate_up_TF2, rows.gated_TF)
             layer.down(rows.gated_TF, rows.branch_TD)
+            ops.all_reduce(rows.branch_TD)
             ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
         return rows.normed_TD
+
+    def _embed_tokens(self, token_T: Tensor, hidden_TD: Tensor, workspace: Workspace) -> None:
+        if self._shard is None:
+            self._embed(token_T, hidden_TD)
+            return
+        part, row_T = self._shard.vocabulary(self.config.vocab_size), workspace.own_tokens(len(token_T))
+        own_rows(token_T, part.first, part.own, row_T)
+        self._embed(row_T, hidden_TD)
+        self.ops.all_reduce(hidden_TD)  # of one row and zeros: exact
 
     def _attend(self, layer: _Layer, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
         N, K = self.config.num_heads, self.config.num_kv_heads
@@ -163,6 +203,7 @@ class DecoderModel:
         self.ops.reshape_and_cache(qk_TNH[:, N:], qkv_THn[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch)
         self.ops.paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch, rows.attended_TNH)
         layer.out(rows.attended_TNH.flatten(1), rows.branch_TD)
+        self.ops.all_reduce(rows.branch_TD)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

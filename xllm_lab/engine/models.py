@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xllm_lab.engine.device import Device, give_back_freed_memory
 from xllm_lab.engine.gguf_file import read_gguf
@@ -18,6 +19,8 @@ from xllm_lab.engine.gguf_weights import gguf_config, gguf_eos_token_ids, gguf_t
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.model_config import ModelConfig, from_transformers
 from xllm_lab.engine.ops.build import cache_folder
+from xllm_lab.engine.ops.collectives import Group
+from xllm_lab.engine.sharding import Shard
 from xllm_lab.engine.weights import read_safetensors, safetensors_files
 from xllm_lab.engine.weights_cache import cached_weights
 from xllm_lab.errors import ModelError
@@ -36,7 +39,7 @@ class LoadedModel:
     Attributes:
         name: as the user gave it.
         config: its shape.
-        model: its forward pass.
+        model: its forward pass; of one rank of several, its part of it.
         eos_token_ids: tokens that end a text; empty if the checkpoint names none.
         load_tokenizer: builds a `transformers` tokenizer; a second or less, and importing transformers before that.
         checksum: of the weight files, see `weights_checksum`.
@@ -50,26 +53,41 @@ class LoadedModel:
     checksum: str
 
 
-def load_model(name: str, *, device: Device, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    name: str, *, device: Device, dtype: torch.dtype | None = None, group: Group | None = None
+) -> LoadedModel:
     """Loads a model by name, without any network.
 
     Args:
         name: `DEFAULT_MODEL`, a folder with `config.json` and safetensors, or a `.gguf` file.
         dtype: of weights and computation; `None` is the device's default.
+        group: the ranks that the model is divided over; None: it is not.
 
     Raises:
         ModelError: the name is none of these, or what it names cannot be loaded.
     """
     dtype = dtype or device.default_dtype
-    path = embedded_model() if name == DEFAULT_MODEL else Path(name).expanduser()
-    if path.is_dir():
-        loaded = _from_folder(name, path, device, dtype)
-    elif path.suffix == ".gguf" and path.is_file():
-        loaded = _from_gguf(name, path, device, dtype)
-    else:
-        raise ModelError(f"model {name!r} is unknown; accepted are {_ACCEPTED}")
+    path = _path(name)
+    loaded = (_from_folder if path.is_dir() else _from_gguf)(name, path, device, dtype, group)
     give_back_freed_memory()
     return loaded
+
+
+def model_config(name: str) -> ModelConfig:
+    """The shape of a model by name, without its weights.
+
+    Raises:
+        as `load_model`.
+    """
+    path = _path(name)
+    return _folder_config(path)[0] if path.is_dir() else gguf_config(read_gguf(path))
+
+
+def _path(name: str) -> Path:
+    path = embedded_model() if name == DEFAULT_MODEL else Path(name).expanduser()
+    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
+        raise ModelError(f"model {name!r} is unknown; accepted are {_ACCEPTED}")
+    return path
 
 
 def embedded_model() -> Path:
@@ -101,7 +119,7 @@ def weights_checksum(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _from_gguf(name: str, path: Path, device: Device, dtype: torch.dtype) -> LoadedModel:
+def _from_gguf(name: str, path: Path, device: Device, dtype: torch.dtype, group: Group | None) -> LoadedModel:
     file, checksum = read_gguf(path), weights_checksum([path])
     config = gguf_config(file)
     weights = cached_weights(
@@ -110,27 +128,37 @@ def _from_gguf(name: str, path: Path, device: Device, dtype: torch.dtype) -> Loa
     return LoadedModel(
         name=name,
         config=config,
-        model=DecoderModel(config, weights, device=device.torch_device),
+        model=_model(config, weights, device, group),
         eos_token_ids=gguf_eos_token_ids(file),
         load_tokenizer=lambda: gguf_tokenizer(read_gguf(path)),  # not of `file`, which holds the vocabulary
         checksum=checksum,
     )
 
 
-def _from_folder(name: str, folder: Path, device: Device, dtype: torch.dtype) -> LoadedModel:
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder}: no config.json; accepted are {_ACCEPTED}")
-    raw = _read_json(folder / "config.json")
-    config = from_transformers(raw, source=str(folder / "config.json"))
+def _from_folder(name: str, folder: Path, device: Device, dtype: torch.dtype, group: Group | None) -> LoadedModel:
+    config, raw = _folder_config(folder)
     weights = read_safetensors(folder, config, dtype)
     return LoadedModel(
         name=name,
         config=config,
-        model=DecoderModel(config, weights, device=device.torch_device),
+        model=_model(config, weights, device, group),
         eos_token_ids=_eos_token_ids(folder, raw),
         load_tokenizer=lambda: _folder_tokenizer(folder),
         checksum=weights_checksum(safetensors_files(folder)),
     )
+
+
+def _folder_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json; accepted are {_ACCEPTED}")
+    raw = _read_json(folder / "config.json")
+    return from_transformers(raw, source=str(folder / "config.json")), raw
+
+
+def _model(config: ModelConfig, weights: dict[str, Tensor], device: Device, group: Group | None) -> DecoderModel:
+    shard = Shard() if group is None else Shard(group.rank, group.size)
+    part = shard.cut(weights, config)
+    return DecoderModel(shard.config(config), part, device=device.torch_device, group=group)
 
 
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

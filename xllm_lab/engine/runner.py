@@ -15,6 +15,7 @@ from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.batch import paged_batch
+from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.sampler import sample
 from xllm_lab.workload import Request
 
@@ -41,13 +42,16 @@ class SequenceChunk(NamedTuple):
 class Runner:
     """Runs steps of a model over a KV pool. Between steps it keeps memory, and the tokens drawn last.
 
+    Args:
+        told: ranks that need the tokens that rank 0 draws; None: nobody does.
+
     Attributes:
         workspace: the memory of a step.
         graphs: captured steps over that memory, if there are to be any.
     """
 
-    def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device) -> None:
-        self._model, self._kv_pool, self._device = model, kv_pool, device
+    def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device, *, told: Group | None = None) -> None:
+        self._model, self._kv_pool, self._device, self._told = model, kv_pool, device, told
         self.workspace = model.workspace()
         self.graphs: Graphs | None = None
         self._drawn: list[int] = []
@@ -121,5 +125,16 @@ class Runner:
         logits_RV = self.run(chunks, graph_tokens)
         sampling, ids = [r.sampling for r in requests], [r.id for r in requests]
         tokens = sample(logits_RV, sampling, ids, positions, argmax=self._model.ops.argmax)
+        if self._told is not None and tokens:
+            self._told.broadcast(torch.tensor(tokens, device=self._device.torch_device))
         self._drawn = tokens
         return tokens
+
+    def follow_draw(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None) -> None:
+        """`draw` on a rank other than 0, which computes its part and is told the tokens."""
+        self.run(chunks, graph_tokens)
+        count = sum(chunk.wants_logits for chunk in chunks)
+        if self._told is not None and count:
+            drawn_R = torch.empty(count, dtype=torch.int64, device=self._device.torch_device)
+            self._told.broadcast(drawn_R)
+            self._drawn = drawn_R.tolist()

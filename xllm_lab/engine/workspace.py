@@ -2,7 +2,7 @@
 
 # ruff: noqa: N815  (shapes live in the names of fields, too)
 # Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, N query heads, K KV heads, H head dim,
-#         F width of the MLP, V vocabulary
+#         F width of the MLP, V vocabulary, n ranks, U rows of a rank's part of the vocabulary
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xllm_lab.engine.model_config import ModelConfig
+from xllm_lab.engine.sharding import Shard
 
 
 class Rows(NamedTuple):
@@ -48,7 +49,10 @@ class Workspace:
         is_fixed: whether somebody counts on its addresses; it may then grow no more.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
+    ) -> None:
+        """Args: `shard` says which part of a model `config` is; None: all of it."""
         N, K, H, D, F = (
             config.num_heads,
             config.num_kv_heads,
@@ -58,21 +62,28 @@ class Workspace:
         )
         self._shapes = ((D,), (D,), (D,), (N + 2 * K, H), (N, H), (2 * F,), (F,), (H,), (H,))
         self._vocab_size, self._dtype, self._device = config.vocab_size, dtype, device
+        self._num_ranks = 0 if shard is None else shard.size
+        self._part_rows = 0 if shard is None else shard.vocabulary(config.vocab_size).rows
         self._rows = self._allocate(0)
+        self._own_T = torch.empty(0, dtype=torch.int64, device=device)
         self._logits_RV = torch.empty((0, self._vocab_size), device=device)
+        self._parts = torch.empty(0, device=device)
         self._cut = self._rows
         self.num_allocations = 0
         self.is_fixed = False
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self._rows, self._logits_RV))
+        held = (*self._rows, self._own_T, self._logits_RV, self._parts)
+        return sum(t.numel() * t.element_size() for t in held)
 
     def bytes_for(self, *, tokens: int, logits: int) -> int:
         """What it holds at least once so much is reserved."""
         a_token = sum(math.prod(shape) for shape in self._shapes) * self._dtype.itemsize
+        a_token += self._own_T.element_size() * bool(self._num_ranks)
+        a_row = (self._vocab_size + self._parts_width) * self._logits_RV.element_size()
         most_tokens, most_logits = max(tokens, len(self._rows.hidden_TD)), max(logits, len(self._logits_RV))
-        return most_tokens * a_token + most_logits * self._vocab_size * self._logits_RV.element_size()
+        return most_tokens * a_token + most_logits * a_row
 
     def reserve(self, *, tokens: int, logits: int) -> None:
         """Makes room for a step of that many tokens and rows of logits."""
@@ -81,9 +92,11 @@ class Workspace:
         if tokens > len(self._rows.hidden_TD):
             self._rows = self._cut = self._allocate(0)  # the old memory goes before the new comes
             self._rows = self._cut = self._allocate(tokens)
+            self._own_T = torch.empty(tokens if self._num_ranks else 0, dtype=torch.int64, device=self._device)
             self.num_allocations += 1
         if logits > len(self._logits_RV):
             self._logits_RV = torch.empty((logits, self._vocab_size), device=self._device)
+            self._parts = torch.empty(logits * self._parts_width, device=self._device)
             self.num_allocations += 1
 
     def rows(self, tokens: int) -> Rows:
@@ -97,6 +110,21 @@ class Workspace:
         """Shape [R, V], float32."""
         self.reserve(tokens=0, logits=rows)
         return self._logits_RV[:rows]
+
+    def own_tokens(self, tokens: int) -> Tensor:
+        """Shape [T], int64: where a rank of several finds tokens in its part of the embedding."""
+        self.reserve(tokens=tokens, logits=0)
+        return self._own_T[:tokens]
+
+    def logit_parts(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Shapes [R, U] and [n, R, U], float32: a rank's part of the logits, and those of all."""
+        self.reserve(tokens=0, logits=rows)
+        own, n, U = rows * self._part_rows, self._num_ranks, self._part_rows
+        return self._parts[:own].view(rows, U), self._parts[own : own + n * own].view(n, rows, U)
+
+    @property
+    def _parts_width(self) -> int:
+        return (1 + self._num_ranks) * self._part_rows
 
     def _allocate(self, tokens: int) -> Rows:
         # Zeros: rows that only pad a step may never be written, and are read.

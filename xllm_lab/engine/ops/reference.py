@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from xllm_lab.engine.ops.batch import Gather, PagedBatch
+from xllm_lab.engine.ops.collectives import Group
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
@@ -86,6 +87,13 @@ def argmax(logits_RV: Tensor) -> list[int]:
     """Index of the largest logit of each row, the first among equals."""
     tokens: list[int] = logits_RV.argmax(-1).tolist()  # torch documents the first of equal maxima
     return tokens
+
+
+def all_reduce(x_TD: Tensor, group: Group) -> None:
+    """x becomes the sum of every rank's x, added in order of rank and rounded once: the same bits everywhere."""
+    parts_nTD = x_TD.new_empty((group.size, *x_TD.shape))
+    group.all_gather(x_TD, parts_nTD)
+    torch.sum(parts_nTD, 0, out=x_TD)
 
 
 def _decode(q_1NH: Tensor, gather: Gather) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from xllm_lab.engine.ops import native, reference
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.build import NotBuiltError
+from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
 from xllm_lab.engine.ops.tape import taped
 
@@ -34,6 +35,7 @@ TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "rope": _ELEMENTWISE,
     "swiglu": _ELEMENTWISE,
     "argmax": _ELEMENTWISE,
+    "all_reduce": {"cpu": ("gloo", "torch"), "cuda": ("nccl", "torch"), "npu": ("hccl", "torch")},
 }
 
 
@@ -52,7 +54,8 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
-    """The operators of one device and dtype; what each does is told in `reference`.
+    """The operators of one device and dtype; what each does is told in `reference`. A rank that is alone has nobody to
+    reduce with: its `all_reduce` does nothing, and nobody serves it.
 
     Attributes:
         served: which implementation each one is.
@@ -67,6 +70,7 @@ class Ops:
     reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, Tensor], None]
     argmax: Callable[[Tensor], list[int]]
+    all_reduce: Callable[[Tensor], None]
     served: Mapping[str, Served]
     _dtype: torch.dtype
     _device: str
@@ -88,13 +92,20 @@ class Ops:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, *, head_dim: int, hidden_size: int, without: Sequence[str] = ()
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    hidden_size: int,
+    without: Sequence[str] = (),
+    group: Group | None = None,
 ) -> Ops:
     """The best operators for a model here.
 
     Args:
         head_dim, hidden_size: of the model; some implementations take multiples of a vector's length only.
         without: implementations not to use, e.g. "native".
+        group: who shares the model; None: nobody.
 
     Warns:
         Once a process, if the kernels could not be compiled.
@@ -102,6 +113,8 @@ def choose(
     left_out = frozenset(without)
     served: dict[str, Served] = {}
     for op in TABLE:
+        if op == "all_reduce" and group is None:
+            continue
         if op == "linear":
             served[op] = _pick(op, device.type, _linear_fails(dtype, hidden_size, left_out))
         else:
@@ -110,14 +123,25 @@ def choose(
     if any(s.by == "native" for op, s in served.items() if op != "linear"):
         made = native.NativeOps(native.load(), dtype, torch.get_num_threads())
     functions = {
-        op: getattr(made, op) if s.by == "native" else _reference(op) for op, s in served.items() if op != "linear"
+        op: getattr(made, op) if s.by == "native" else _reference(op)
+        for op, s in served.items()
+        if op not in ("linear", "all_reduce")
     }
+    functions["all_reduce"] = _nothing if group is None else _all_reduce(served["all_reduce"].by, group)
     return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
 
 
 def _reference(op: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(reference, op)
     return function if op == "argmax" else taped(function)  # argmax reads a step's result, and is no part of it
+
+
+def _all_reduce(by: str, group: Group) -> Callable[[Tensor], None]:
+    return taped(functools.partial(reference.all_reduce, group=group) if by == "torch" else group.all_reduce)
+
+
+def _nothing(x_TD: Tensor) -> None:
+    pass
 
 
 def _pick(op: str, device: str, fails: Callable[[str], str | None]) -> Served:

@@ -1,0 +1,106 @@
+"""A model divided over the ranks of a tensor-parallel group: what each holds, and which models cannot be divided.
+
+    columns of     qkv, gate and up    each rank has its heads, and its channels of the MLP
+    rows of        out, down           each adds its part of the sum: an all-reduce follows
+    vocabulary     embedding, head     each has its tokens' rows: an all-reduce, and an all-gather of logits, follow
+    whole          norms
+
+Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3. Where ranks are more than KV heads, several keep the same
+one, as vLLM and xLLM do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xllm_lab.engine.model_config import ModelConfig
+from xllm_lab.errors import ConfigError
+
+# Rows of a part of the vocabulary are a multiple of these, which kernels like.
+_VOCABULARY_ROWS = 64
+
+
+def refuse_if_indivisible(config: ModelConfig, tensor_parallel: int, name: str) -> None:
+    """Raise ConfigError if a model, by its name, cannot be divided over so many ranks."""
+    told = f"tensor_parallel is {tensor_parallel}"
+    if tensor_parallel < 1:
+        raise ConfigError(f"{told}, at least 1 is accepted")
+    for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "channels of the MLP")):
+        if count % tensor_parallel:
+            raise ConfigError(f"{told}; a divisor of the {count} {what} of {name} is accepted")
+    if config.num_kv_heads % tensor_parallel and tensor_parallel % config.num_kv_heads:
+        raise ConfigError(
+            f"{told}; a divisor or a multiple of the {config.num_kv_heads} key-value heads of {name} is accepted"
+        )
+
+
+class VocabularyPart(NamedTuple):
+    """The tokens whose rows of embedding and head a rank has.
+
+    Attributes:
+        first: of its tokens.
+        own: tokens of each rank; the last rank's may be fewer.
+        rows: `own` and at least one row of zeros, which stands for the tokens of others.
+    """
+
+    first: int
+    own: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's part of a model that `refuse_if_indivisible` lets pass."""
+
+    rank: int = 0
+    size: int = 1
+
+    def config(self, whole: ModelConfig) -> ModelConfig:
+        """The part's own heads and channels; hidden size and vocabulary are the whole model's."""
+        return replace(
+            whole,
+            num_heads=whole.num_heads // self.size,
+            num_kv_heads=max(1, whole.num_kv_heads // self.size),
+            intermediate_size=whole.intermediate_size // self.size,
+        )
+
+    def vocabulary(self, vocab_size: int) -> VocabularyPart:
+        """The part of so many tokens."""
+        own = -(-vocab_size // self.size)
+        return VocabularyPart(self.rank * own, own, -(-(own + 1) // _VOCABULARY_ROWS) * _VOCABULARY_ROWS)
+
+    def cut(self, weights: dict[str, Tensor], whole: ModelConfig) -> dict[str, Tensor]:
+        """The part's weights, copied; `weights`, as `weights.checked` returns them, is emptied meanwhile."""
+        if self.size == 1:
+            return weights
+        cut: dict[str, Tensor] = {}
+        for name in list(weights):
+            part = self._part(name, weights.pop(name), whole)
+            if part is not None:
+                cut[name] = part
+        return cut
+
+    def _part(self, name: str, weight: Tensor, whole: ModelConfig) -> Tensor | None:
+        module, kind = name.split(".")[-2:]
+        if module in ("embed_tokens", "lm_head"):
+            return self._rows_of_vocabulary(weight)
+        if module in ("k_proj", "v_proj"):
+            heads = max(1, whole.num_kv_heads // self.size)
+            first = self.rank * whole.num_kv_heads // self.size
+            return weight[first * whole.head_dim : (first + heads) * whole.head_dim].clone()
+        if module in ("q_proj", "gate_proj", "up_proj"):
+            return weight.chunk(self.size, 0)[self.rank].clone()
+        if module in ("o_proj", "down_proj"):
+            if kind == "bias":  # it is added once
+                return weight if self.rank == 0 else None
+            return weight.chunk(self.size, 1)[self.rank].clone(memory_format=torch.contiguous_format)
+        return weight
+
+    def _rows_of_vocabulary(self, weight_VD: Tensor) -> Tensor:
+        part = self.vocabulary(len(weight_VD))
+        rows = weight_VD[part.first : part.first + part.own]
+        return torch.cat([rows, rows.new_zeros(part.rows - len(rows), rows.shape[1])])

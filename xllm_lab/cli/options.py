@@ -66,6 +66,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=1)
     group.add_argument("--clock", default="virtual", help="wall, or virtual: jump over idle gaps")
     group.add_argument("--timer", default="wall", help="what a virtual clock counts: wall or cpu time")
+    group.add_argument("--check-ops", action="store_true", help="hold operators' calls against their documented limits")
     group.add_argument("--graph-pool-mib", type=int, metavar="N", help="of captured graphs; else what is free")
 
 
@@ -143,5 +144,6 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         threads=o.threads,
         clock=o.clock,
         timer=o.timer,
+        check_ops=o.check_ops,
         graph_pool_bytes=None if o.graph_pool_mib is None else o.graph_pool_mib * 2**20,
     )

@@ -1,1 +1,7 @@
 """The real engine: plain PyTorch on npu, cuda and cpu. Read `engine.py`, then `runner.py`, then `model.py`."""
+
+import os
+
+# An accelerator's package that is installed but cannot work here would break `import torch` itself; the device that a
+# user asks for is loaded by `device`, which says what is missing.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

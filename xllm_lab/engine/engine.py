@@ -14,6 +14,7 @@ from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model
+from xllm_lab.engine.ops.table import check_calls
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
@@ -43,6 +44,8 @@ class EngineOptions:
         clock: "wall" replays in real time; "virtual" jumps over idle gaps.
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
+        check_ops: hold each call of an operator against the limits of its documentation; slow, and only where
+            operators have some.
     """
 
     model: str = DEFAULT_MODEL
@@ -52,13 +55,14 @@ class EngineOptions:
     clock: str = "virtual"
     timer: str = "wall"
     graph_pool_bytes: int | None = None
+    check_ops: bool = False
 
 
 class Engine:
     """A loaded model on an open device; serves any number of workloads, one after another.
 
     Raises:
-        ConfigError: an unknown device, dtype, clock or timer.
+        ConfigError: an unknown device, dtype, clock or timer, or a model that does not fit on the device.
         ModelError: the model cannot be loaded.
     """
 
@@ -72,9 +76,10 @@ class Engine:
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.device: Device = open_device(self.options.device, threads=self.options.threads)
-        self.model: LoadedModel = load_model(
-            self.options.model, device=self.device, dtype=DTYPES.get(self.options.dtype)
-        )
+        check_calls(self.device.torch_device, on=self.options.check_ops)
+        dtype = DTYPES.get(self.options.dtype)
+        with self.device.refusing_what_does_not_fit(f"model {self.options.model}"):
+            self.model: LoadedModel = load_model(self.options.model, device=self.device, dtype=dtype)
 
     def serve(
         self,
@@ -127,8 +132,9 @@ class Engine:
             as `serve`.
         """
         config = scheduler.config
-        runner = self._runner(config, shapes)
-        _warm_up(runner, config, self.device)
+        with self.device.refusing_what_does_not_fit("a step at the configured limits"):
+            runner = self._runner(config, shapes)
+            _warm_up(runner, config, self.device)
         clock = make_clock(self.options.clock, self.options.timer)
         with Lane(clock, beside=config.async_scheduling != "off") as lane:
             launcher = Launcher(runner, scheduler, lane, clock)
@@ -283,7 +289,7 @@ def _warm_up(runner: Runner, config: InstanceConfig, device: Device) -> None:
     all: two steps must do.
     """
     longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-    for num_tokens in (min(longest, 64), 1) if device.name == "cpu" else _halves(longest):
+    for num_tokens in (min(longest, 64), 1) if device.is_host else _halves(longest):
         runner.run(_synthetic((Chunk(num_tokens, 0),), config))
     if runner.graphs is not None:
         runner.graphs.warm()

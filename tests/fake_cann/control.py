@@ -57,7 +57,7 @@ def load(folder: Path | None = None, *, num_devices: int = 2) -> None:
     TASK_QUEUE_ENABLE=0: launches reach the runtime on the thread that makes them, so that counts and errors belong to
     the line that caused them.
     """
-    global _library, _hccl  # noqa: PLW0603 (one device per process)
+    global _library, _hccl
     if _library is not None:
         return
     if "torch" in sys.modules:
@@ -215,7 +215,7 @@ def launch(stream: int, name: str, function: Callable[[], None]) -> None:
 
 def raise_device_failure() -> None:
     """Raises what a kernel raised, and revives the device so that the next test starts well."""
-    global _failure  # noqa: PLW0603
+    global _failure
     if _failure is not None:
         failure, _failure = _failure, None
         library().fake_clear_device_error()

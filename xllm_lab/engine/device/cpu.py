@@ -126,6 +126,7 @@ def cpu_facts() -> CpuFacts:
 
 
 def memory() -> DeviceMemory:
+    """Of the machine, or of the container if that has less."""
     page_bytes = os.sysconf("SC_PAGE_SIZE")
     total_bytes = os.sysconf("SC_PHYS_PAGES") * page_bytes
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * page_bytes

@@ -165,7 +165,9 @@ class Kernel:
         self.written = [one.name for one, is_written in zip(schema.arguments, written, strict=True) if is_written]
         self.is_out = any(one.is_out for one in schema.arguments)
         self.names = [one.name for one in schema.arguments]
-        self.new = [one.alias_info is None for one in schema.returns]
+        # `npu::x.out(..., Tensor[] out)` returns what it is given without saying so in its schema.
+        self.returns_out = self.names[-1:] == ["out"] and not self.is_out
+        self.new = [one.alias_info is None and not self.returns_out for one in schema.returns]
         self.random = "generator" in self.names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +245,7 @@ class Kernel:
             kwargs["generator"] = _generator(None)
 
     def _written_results(self, named: dict[str, Any]) -> Any:
-        found = [named[name] for name in self.written]
+        found = list(named["out"]) if self.returns_out else [named[name] for name in self.written]
         if not self.new:
             return None
         return found[0] if len(self.new) == 1 else tuple(found)

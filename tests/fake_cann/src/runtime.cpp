@@ -9,6 +9,7 @@
 #include <array>
 
 #include "acl/acl_op.h"
+#include "descriptors.h"
 #include "device.h"
 #include "profiling/aprof_pub.h"
 
@@ -107,7 +108,7 @@ aclError aclrtDeviceGetBareTgid(int32_t* pid) {
   return ACL_SUCCESS;
 }
 aclError aclsysGetVersionStr(char*, char* version) {
-  std::strcpy(version, "8.5.0");
+  std::strcpy(version, "9.1.0");
   return ACL_SUCCESS;
 }
 
@@ -196,15 +197,24 @@ void aclAppLog(aclLogLevel level, const char* function, const char*, uint32_t, c
 }
 
 // Tensor descriptors --------------------------------------------------------------------------------------------------
-struct aclTensorDesc {
-  aclDataType type;
-  aclFormat format;
-  std::vector<int64_t> dims;
-};
-struct aclDataBuffer {
-  void* data;
-  size_t bytes;
-};
+size_t aclDataTypeSize(aclDataType type) {
+  switch (type) {
+    case ACL_INT8:
+    case ACL_UINT8:
+    case ACL_BOOL: return 1;
+    case ACL_FLOAT16:
+    case ACL_BF16:
+    case ACL_INT16:
+    case ACL_UINT16: return 2;
+    case ACL_FLOAT:
+    case ACL_INT32:
+    case ACL_UINT32: return 4;
+    case ACL_DOUBLE:
+    case ACL_INT64:
+    case ACL_UINT64: return 8;
+    default: return 0;
+  }
+}
 aclTensorDesc* aclCreateTensorDesc(aclDataType type, int number, const int64_t* dims, aclFormat format) {
   return new aclTensorDesc{type, format, std::vector<int64_t>(dims, dims + number)};
 }

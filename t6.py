@@ -1,6 +1,8 @@
 from tests import fake_cann
+
 fake_cann.start()
-import torch, torch_npu
+import torch
+
 ev=torch.npu.ExternalEvent()
 print("before", ev)
 ev.wait(torch.npu.current_stream()); print("waited", ev)

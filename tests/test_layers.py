@@ -141,7 +141,8 @@ def named_devices(module: str) -> Iterator[str]:
 def test_device_types_are_named_where_devices_are_known() -> None:
     """Whatever else computes is told where, so that a new kind of device is a change in two places."""
     assert {"xllm_lab.engine.device", "xllm_lab.engine.ops.table"} <= {m for m in modules() if any(named_devices(m))}
-    broken = [found for module in modules() if not is_within(module, *DEVICE_HOMES) for found in named_devices(module)]
+    elsewhere = [m for m in modules() if not is_within(m, *DEVICE_HOMES, "xllm_lab.cli")]  # a word of its own is "npu"
+    broken = [found for module in elsewhere for found in named_devices(module)]
     assert not broken, "; ".join(broken)
 
 

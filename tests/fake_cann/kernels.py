@@ -211,7 +211,7 @@ class Kernel:
             )
 
     def _run(self, args: Any, kwargs: Any, into: list[torch.Tensor | None] | None) -> None:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch.inference_mode(), torch._C._AutoDispatchBelowAutograd():
             results = self.compute(*args, **kwargs)
             if into is not None:
                 _store(results, into, self.name)
@@ -342,7 +342,7 @@ def _to_copy(
 
 
 def _copy_task(into: torch.Tensor, values: torch.Tensor) -> None:
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch.inference_mode(), torch._C._AutoDispatchBelowAutograd():
         into.copy_(values)
 
 

@@ -102,7 +102,7 @@ class StreamTape:
 
     def host_call(self, call: Callable[[], None]) -> None:
         if self._updating is not None:
-            self._groups.append(self._streams.group(call))
+            self._groups.append(self._streams.group(self._updating, call))
             self.num_kernels += 1
         else:
             self._end()
@@ -114,15 +114,17 @@ class StreamTape:
         self._outside.wait_stream(self._stream)
         streams, stream, pieces, groups = self._streams, self._updating, tuple(self._pieces), tuple(self._groups)
 
-        def replay() -> None:
+        def run() -> None:
             for piece in pieces:
                 piece()
-            if groups:
-                with updating():
-                    streams.update(groups, stream)
 
-        replay()
-        return replay
+        def run_updated() -> None:
+            run()
+            with updating():
+                streams.update(groups, stream)
+
+        run()  # with the host's lists as they were captured
+        return run_updated if groups else run
 
     def _begin(self) -> Any:
         self._streams.use(self._stream)

@@ -57,7 +57,8 @@ def _scatter() -> Tensor:
 
 def _unpermute() -> Tensor:
     place_X = torch.randperm(R * TOP_K, generator=torch.Generator().manual_seed(0)).int()
-    return calls.sum_over_experts(random(R * TOP_K, D), place_X, random(R, TOP_K).abs())
+    summed: Tensor = calls.sum_over_experts(random(R * TOP_K, D), place_X, random(R, TOP_K).abs())
+    return summed
 
 
 def _combine() -> Tensor:

@@ -4,6 +4,8 @@ A captured call whose host arguments change from step to step needs a *task grou
 
     captured    wait for the group's event | clear the event | the call
     replayed    the graph, and beside it on another stream: the call with new arguments, put into the graph | the event
+
+The first replay runs with the arguments that were captured.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ from typing import Any
 class TaskGroup:
     """One call in a graph, made anew for each replay."""
 
-    def __init__(self, api: Any, stream: Any, call: Callable[[], None]) -> None:
-        """Captures the call on a stream that is being captured."""
+    def __init__(self, api: Any, stream: Any, updating: Any, call: Callable[[], None]) -> None:
+        """Captures the call on a stream that is being captured; `updating` is another.
+
+        The event is recorded before the capture waits for it: torch_npu 2.13.0 drops a wait for an event that was never
+        recorded, though its documentation allows it (`NPUEvent::block` returns if there is no event yet).
+        """
         self._api, self._call = api, call
         self._event = api.ExternalEvent()
+        self._event.record(updating)
         self._event.wait(stream)
         self._event.reset(stream)
         api.graph_task_group_begin(stream)
@@ -70,9 +77,9 @@ class Streams:
         graph.capture_begin(pool=pool)
         return graph
 
-    def group(self, call: Callable[[], None]) -> TaskGroup:
-        """Capture a call whose host arguments change."""
-        return TaskGroup(self._api, self.current(), call)
+    def group(self, updating: Any, call: Callable[[], None]) -> TaskGroup:
+        """Capture a call whose host arguments change, to be updated on that stream."""
+        return TaskGroup(self._api, self.current(), updating, call)
 
     def update(self, groups: tuple[TaskGroup, ...], stream: Any) -> None:
         """Make the calls of a graph anew, in its order, while it is replayed on another stream."""

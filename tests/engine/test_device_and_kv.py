@@ -58,7 +58,7 @@ def test_a_missing_accelerator_names_what_is_there() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="it is installed")
 def test_npu_without_its_package() -> None:
-    with pytest.raises(ConfigError, match="device 'npu' needs the torch_npu package"):
+    with pytest.raises(ConfigError, match="needs the package torch_npu, which is not installed; accepted: pip install"):
         open_device("npu")
 
 

@@ -203,21 +203,23 @@ def test_padding_touches_no_block_of_a_request() -> None:
 def test_padding_reads_one_token_whatever_was_there_before() -> None:
     """A batch that shrank leaves nothing of those who went: neither their lengths nor their blocks and slots."""
     nobodys, sizes = 9, {"tokens": 8, "sequences": 8, "blocks_per_sequence": 3}
-    memory = InputMemory(**sizes, block_size=4, padding_block=nobodys, device=torch.device("cpu"))
+    memory = InputMemory(**sizes, block_size=4, padding_block=nobodys, device=open_device("cpu"))
     decode, mixed = memory.of(8, is_decode=True), memory.of(8, is_decode=False)
     memory.fill(decode, [5] * 8, [SequenceChunk([5], 9, (i, 8, 7), True) for i in range(8)], is_decode=True)
     memory.fill(decode, [6], [SequenceChunk([6], 5, (1, 2), True)], is_decode=True)
     assert decode.batch.kv_len_S.tolist() == [6] + [1] * 7
     assert decode.batch.block_table_SM[:, 0].tolist() == [1] + [nobodys] * 7
-    assert decode.batch.slot_T.tolist() == [9] + [36] * 7
+    assert decode.batch.slot_T.tolist() == [9, *(36 + i % 4 for i in range(7))]
+    assert decode.batch.padded_lengths() == (list(range(1, 9)), [6] + [1] * 7)
     assert decode.batch.starts_S1.tolist() == list(range(9))
     assert (decode.token_T.tolist(), decode.position_T.tolist()) == ([6] + [0] * 7, [5] + [0] * 7)
     memory.fill(mixed, [6, 7, 8], [SequenceChunk([6, 7, 8], 3, (1, 2), True)], is_decode=False)
-    assert mixed.batch.slot_T.tolist() == [7, 8, 9] + [36] * 5
+    assert mixed.batch.slot_T.tolist() == [7, 8, 9, 36, 37, 38, 39, 36]
+    assert mixed.batch.padded_lengths() == ([3], [6])
     assert mixed.batch.kv_len_S.tolist() == [6] + [0] * 7
     assert mixed.batch.starts_S1.tolist() == [0] + [3] * 8
     assert (mixed.batch.query_starts, mixed.batch.kv_lens) == ([0, 3], [6])
-    assert sum(t.nbytes for t in memory._host) == InputMemory.bytes_for(**sizes)
+    assert memory._host.nbytes == InputMemory.bytes_for(**sizes)
 
 
 def allocating(profiled: torch.profiler.profile) -> set[str]:
@@ -282,7 +284,7 @@ def test_the_pool_is_planned_before_anything_is_captured() -> None:
         subject.run(chunks, size_for(EVERYTHING, chunks))
         subject.run([chunks[0]])
     assert subject.workspace.num_bytes == plan.workspace_bytes
-    assert sum(t.nbytes for t in graphs._memory._host) == plan.input_bytes
+    assert graphs._memory._host.nbytes == plan.input_bytes
     assert graphs.describe()["pool_bytes"] == plan.num_bytes
 
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_native_elementwise_is_the_reference(
     ops, H = native.NativeOps(native.load(), dtype, 1), 2 * half
     x, delta, weight = drawn(tokens, H), drawn(tokens, H), drawn(H)
 
-    def norm(op: Callable[..., None], rms_norm: Callable[..., None], wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def norm(op: Callable[..., Any], rms_norm: Callable[..., Any], wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
         outs = [wide(torch.empty(tokens, H, dtype=dtype)) for _ in range(2)]
         stream = wide(x.clone())
         rms_norm(wide(x), wide(weight), EPS, outs[0])

@@ -16,6 +16,7 @@ from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.lead import Lead
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
+from xllm_lab.engine.ops.table import check_calls
 from xllm_lab.engine.rank_place import refuse_other_size
 from xllm_lab.engine.ranks import Ranks, lead
 from xllm_lab.engine.rehearsal import measure_step_time, warm_up
@@ -50,6 +51,8 @@ class EngineOptions:
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
+        check_ops: hold each call of an operator against the limits of its documentation; slow, and only where
+            operators have some.
     """
 
     model: str = DEFAULT_MODEL
@@ -61,6 +64,7 @@ class EngineOptions:
     graph_pool_bytes: int | None = None
     tensor_parallel: int = 1
     rank_timeout_s: float = 300.0
+    check_ops: bool = False
 
 
 class Engine:
@@ -76,7 +80,7 @@ class Engine:
         ranks: this process and the others; None if there are none.
 
     Raises:
-        ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so.
+        ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so or does not fit.
         ModelError: the model cannot be loaded.
         RankError: another process does not come up.
     """
@@ -118,7 +122,9 @@ class Engine:
         if ranks is not None:
             ranks.connect(self.device.collectives)
         group = None if ranks is None else ranks.group
-        self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group)
+        check_calls(self.device.torch_device, on=o.check_ops)
+        with self.device.refusing_what_does_not_fit(f"model {o.model}"):
+            self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group)
         if ranks is not None:
             ranks.meet("loaded")
         self._lead = Lead(ranks)
@@ -186,8 +192,9 @@ class Engine:
         """
         config = scheduler.config
         with self._together():
-            runner = self._runner(config, scheduler.shapes)
-            warm_up(runner, config, self._lead, self.device)
+            with self.device.refusing_what_does_not_fit("a step at the configured limits"):
+                runner = self._runner(config, scheduler.shapes)
+                warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer)
             with Lane(clock, beside=config.async_scheduling != "off") as lane:
                 launcher = Launcher(runner, scheduler, lane, clock, self._lead)

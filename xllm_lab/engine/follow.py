@@ -51,6 +51,8 @@ def _obey(engine: Engine, ranks: Ranks) -> None:
             runner.follow_draw(chunks_of(message), message["graph_tokens"])
         else:
             runner.run(chunks_of(message), message["graph_tokens"])
+        # Rank 0 waits for what it draws; nothing else keeps this rank from writing the next inputs over these.
+        engine.device.synchronize()
 
 
 def _main() -> int:

@@ -11,7 +11,8 @@ Whatever pads writes its key and value into the last block of the pool, which no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.device import Device
 from xllm_lab.engine.ops.batch import PagedBatch
+
+_ALIGNED = 64  # bytes; what kernels of any device load at once
 
 
 class Chunk(Protocol):
@@ -42,7 +46,7 @@ class GraphInputs(NamedTuple):
 
 
 class InputMemory:
-    """The memory that the inputs of all graphs share.
+    """The memory that the inputs of all graphs share: one piece, which one copy brings to the device.
 
     Args:
         tokens, sequences: of the largest graph.
@@ -58,26 +62,25 @@ class InputMemory:
         blocks_per_sequence: int,
         block_size: int,
         padding_block: int,
-        device: torch.device,
+        device: Device,
     ) -> None:
         self._block_size, self._padding_block, self._most_sequences = block_size, padding_block, sequences
-        self._token_T, self._position_T, self._slot_T = (np.zeros(tokens, np.int64) for _ in range(3))
-        self._table_SM = np.zeros((sequences, blocks_per_sequence), np.int32)
-        self._starts_S1, self._kv_len_S = np.zeros(sequences + 1, np.int32), np.zeros(sequences, np.int32)
+        shapes = _shapes(tokens, sequences, blocks_per_sequence)
+        self._host, self._device = device.mirrored(_num_bytes(shapes))
+        host = (part.numpy() for part in _parts(self._host, shapes))
+        self._token_T, self._position_T, self._slot_T, self._table_SM, self._starts_S1, self._kv_len_S = host
+        self._on_device = tuple(_parts(self._device, shapes))
         self._tables: list[Sequence[int]] = [()] * sequences  # what is in the rows of `_table_SM`
-        host = (self._token_T, self._position_T, self._slot_T, self._table_SM, self._starts_S1, self._kv_len_S)
-        self._host = tuple(torch.from_numpy(array) for array in host)
-        self._device = tuple(t.to(device) for t in self._host)  # on a CPU, the same memory
 
     @staticmethod
     def bytes_for(*, tokens: int, sequences: int, blocks_per_sequence: int) -> int:
         """What it would hold."""
-        return 8 * 3 * tokens + 4 * (sequences * (blocks_per_sequence + 2) + 1)
+        return _num_bytes(_shapes(tokens, sequences, blocks_per_sequence))
 
     def of(self, size: int, *, is_decode: bool) -> GraphInputs:
         """For a graph of that many tokens."""
         sequences = size if is_decode else self._most_sequences
-        token_T, position_T, slot_T, table_SM, starts_S1, kv_len_S = self._device
+        token_T, position_T, slot_T, table_SM, starts_S1, kv_len_S = self._on_device
         batch = PagedBatch(
             slot_T=slot_T[:size],
             query_starts=[0],
@@ -120,25 +123,49 @@ class InputMemory:
             self._starts_S1[rows : sequences + 1] = used
             self._kv_len_S[:rows] = computed_S + query_S
             self._kv_len_S[rows:sequences] = 0
-        self._tell(inputs.batch, rows)
-        if self._device[0] is not self._host[0]:
-            for device, host in zip(self._device, self._host, strict=True):
-                device.copy_(host)
+        self._tell(inputs.batch, rows, size - rows if is_decode else 0)
+        if self._device is not self._host:
+            # The device is done with the step before, whose tokens were read, so that the host may write here again.
+            self._device.copy_(self._host, non_blocking=True)
 
     def _locate(self, sequence_T: npt.NDArray[np.int64], position_T: npt.NDArray[np.int64], size: int) -> None:
         used, P = len(sequence_T), self._block_size
         self._position_T[:used] = position_T
         self._position_T[used:size] = 0
         self._slot_T[:used] = self._table_SM[sequence_T, position_T // P].astype(np.int64) * P + position_T % P
-        self._slot_T[used:size] = self._padding_block * P
+        # Each its own slot as far as there are: kernels may demand that no slot is written twice.
+        self._slot_T[used:size] = self._padding_block * P + np.arange(size - used) % P
 
     def _put_table(self, row: int, table: Sequence[int]) -> None:
         if self._tables[row] != table:
             self._table_SM[row, : len(table)] = table
             self._tables[row] = table
 
-    def _tell(self, batch: PagedBatch, rows: int) -> None:
+    def _tell(self, batch: PagedBatch, rows: int, padding: int) -> None:
         """Attention that walks through sequences in Python sees those of the step only."""
+        batch.num_padding = padding
         batch.query_starts = self._starts_S1[: rows + 1].tolist()
         batch.kv_lens = self._kv_len_S[:rows].tolist()
         batch.forget_gathers()
+
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+def _shapes(tokens: int, sequences: int, blocks_per_sequence: int) -> tuple[Shape, ...]:
+    """Of tokens, positions, slots, tables, starts and lengths."""
+    long, int32 = torch.int64, torch.int32
+    wide = ((long, (tokens,)),) * 3
+    return (*wide, (int32, (sequences, blocks_per_sequence)), (int32, (sequences + 1,)), (int32, (sequences,)))
+
+
+def _num_bytes(shapes: Sequence[Shape]) -> int:
+    return sum(-(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED for dtype, shape in shapes)
+
+
+def _parts(memory: Tensor, shapes: Sequence[Shape]) -> Iterator[Tensor]:
+    """Views of bytes, each aligned."""
+    for dtype, shape in shapes:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        yield memory[:num_bytes].view(dtype).view(shape)
+        memory = memory[_num_bytes([(dtype, shape)]) :]

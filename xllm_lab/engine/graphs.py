@@ -79,7 +79,7 @@ class GraphCounts:
 
 
 class _Graph(NamedTuple):
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     inputs: GraphInputs
     normed_TD: Tensor
     logits_TV: Tensor | None  # of a decoding graph, whose head is in it
@@ -126,7 +126,7 @@ class Graphs:
             blocks_per_sequence=self.plan.blocks_per_sequence,
             block_size=config.block_size,
             padding_block=config.num_kv_blocks,
-            device=device.torch_device,
+            device=device,
         )
         workspace.reserve(tokens=self.plan.tokens, logits=self.plan.logits)
         workspace.is_fixed = True
@@ -163,7 +163,7 @@ class Graphs:
         started_ns = time.perf_counter_ns()
         inputs = self._memory.of(key.num_tokens, is_decode=key.is_decode)
         self._memory.fill(inputs, tokens, chunks, is_decode=key.is_decode)
-        tape = self._recorder.open()
+        tape = self._recorder.open(whole=key.is_decode)
         with torch.inference_mode(), recording(tape):
             normed_TD = self._model.run_layers(
                 inputs.token_T,

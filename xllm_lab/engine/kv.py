@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from typing import NamedTuple
 
 import torch
@@ -40,11 +38,17 @@ class KvPool:
         """Allocates the pool, zeroed so that a slot never written cannot hold a NaN.
 
         Raises:
-            ConfigError: a count below 1, or more bytes than the device has free.
+            ConfigError: a count below 1, a block size that the device's attention does not take, or more bytes than the
+                device has free.
         """
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}, at least 1 is accepted")
+        if device.kv_block_tokens not in (None, block_size):
+            raise ConfigError(
+                f"block_size is {block_size}; the attention of {device.name} takes KV blocks of "
+                f"{device.kv_block_tokens} tokens; accepted: {device.kv_block_tokens}"
+            )
         self.num_blocks, self.block_size = num_blocks, block_size
         block_bytes = block_size * config.kv_bytes_per_token(dtype)
         self.num_bytes = num_blocks * block_bytes
@@ -55,13 +59,4 @@ class KvPool:
                 f"{free_bytes} are free on {device.name}; at most {free_bytes // block_bytes} blocks are accepted"
             )
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.layers = tuple(LayerKv(*(_zeros(shape, dtype, device) for _ in "kv")) for _ in range(config.num_layers))
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
-    """On Linux, pages that the system zeroes all at once, for two thirds of what touching each of them takes."""
-    if device.name != "cpu" or not hasattr(mmap, "MAP_POPULATE"):
-        return torch.zeros(shape, dtype=dtype, device=device.torch_device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+        self.layers = tuple(LayerKv(*(device.zeros(shape, dtype) for _ in "kv")) for _ in range(config.num_layers))

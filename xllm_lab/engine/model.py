@@ -165,23 +165,23 @@ class DecoderModel:
         """`forward` without its head.
 
         Returns:
-            Shape [T, D], what the head reads; they are the workspace's, and stand until the next step.
+            Shape [T, D], what the head reads; they stand until the next step.
         """
         ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(token_T))
         self._embed_tokens(token_T, rows.hidden_TD, workspace)
         ops.rope_angles(position_T, self._frequencies_H2, rows.cos_TH, rows.sin_TH)
-        ops.rms_norm(rows.hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
+        hidden_TD = rows.hidden_TD
+        normed_TD = ops.rms_norm(hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
         # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
         next_norms = [*(layer.attention_norm_D for layer in self._layers[1:]), self._norm_D]
         for layer, layer_kv, next_norm_D in zip(self._layers, kv, next_norms, strict=True):
-            self._attend(layer, rows, batch, layer_kv)
-            ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
-            layer.gate_up(rows.normed_TD, rows.gate_up_TF2)
-            ops.swiglu(rows.gate_up_TF2, rows.gated_TF)
-            layer.down(rows.gated_TF, rows.branch_TD)
+            self._attend(layer, normed_TD, rows, batch, layer_kv)
+            hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
+            layer.gate_up(normed_TD, rows.gate_up_TF2)
+            layer.down(ops.swiglu(rows.gate_up_TF2, rows.gated_TF), rows.branch_TD)
             ops.all_reduce(rows.branch_TD)
-            ops.add_rms_norm(rows.hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
-        return rows.normed_TD
+            hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
+        return normed_TD
 
     def _embed_tokens(self, token_T: Tensor, hidden_TD: Tensor, workspace: Workspace) -> None:
         if self._shard is None:
@@ -192,14 +192,14 @@ class DecoderModel:
         self._embed(row_T, hidden_TD)
         self.ops.all_reduce(hidden_TD)  # of one row and zeros: exact
 
-    def _attend(self, layer: _Layer, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
+    def _attend(self, layer: _Layer, normed_TD: Tensor, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
         N, K = self.config.num_heads, self.config.num_kv_heads
         qkv_THn = rows.qkv_THn
-        layer.qkv(rows.normed_TD, qkv_THn.flatten(1))
+        layer.qkv(normed_TD, qkv_THn.flatten(1))
         qk_TNH = qkv_THn[:, : N + K]  # norm and rotation treat the heads of q and k as one tensor
         if layer.qk_norm_weight_NH is not None:
-            self.ops.head_norm(qk_TNH, layer.qk_norm_weight_NH, self.config.rms_norm_eps)
-        self.ops.rope(qk_TNH, rows.cos_TH, rows.sin_TH)
+            qk_TNH = self.ops.head_norm(qk_TNH, layer.qk_norm_weight_NH, self.config.rms_norm_eps)
+        qk_TNH = self.ops.rope(qk_TNH, rows.cos_TH, rows.sin_TH)
         self.ops.reshape_and_cache(qk_TNH[:, N:], qkv_THn[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch)
         self.ops.paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch, rows.attended_TNH)
         layer.out(rows.attended_TNH.flatten(1), rows.branch_TD)

@@ -19,7 +19,7 @@ def warm_up(runner: Runner, config: InstanceConfig, lead: Lead, device: Device) 
     all: two steps must do.
     """
     longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
-    for num_tokens in (min(longest, 64), 1) if device.name == "cpu" else _halves(longest):
+    for num_tokens in (min(longest, 64), 1) if device.is_host else _halves(longest):
         chunks = _synthetic((Chunk(num_tokens, 0),), config)
         lead.step(chunks)
         runner.run(chunks)

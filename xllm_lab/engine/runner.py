@@ -123,6 +123,8 @@ class Runner:
             graph_tokens: as `run`.
         """
         logits_RV = self.run(chunks, graph_tokens)
+        if not requests:
+            self._device.synchronize()  # otherwise reading the tokens is what waits for the step
         sampling, ids = [r.sampling for r in requests], [r.id for r in requests]
         tokens = sample(logits_RV, sampling, ids, positions, argmax=self._model.ops.argmax)
         if self._told is not None and tokens:

@@ -46,6 +46,8 @@ class PagedBatch:
         kv_lens: for each sequence, its tokens in the pool, counting those of this step.
         block_table_SM: block ids, int32, padded with 0; the first ceil(kv_len / P) of a row are its own.
         starts_S1, kv_len_S: the two lists as int32 tensors.
+        num_padding: sequences of one token behind those of the lists, which only fill up a graph; each has one token
+            in the pool, in a block that its row of the table names.
     """
 
     slot_T: Tensor
@@ -54,6 +56,7 @@ class PagedBatch:
     block_table_SM: Tensor
     starts_S1: Tensor
     kv_len_S: Tensor
+    num_padding: int = 0
     _gathers: list[Gather] = field(default_factory=list)
 
     def gathers(self, pool_BPKH: Tensor) -> Sequence[Gather]:
@@ -61,6 +64,17 @@ class PagedBatch:
         if not self._gathers:
             self._gathers = _gathers(self, pool_BPKH)
         return self._gathers
+
+    def padded_lengths(self) -> tuple[list[int], list[int]]:
+        """For each sequence, those that pad included: its last token's number in T plus 1, and its tokens in the pool.
+
+        For kernels that compute all T tokens, of whomever.
+        """
+        used = self.query_starts[-1]
+        return (
+            [*self.query_starts[1:], *range(used + 1, used + self.num_padding + 1)],
+            [*self.kv_lens, *[1] * self.num_padding],
+        )
 
     def forget_gathers(self) -> None:
         """The lists above are another step's now."""

@@ -100,34 +100,41 @@ class NativeOps:
     _reshape_and_cache: Any
     _paged_attention: Any
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> Tensor:
         """As `reference.rms_norm`."""
         rows, width = x_TD.shape
         x, out = x_TD.data_ptr(), out_TD.data_ptr()
         self._rms_norm(x, width, None, weight_D.data_ptr(), eps, rows, width, out, width)
+        return out_TD
 
-    def add_rms_norm(self, x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
+    def add_rms_norm(
+        self, x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As `reference.add_rms_norm`."""
         rows, width = x_TD.shape
         x, delta, out = x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr()
         self._rms_norm(x, width, delta, weight_D.data_ptr(), eps, rows, width, out, width)
+        return x_TD, out_TD
 
-    def head_norm(self, x_TNH: Tensor, weight_NH: Tensor, eps: float) -> None:
+    def head_norm(self, x_TNH: Tensor, weight_NH: Tensor, eps: float) -> Tensor:
         """As `reference.head_norm`."""
         self._head_norm(x_TNH.data_ptr(), x_TNH.stride(0), weight_NH.data_ptr(), eps, *x_TNH.shape)
+        return x_TNH
 
     def rope_angles(self, position_T: Tensor, frequencies_H2: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
         """As `reference.rope_angles`."""
         angles = (position_T.data_ptr(), frequencies_H2.data_ptr(), len(position_T), len(frequencies_H2))
         self._rope_angles(*angles, cos_TH.data_ptr(), sin_TH.data_ptr())
 
-    def rope(self, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
+    def rope(self, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
         """As `reference.rope`."""
         self._rope(x_TNH.data_ptr(), x_TNH.stride(0), cos_TH.data_ptr(), sin_TH.data_ptr(), *x_TNH.shape)
+        return x_TNH
 
-    def swiglu(self, gate_up_TD: Tensor, out_TD: Tensor) -> None:
+    def swiglu(self, gate_up_TD: Tensor, out_TD: Tensor) -> Tensor:
         """As `reference.swiglu`."""
         self._swiglu(gate_up_TD.data_ptr(), *out_TD.shape, out_TD.data_ptr())
+        return out_TD
 
     def reshape_and_cache(
         self, k_TKH: Tensor, v_TKH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch

@@ -1,7 +1,8 @@
 """Every operator in plain PyTorch: the definition, the tests' yardstick, and what serves where nothing faster does.
 
-All of them write into memory that the caller owns, so that a steady step allocates nothing where an implementation
-can do without. Strided views are welcome where a name says so; everything else is contiguous.
+All of them can write into memory that the caller owns, so that a steady step allocates nothing where an implementation
+can do without; some return where the result is, because others cannot. Strided views are welcome where a name says so;
+everything else is contiguous.
 """
 
 # Shapes: T packed query tokens, R rows, S sequences, N query heads, K KV heads, H head dim, D any last dimension,
@@ -19,21 +20,21 @@ from xllm_lab.engine.ops.batch import Gather, PagedBatch
 from xllm_lab.engine.ops.collectives import Group
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
-    """`out = x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich, 2019)."""
-    out_TD.copy_(F.rms_norm(x_TD, weight_D.shape, weight_D, eps))
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich, 2019)."""
+    return out_TD.copy_(F.rms_norm(x_TD, weight_D.shape, weight_D, eps))
 
 
-def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
-    """`x += delta`, and `out` is x normalised: the residual stream takes a branch's result and feeds the next."""
+def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + delta`, and that normalised: the residual stream takes a branch's result and feeds the next. x is lost."""
     x_TD += delta_TD
-    rms_norm(x_TD, weight_D, eps, out_TD)
+    return x_TD, rms_norm(x_TD, weight_D, eps, out_TD)
 
 
-def head_norm(x_TNH: Tensor, weight_NH: Tensor, eps: float) -> None:
-    """RMS norm of each head in place, each with its own weight. Tokens may be strided."""
+def head_norm(x_TNH: Tensor, weight_NH: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head, each with its own weight. Tokens may be strided. x is lost."""
     normed_TNH = F.rms_norm(x_TNH, x_TNH.shape[-1:], torch.ones_like(weight_NH[0]), eps)
-    torch.mul(normed_TNH, weight_NH, out=x_TNH)
+    return torch.mul(normed_TNH, weight_NH, out=x_TNH)
 
 
 def rope_angles(position_T: Tensor, frequencies_H2: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
@@ -47,21 +48,22 @@ def rope_angles(position_T: Tensor, frequencies_H2: Tensor, cos_TH: Tensor, sin_
     sin_TH.copy_(torch.cat([-sin, sin], -1))
 
 
-def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
-    """Turns the pair (x[i], x[i + H/2]) by its token's angle, in place (Su et al., 2021, in the half-split layout).
+def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Turns the pair (x[i], x[i + H/2]) by its token's angle (Su et al., 2021, in the half-split layout). x is lost.
 
     Args:
         x_TNH: tokens may be strided.
-        cos_TH, sin_TH: of the angles, both halves alike, but the first half of `sin` carries the rotation's minus.
+        cos_TH, sin_TH: as the same implementation's `rope_angles` wrote them; here, both halves are alike, but the
+            first half of `sin` carries the rotation's minus.
     """
     swapped_TNH = x_TNH.roll(x_TNH.shape[-1] // 2, -1)
-    torch.addcmul(x_TNH * cos_TH.unsqueeze(1), swapped_TNH, sin_TH.unsqueeze(1), out=x_TNH)
+    return torch.addcmul(x_TNH * cos_TH.unsqueeze(1), swapped_TNH, sin_TH.unsqueeze(1), out=x_TNH)
 
 
-def swiglu(gate_up_TD: Tensor, out_TD: Tensor) -> None:
-    """`out = silu(gate) * up`, where the input holds gate and up side by side."""
+def swiglu(gate_up_TD: Tensor, out_TD: Tensor) -> Tensor:
+    """`silu(gate) * up`, where the input holds gate and up side by side."""
     gate, up = gate_up_TD.chunk(2, -1)
-    torch.mul(F.silu(gate), up, out=out_TD)
+    return torch.mul(F.silu(gate), up, out=out_TD)
 
 
 def reshape_and_cache(k_TKH: Tensor, v_TKH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch) -> None:

@@ -21,12 +21,15 @@ from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
-from xllm_lab.engine.ops.tape import taped
+from xllm_lab.engine.ops.npu import operators as npu_operators
+from xllm_lab.engine.ops.npu import serving as npu
+from xllm_lab.engine.ops.tape import reads_host, taped
+from xllm_lab.errors import ConfigError
 
-_ELEMENTWISE = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch",)}
+_ELEMENTWISE = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch_npu",)}
 TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear": {"cpu": ("native", "onednn", "torch"), "cuda": ("torch",), "npu": ("torch",)},
-    "paged_attention": {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch",)},
+    "paged_attention": {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch_npu", "torch")},
     "reshape_and_cache": _ELEMENTWISE,
     "rms_norm": _ELEMENTWISE,
     "add_rms_norm": _ELEMENTWISE,
@@ -61,12 +64,12 @@ class Ops:
         served: which implementation each one is.
     """
 
-    rms_norm: Callable[[Tensor, Tensor, float, Tensor], None]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
-    head_norm: Callable[[Tensor, Tensor, float], None]
+    rms_norm: Callable[[Tensor, Tensor, float, Tensor], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
+    head_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    rope: Callable[[Tensor, Tensor, Tensor], None]
-    swiglu: Callable[[Tensor, Tensor], None]
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
     reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, Tensor], None]
     argmax: Callable[[Tensor], list[int]]
@@ -119,21 +122,35 @@ def choose(
             served[op] = _pick(op, device.type, _linear_fails(dtype, hidden_size, left_out))
         else:
             served[op] = _pick(op, device.type, _op_fails(op, dtype, head_dim, left_out))
-    made = None
-    if any(s.by == "native" for op, s in served.items() if op != "linear"):
-        made = native.NativeOps(native.load(), dtype, torch.get_num_threads())
-    functions = {
-        op: getattr(made, op) if s.by == "native" else _reference(op)
-        for op, s in served.items()
-        if op not in ("linear", "all_reduce")
+    makers: dict[str, Callable[[], object]] = {
+        "native": lambda: native.NativeOps(native.load(), dtype, torch.get_num_threads()),
+        "torch_npu": lambda: npu.NpuOps(device),
+        "torch": _References,
     }
+    chosen = {op: s.by for op, s in served.items() if op not in ("linear", "all_reduce")}
+    made = {by: makers[by]() for by in set(chosen.values())}
+    functions = {op: getattr(made[by], op) for op, by in chosen.items()}
     functions["all_reduce"] = _nothing if group is None else _all_reduce(served["all_reduce"].by, group)
     return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
 
 
-def _reference(op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(reference, op)
-    return function if op == "argmax" else taped(function)  # argmax reads a step's result, and is no part of it
+def check_calls(device: torch.device, *, on: bool) -> None:
+    """Whether operators with documented limits hold each call against them first.
+
+    Raises:
+        ConfigError: the device's operators have none.
+    """
+    if on and not any("torch_npu" in by_device.get(device.type, ()) for by_device in TABLE.values()):
+        raise ConfigError(f"check_ops: operators of {device.type} have no documented limits; accepted on: npu")
+    npu_operators.check_calls(on=on)
+
+
+class _References:
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(reference, op)
+        if op == "argmax":  # reads a step's result, and is no part of it
+            return function
+        return reads_host(function) if op == "paged_attention" else taped(function)
 
 
 def _all_reduce(by: str, group: Group) -> Callable[[Tensor], None]:
@@ -176,6 +193,8 @@ def _op_fails(op: str, dtype: torch.dtype, head_dim: int, without: frozenset[str
             if reason is None and op == "paged_attention":
                 return native.attention_fails(native.load(), head_dim)
             return reason
+        if name == "torch_npu" and op == "paged_attention":
+            return npu.attention_fails(dtype, head_dim)
         return None
 
     return fails

@@ -15,9 +15,10 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 # By letter of a signature: how an argument fills its eight bytes.
 _PACKED = {"p": "Q", "l": "q", "f": "f4x", "i": "i4x"}
@@ -29,11 +30,16 @@ class Tape(Protocol):
 
     def kernel(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None: ...
 
-    def call(self, call: Callable[[], None]) -> None: ...
+    def call(self, call: Callable[[], R]) -> R: ...
+
+    def host_call(self, call: Callable[[], None]) -> None:
+        """A call that reads the host's lists, and has to read them anew in each replay."""
+        ...
 
 
 class _Here(threading.local):
     tape: Tape | None = None
+    updates = False
 
 
 _here = _Here()
@@ -70,18 +76,46 @@ class Kernel:
         return struct.pack("<Q", self.packed) + words.ljust(8 * _MOST_ARGUMENTS, b"\0")
 
 
-def taped(function: Callable[P, None]) -> Callable[P, None]:
-    """An operator that is no kernel of ours, so that it is written down as well."""
+def taped(function: Callable[P, R]) -> Callable[P, R]:
+    """An operator that is no kernel of ours, so that it is written down as well. Its result is where it was."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **named: P.kwargs) -> R:
+        tape = _here.tape
+        if tape is not None:
+            return tape.call(functools.partial(function, *arguments, **named))
+        return function(*arguments, **named)
+
+    return run
+
+
+def reads_host(function: Callable[P, None]) -> Callable[P, None]:
+    """As `taped`, for an operator whose arguments are lists of the host's, other ones in each step."""
 
     @functools.wraps(function)
     def run(*arguments: P.args, **named: P.kwargs) -> None:
         tape = _here.tape
         if tape is not None:
-            tape.call(functools.partial(function, *arguments, **named))
+            tape.host_call(functools.partial(function, *arguments, **named))
         else:
             function(*arguments, **named)
 
     return run
+
+
+def is_captured() -> bool:
+    """Whether what this thread calls goes into a graph, so that nothing can be read back."""
+    return _here.tape is not None or _here.updates
+
+
+@contextmanager
+def updating() -> Iterator[None]:
+    """What this thread calls meanwhile replaces a call in a graph."""
+    _here.updates = True
+    try:
+        yield
+    finally:
+        _here.updates = False
 
 
 @contextmanager
@@ -108,7 +142,7 @@ class Program:
 
     def __init__(self, replay: Callable[[Any, int], None] | None) -> None:
         self._replay = replay
-        self._pieces: list[Callable[[], None]] = []
+        self._pieces: list[Callable[[], object]] = []
         self._kernels: list[bytes] = []
         self.num_kernels = 0
 
@@ -121,12 +155,14 @@ class Program:
         self.num_kernels += 1
         kernel.run(arguments)
 
-    def call(self, call: Callable[[], None]) -> None:
+    def call(self, call: Callable[[], R]) -> R:
         self._close_piece()
         self._pieces.append(call)
-        call()
+        return call()
 
-    def close(self) -> Callable[[], None]:
+    host_call = call
+
+    def close(self) -> Callable[[], object]:
         """What repeats it all."""
         self._close_piece()
         pieces = tuple(self._pieces)

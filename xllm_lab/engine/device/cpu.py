@@ -1,8 +1,4 @@
-"""The one place that knows what cpu, cuda and npu are.
-
-Everything else in the engine receives a `Device` and asks it: where tensors live, which dtype to use, how much
-memory is left, what to write into the run's manifest.
-"""
+"""CPUs: what this machine is, what its matrix units are worth, and its memory."""
 
 from __future__ import annotations
 
@@ -10,23 +6,18 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import math
+import mmap
 import os
 import platform
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from xllm_lab.errors import ConfigError
-
-DEVICE_NAMES = ("cpu", "cuda", "npu", "auto")
-# Who carries tensors between devices of a kind.
-_COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from torch import Tensor
 
 # oneDNN's name for everything below AMX (oneDNN 3.x, "CPU dispatcher control").
 _ISA_WITHOUT_AMX = "AVX10_1_512"
@@ -39,100 +30,20 @@ class DeviceMemory(NamedTuple):
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """An opened device.
-
-    Attributes:
-        name: "cpu", "cuda" or "npu".
-        torch_device: where tensors live.
-        default_dtype: of weights and KV when the user names none. float32 on the CPU, which is comparable token by
-            token with other engines and no slower than bfloat16 unless the cores have bfloat16 matrix units.
-        description: model of the hardware and threads, for the manifest.
-    """
-
-    name: str
-    torch_device: torch.device
-    default_dtype: torch.dtype
-    description: str
-
-    @property
-    def collectives(self) -> str:
-        """The library through which such devices exchange tensors."""
-        return _COLLECTIVES[self.name]
-
-    def synchronize(self) -> None:
-        """Returns when the device has finished what was launched; on the CPU at once."""
-        if self.name != "cpu":
-            torch.accelerator.synchronize(self.torch_device)
-
-    def memory(self) -> DeviceMemory:
-        if self.name == "cpu":
-            return _cpu_memory()
-        free_bytes, total_bytes = torch.accelerator.get_memory_info(self.torch_device)
-        return DeviceMemory(free_bytes, total_bytes)
-
-
-def open_device(name: str, *, threads: int | None = None, index: int | None = None) -> Device:
-    """Opens a device by name; "auto" takes the accelerator if there is one, else the CPU.
-
-    Open the CPU before anything else computes: oneDNN picks its instruction set at its first operator.
-
-    Args:
-        name: one of `DEVICE_NAMES`.
-        threads: torch's compute threads in this process; `None` leaves them as they are.
-        index: which accelerator of several; `None` is the current one. CPUs are one device.
-
-    Raises:
-        ConfigError: the name is unknown, the device is not there, or `threads` is below 1.
-    """
-    if name not in DEVICE_NAMES:
-        raise ConfigError(f"device {name!r} is unknown; accepted are {', '.join(DEVICE_NAMES)}")
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads is {threads}, at least 1 is accepted")
-        torch.set_num_threads(threads)
-    found = _accelerator(wants_npu=name == "npu")
-    if name == "auto":
-        name = found if found in DEVICE_NAMES else "cpu"
-    if name == "cpu":
-        return _open_cpu()
-    if name != found:
-        available = "cpu" if found is None else f"cpu, {found}"
-        raise ConfigError(f"device {name!r} is not available here; available are {available}")
-    if index is not None:
-        count = torch.accelerator.device_count()
-        if index >= count:
-            raise ConfigError(f"device {name!r} number {index} is wanted; 0 to {count - 1} are accepted here")
-        torch.accelerator.set_device_index(index)
-    return Device(
-        name=name,
-        torch_device=torch.device(name, torch.accelerator.current_device_index()),
-        default_dtype=torch.bfloat16,
-        description=str(getattr(torch, name).get_device_name()),
-    )
-
-
-def _accelerator(*, wants_npu: bool) -> str | None:
-    """Type of the accelerator torch sees. torch_npu registers itself only when imported, so "npu" imports it."""
-    if wants_npu:
-        try:
-            import torch_npu  # noqa: F401
-        except (ImportError, OSError) as error:
-            raise ConfigError(f"device 'npu' needs the torch_npu package, which does not load: {error}") from error
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None else found.type
-
-
-def _open_cpu() -> Device:
+def describe() -> str:
+    """Cores and threads. oneDNN settles on an instruction set here, before it computes anything."""
     facts = cpu_facts()
     note = ", AMX kept from oneDNN, which fails on it here" if "amx_tile" in facts.flags and _amx_is_off() else ""
-    return Device(
-        name="cpu",
-        torch_device=torch.device("cpu"),
-        default_dtype=torch.float32,
-        description=f"{facts.model_name}, {torch.get_num_threads()} threads{note}",
-    )
+    return f"{facts.model_name}, {torch.get_num_threads()} threads{note}"
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On Linux, pages that the system zeroes all at once, for two thirds of what touching each of them takes."""
+    if not hasattr(mmap, "MAP_POPULATE"):
+        return torch.zeros(shape, dtype=dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @functools.cache
@@ -214,7 +125,8 @@ def cpu_facts() -> CpuFacts:
     return CpuFacts(model_name, flags)
 
 
-def _cpu_memory() -> DeviceMemory:
+def memory() -> DeviceMemory:
+    """Of the machine, or of the container if that has less."""
     page_bytes = os.sysconf("SC_PAGE_SIZE")
     total_bytes = os.sysconf("SC_PHYS_PAGES") * page_bytes
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * page_bytes

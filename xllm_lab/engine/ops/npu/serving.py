@@ -1,0 +1,138 @@
+"""The engine's operators served by those of torch_npu; signatures and meaning are those of `ops.reference`.
+
+Most results lie in memory that the operators allocate themselves, in a captured step that of the graphs' pool.
+"""
+
+# ruff: noqa: N815, PLR0917  (shapes live in the names of fields, too; operators have many operands)
+# Shapes: T packed query tokens, S sequences, N query heads, K KV heads, H head dim, D any last dimension, B blocks of
+#         the pool, P tokens per block
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xllm_lab.engine.ops import reference
+from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.npu import calls, limits
+from xllm_lab.engine.ops.tape import is_captured, reads_host
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    """The pattern that sparse mode 3 wants: 1 where a query may not look."""
+    return torch.ones(limits.CAUSAL_MASK, limits.CAUSAL_MASK, dtype=torch.int8, device=device).triu_(1)
+
+
+def attention_fails(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the fused attention cannot be had for this type and width."""
+    if dtype not in limits.ATTENTION_DTYPES:
+        return f"no fused attention for {str(dtype).removeprefix('torch.')}"
+    if head_dim % 16 or head_dim > limits.MAX_HEAD_DIM:
+        return f"no fused attention for a head dim of {head_dim}"
+    return None
+
+
+class _Captured(NamedTuple):
+    """What captured attentions of as many tokens use in turn; their graphs count on its addresses."""
+
+    q_TNH: Tensor
+    lse: Tensor
+    workspace: Tensor
+
+
+class NpuOps:
+    """One model's operators."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._mask = causal_mask(device)
+        self._captured: dict[int, _Captured] = {}
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> Tensor:
+        """As `reference.rms_norm`."""
+        return calls.rms_norm(x_TD, weight_D, eps)
+
+    def add_rms_norm(
+        self, x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `reference.add_rms_norm`."""
+        return calls.add_rms_norm(x_TD, delta_TD, weight_D, eps)
+
+    def head_norm(self, x_TNH: Tensor, weight_NH: Tensor, eps: float) -> Tensor:
+        """As `reference.head_norm`: the operator has one weight for all heads, so that it gets ones."""
+        normed_TNH = calls.rms_norm(x_TNH.contiguous(), torch.ones_like(weight_NH[0]), eps)
+        return normed_TNH.mul_(weight_NH)
+
+    def rope_angles(self, position_T: Tensor, frequencies_H2: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> None:
+        """As `reference.rope_angles`, but the operator has the rotation's minus itself."""
+        angles_TH2 = torch.outer(position_T.float(), frequencies_H2)
+        angles_TH = torch.cat([angles_TH2, angles_TH2], -1)
+        cos_TH.copy_(angles_TH.cos())
+        sin_TH.copy_(angles_TH.sin())
+
+    def rope(self, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        """As `reference.rope`."""
+        return calls.rotate(x_TNH, cos_TH, sin_TH)
+
+    def swiglu(self, gate_up_TD: Tensor, out_TD: Tensor) -> Tensor:
+        """As `reference.swiglu`."""
+        return calls.swiglu(gate_up_TD)
+
+    def reshape_and_cache(
+        self, k_TKH: Tensor, v_TKH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch
+    ) -> None:
+        """As `reference.reshape_and_cache`."""
+        calls.scatter_kv(k_TKH.contiguous(), v_TKH.contiguous(), k_BPKH, v_BPKH, batch.slot_T)
+
+    def paged_attention(
+        self, q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, out_TNH: Tensor
+    ) -> None:
+        """As `reference.paged_attention`. Sequences that pad a graph are attended to like any other.
+
+        In a captured step the queries are copied to where they stay, because the lengths are put into the graph anew
+        for each replay, and that call may neither allocate nor launch anything else.
+        """
+        if not is_captured():
+            _attend(q_TNH.contiguous(), k_BPKH, v_BPKH, batch, self._mask, out_TNH, q_TNH.new_empty(1), None)
+            return
+        if len(q_TNH) not in self._captured:
+            q_copy_TNH = q_TNH.new_empty(q_TNH.shape)
+            paged = _paged(q_copy_TNH, k_BPKH, v_BPKH, batch, self._mask)
+            self._captured[len(q_TNH)] = _Captured(q_copy_TNH, q_TNH.new_empty(1), calls.attention_workspace(paged))
+        own = self._captured[len(q_TNH)]
+        own.q_TNH.copy_(q_TNH)
+        _attend(own.q_TNH, k_BPKH, v_BPKH, batch, self._mask, out_TNH, own.lse, own.workspace)
+
+    def argmax(self, logits_RV: Tensor) -> list[int]:
+        """As `reference.argmax`."""
+        return reference.argmax(logits_RV)
+
+
+def _paged(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, mask: Tensor) -> calls.PagedQuery:
+    cumulated_S, kv_len_S = batch.padded_lengths()
+    used = cumulated_S[-1]
+    return calls.PagedQuery(
+        q_TNH=q_TNH[:used],
+        k_BPF=k_BPKH.flatten(2),
+        v_BPF=v_BPKH.flatten(2),
+        mask=mask,
+        cumulated_S=cumulated_S,
+        kv_len_S=kv_len_S,
+        table_SM=batch.block_table_SM[: len(kv_len_S)],
+    )
+
+
+@reads_host
+def _attend(
+    q_TNH: Tensor,
+    k_BPKH: Tensor,
+    v_BPKH: Tensor,
+    batch: PagedBatch,
+    mask: Tensor,
+    out_TNH: Tensor,
+    lse: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    paged = _paged(q_TNH, k_BPKH, v_BPKH, batch, mask)
+    calls.attend(paged, workspace, out_TNH[: len(paged.q_TNH)], lse)

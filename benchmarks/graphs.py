@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     for dtype in args.dtypes:
         engine = Engine(EngineOptions(device="cpu", dtype=dtype))
-        runner = engine._runner(CONFIG, SHAPES)
+        runner = engine.runner(CONFIG, SHAPES)
         assert runner.graphs is not None
         runner.graphs.warm()
         for count in (1, 16, 17, 64):

@@ -18,7 +18,9 @@ PACKAGE = Path(xllm_lab.__file__).parent
 ROOT = PACKAGE.parent
 HARDWARE_LIBRARIES = ("torch_npu", "acl", "mindspore")
 # Above everything: what a person types and reads.
-SURFACE = tuple(f"xllm_lab.{name}" for name in ("cli", "verbs", "report", "timeline_file", "text", "demo", "__main__"))
+SURFACE = tuple(
+    f"xllm_lab.{name}" for name in ("cli", "verbs", "report", "timeline_file", "text", "demo", "acceptance", "__main__")
+)
 HOSTS = ("xllm_lab.engine", "xllm_lab.sim", "xllm_lab.tuning")
 FORBIDDEN_NAMES = {"utils", "util", "common", "base", "manager", "helper", "helpers", "misc"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xllm_lab import verbs
-from xllm_lab.cli import profile
+from xllm_lab.cli import accept, profile
 from xllm_lab.cli.machine import fleet, fleet_options, machine, machine_options
 from xllm_lab.cli.options import (
     configuration_options,
@@ -323,6 +323,16 @@ def _profile(o: argparse.Namespace) -> int:
     return _print(o, profile.as_dict(*found), profile.as_text(*found, top=o.top))
 
 
+def _accept(o: argparse.Namespace) -> int:
+    if o.dry_run:
+        from xllm_lab.acceptance import PLAN, plan_text
+
+        return _print(o, [{"part": part.name, "what": part.what} for part in PLAN], plan_text())
+    found = accept.accepted(o)
+    _print(o, found.as_dict(), found.as_text())
+    return 0 if found.passed else 1
+
+
 def _validate_measured_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="holds profile/ and vllm/")
     parser.add_argument("--model-config", type=Path, help="the model's config.json, if it is not a well-known one")
@@ -375,5 +385,6 @@ COMMANDS = {
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
     "validate": Command("the simulator beside measurements of others", _validate_options, _validate),
     "profile": Command("what a profiler recorded, or this machine's operators, measured", profile.options, _profile),
+    "accept": Command("does this machine serve as it must? exit status 1 if not", accept.options, _accept),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

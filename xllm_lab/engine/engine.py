@@ -32,7 +32,7 @@ from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
-from xllm_lab.step_shape import Shapes, shapes_of
+from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
@@ -48,6 +48,7 @@ class EngineOptions:
         threads: compute threads on a CPU.
         clock: "wall" replays in real time; "virtual" jumps over idle gaps.
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
+        without_ops: implementations of operators not to use, as `engine.ops.table` names them: "native", "onednn".
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
@@ -61,6 +62,7 @@ class EngineOptions:
     threads: int = 1
     clock: str = "virtual"
     timer: str = "wall"
+    without_ops: tuple[str, ...] = ()
     graph_pool_bytes: int | None = None
     tensor_parallel: int = 1
     rank_timeout_s: float = 300.0
@@ -124,7 +126,9 @@ class Engine:
         group = None if ranks is None else ranks.group
         check_calls(self.device.torch_device, on=o.check_ops)
         with self.device.refusing_what_does_not_fit(f"model {o.model}"):
-            self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group)
+            self.model: LoadedModel = load_model(
+                o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group, without=o.without_ops
+            )
         if ranks is not None:
             ranks.meet("loaded")
         self._lead = Lead(ranks)
@@ -191,9 +195,10 @@ class Engine:
             as `serve`.
         """
         config = scheduler.config
+        shapes = EAGER if scheduler.shapes is None else scheduler.shapes.policy
         with self._together():
             with self.device.refusing_what_does_not_fit("a step at the configured limits"):
-                runner = self._runner(config, scheduler.shapes)
+                runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer)
             with Lane(clock, beside=config.async_scheduling != "off") as lane:
@@ -307,10 +312,9 @@ class Engine:
                         f"{self.model.config.vocab_size - 1}"
                     )
 
-    def _runner(self, config: InstanceConfig, shapes: Shapes | None = None) -> Runner:
-        policy = EAGER if shapes is None else shapes.policy
-        self._lead.open(config, policy)
-        return self.runner(config, policy)
+    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+        self._lead.open(config, shapes)
+        return self.runner(config, shapes)
 
     def runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
         """What runs the steps of this rank.

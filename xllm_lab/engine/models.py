@@ -32,6 +32,9 @@ _SAMPLES = 256
 _SAMPLE_BYTES = 4096
 
 
+_Build = Callable[[ModelConfig, dict[str, Tensor]], DecoderModel]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A model in memory.
@@ -54,7 +57,12 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, device: Device, dtype: torch.dtype | None = None, group: Group | None = None
+    name: str,
+    *,
+    device: Device,
+    dtype: torch.dtype | None = None,
+    group: Group | None = None,
+    without: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a model by name, without any network.
 
@@ -62,13 +70,20 @@ def load_model(
         name: `DEFAULT_MODEL`, a folder with `config.json` and safetensors, or a `.gguf` file.
         dtype: of weights and computation; `None` is the device's default.
         group: the ranks that the model is divided over; None: it is not.
+        without: implementations of operators not to use.
 
     Raises:
         ModelError: the name is none of these, or what it names cannot be loaded.
     """
     dtype = dtype or device.default_dtype
     path = _path(name)
-    loaded = (_from_folder if path.is_dir() else _from_gguf)(name, path, device, dtype, group)
+
+    def build(config: ModelConfig, weights: dict[str, Tensor]) -> DecoderModel:
+        shard = Shard() if group is None else Shard(group.rank, group.size)
+        part = shard.cut(weights, config)
+        return DecoderModel(shard.config(config), part, device=device.torch_device, group=group, without=without)
+
+    loaded = (_from_folder if path.is_dir() else _from_gguf)(name, path, dtype, build)
     give_back_freed_memory()
     return loaded
 
@@ -119,7 +134,7 @@ def weights_checksum(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _from_gguf(name: str, path: Path, device: Device, dtype: torch.dtype, group: Group | None) -> LoadedModel:
+def _from_gguf(name: str, path: Path, dtype: torch.dtype, build: _Build) -> LoadedModel:
     file, checksum = read_gguf(path), weights_checksum([path])
     config = gguf_config(file)
     weights = cached_weights(
@@ -128,20 +143,20 @@ def _from_gguf(name: str, path: Path, device: Device, dtype: torch.dtype, group:
     return LoadedModel(
         name=name,
         config=config,
-        model=_model(config, weights, device, group),
+        model=build(config, weights),
         eos_token_ids=gguf_eos_token_ids(file),
         load_tokenizer=lambda: gguf_tokenizer(read_gguf(path)),  # not of `file`, which holds the vocabulary
         checksum=checksum,
     )
 
 
-def _from_folder(name: str, folder: Path, device: Device, dtype: torch.dtype, group: Group | None) -> LoadedModel:
+def _from_folder(name: str, folder: Path, dtype: torch.dtype, build: _Build) -> LoadedModel:
     config, raw = _folder_config(folder)
     weights = read_safetensors(folder, config, dtype)
     return LoadedModel(
         name=name,
         config=config,
-        model=_model(config, weights, device, group),
+        model=build(config, weights),
         eos_token_ids=_eos_token_ids(folder, raw),
         load_tokenizer=lambda: _folder_tokenizer(folder),
         checksum=weights_checksum(safetensors_files(folder)),
@@ -153,12 +168,6 @@ def _folder_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ModelError(f"{folder}: no config.json; accepted are {_ACCEPTED}")
     raw = _read_json(folder / "config.json")
     return from_transformers(raw, source=str(folder / "config.json")), raw
-
-
-def _model(config: ModelConfig, weights: dict[str, Tensor], device: Device, group: Group | None) -> DecoderModel:
-    shard = Shard() if group is None else Shard(group.rank, group.size)
-    part = shard.cut(weights, config)
-    return DecoderModel(shard.config(config), part, device=device.torch_device, group=group)
 
 
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

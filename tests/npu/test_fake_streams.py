@@ -114,7 +114,7 @@ def test_the_same_programs_without_events_go_wrong() -> None:
         program = random_program(seed)
         with control.order("shuffled", seed=seed):
             wrong += run_program(program, events=False) != expected_of(program)
-    assert wrong >= 8
+    assert wrong >= 4
 
 
 def test_an_event_means_its_last_record_before_the_wait() -> None:

@@ -84,13 +84,11 @@ void pump(const std::function<bool()>& enough) {
         ready.push_back(stream.get());
     }
     if (ready.empty()) return;
+    std::sort(ready.begin(), ready.end(), [](const Stream* one, const Stream* other) {
+      return one->queue.front()->sequence < other->queue.front()->sequence;
+    });
     Stream* next = ready[0];
-    if (settings.order == Order::shuffled) {
-      next = ready[(one_by_one ? choice() : favour) % ready.size()];
-    } else {
-      for (Stream* stream : ready)
-        if (stream->queue.front()->sequence < next->queue.front()->sequence) next = stream;
-    }
+    if (settings.order == Order::shuffled) next = ready[(one_by_one ? choice() : favour) % ready.size()];
     TaskPtr task = next->queue.front();
     lock.unlock();
     in_task = true;

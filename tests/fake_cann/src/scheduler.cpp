@@ -108,6 +108,14 @@ void pump(const std::function<bool()>& enough) {
   }
 }
 
+// A host that polls must see the device move: one task a question.
+void move_when_polled() {
+  if (settings.order != Order::shuffled) return;
+  ReleaseInterpreter release;
+  bool first = true;
+  pump([&first] { return !std::exchange(first, false); });
+}
+
 aclError wait_until(const std::function<bool()>& reached, aclError timed_out, const char* what) {
   ReleaseInterpreter release;
   const auto deadline = Clock::now() + std::chrono::milliseconds(settings.timeout_ms);
@@ -267,6 +275,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return aclrtSynchronizeDev
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
   Stream* stream = resolve(handle);
   if (stream->capture) return refuse_on_stream(stream, "query stream", ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT);
+  move_when_polled();
   std::lock_guard<std::mutex> lock(fake::mutex);
   *status = stream->queue.empty() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
   return ACL_SUCCESS;
@@ -348,11 +357,7 @@ aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
   count("query_event");
   EventPtr event = static_cast<EventHandle*>(handle)->state;
-  if (settings.order == Order::shuffled) {  // a host that polls must see the device move: one task a question
-    ReleaseInterpreter release;
-    bool first = true;
-    pump([&first] { return !std::exchange(first, false); });
-  }
+  move_when_polled();
   std::lock_guard<std::mutex> lock(fake::mutex);
   *status = event->completed >= event->issued ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return ACL_SUCCESS;

@@ -1,8 +1,0 @@
-from tests import fake_cann
-fake_cann.start()
-import torch, torch_npu
-ev=torch.npu.ExternalEvent()
-print("before", ev)
-ev.wait(torch.npu.current_stream()); print("waited", ev)
-ev.record(); print(ev)
-ev.wait(torch.npu.current_stream()); print("waited", ev)

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.fake_cann import control
 from tests.npu.engines import WHERE, engine, folder, install_operators, let_float32_through, served
 from tests.npu.test_npu_serving import crowd
 from tests.tiny_models import write_tiny_model
+from xllm_lab.engine.device.npu_setup import api
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError
 
@@ -33,9 +33,9 @@ def _operators() -> None:
 @contextmanager
 def free(num_bytes: int) -> Iterator[None]:
     """A device with that much left beside what is in use."""
-    torch.npu.synchronize()
-    torch.npu.empty_cache()
-    with control.hbm(torch.npu.memory_reserved() + num_bytes):
+    api().synchronize()
+    api().empty_cache()
+    with control.hbm(api().memory_reserved() + num_bytes):
         yield
 
 
@@ -82,9 +82,9 @@ def test_a_run_gives_its_memory_back() -> None:
     in_use = []
     for _ in range(3):
         served(engine("npu"), crowd(3), shapes="xllm-buckets")
-        torch.npu.synchronize()
-        torch.npu.empty_cache()
-        in_use.append(torch.npu.memory_reserved())
+        api().synchronize()
+        api().empty_cache()
+        in_use.append(api().memory_reserved())
     assert in_use[2] == in_use[1]
 
 

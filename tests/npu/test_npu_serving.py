@@ -37,9 +37,7 @@ def crowd(count: int = 9, output: int = 11) -> Workload:
     """Prompts from a few tokens to three blocks; every other one shares its first block with the one before it."""
     return Workload(
         requests=tuple(
-            request(
-                i, 300 * i, prompt=5 + 37 * (i % 5) + 128 * (i % 2), output=output, hashes=(7,) * 8 if i % 2 else ()
-            )
+            request(i, 300 * i, prompt=5 + 37 * (i % 5) + 128 * (i % 2), output=output, hashes=(7,) * 32 * (i % 2))
             for i in range(count)
         ),
         source="crowd",

@@ -54,7 +54,7 @@ def run(target: str, num_ranks: int, *, timeout_s: float = 120, **environment: s
             rank.kill()
             outputs.append(rank.communicate()[0] + f"\nno end after {timeout_s} s")
     if any(rank.returncode != 0 for rank in ranks):
-        raise RanksFailedError("\n".join(f"--- rank {i}:\n{text[-3000:]}" for i, text in enumerate(outputs)))
+        raise RanksFailedError("\n".join(f"--- rank {i}:\n{text[-8000:]}" for i, text in enumerate(outputs)))
     results = []
     for text in outputs:
         line = next(line for line in reversed(text.splitlines()) if line.startswith(MARK))

@@ -57,5 +57,5 @@ def test_ranks_that_disagree_about_the_size_are_told() -> None:
 
 
 def test_the_death_of_a_rank_is_an_error_on_the_other() -> None:
-    with pytest.raises(ranks.RanksFailedError, match=r"rank 0 of .* a peer is gone"):
+    with pytest.raises(ranks.RanksFailedError, match="a peer is gone"):
         ranks.run(f"{HERE}:a_rank_that_dies", 2)

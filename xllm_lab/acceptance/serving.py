@@ -23,7 +23,7 @@ from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed
-from xllm_lab.workload import Workload, prompt_token_ids
+from xllm_lab.workload import Prompt, Request, RequestId, Workload, prompt_token_ids
 
 # Of each sequence: tokens computed in the first step, in the second, ... of which each wants logits.
 _STEPS = ((48, 8, 1, 1), (5, 1, 1, 1), (16, 1, 16, 1), (1, 1, 1, 1))
@@ -74,10 +74,11 @@ _PLANNED = {"off": "in turns", "length_aware": "ahead"}
 
 
 def memory(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
-    """KV for one and a half of the longest requests, and a policy that lets in what fits now."""
-    workload = machine.at_once(machine.windows[0])
-    needs = max(-(-(r.prompt.num_tokens + r.output_tokens) // machine.block_size) for r in workload.requests)
-    config, records = machine.config(num_kv_blocks=needs + -(-needs // 2)), Records()
+    """Four blocks for requests that begin with one and end with two, under a policy that lets in what fits now."""
+    prompt = Prompt(num_tokens=machine.block_size - 4)
+    requests = (Request(id=RequestId(i), arrival_us=0, prompt=prompt, output_tokens=12) for i in range(6))
+    workload = Workload(requests=tuple(requests), seed=5)
+    config, records = machine.config(num_kv_blocks=4), Records()
     scheduler = Scheduler(config, Vllm(), records)
     vocab_size = machine.engine.model.config.vocab_size
     machine.engine.serve_on(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -128,7 +128,7 @@ def _dense(engine: Engine, grid: Grid, progress: Callable[[], object]) -> dict[s
     steps = _steps(engine, engine.model.config.num_layers, grid.most_tokens)
     found: dict[str, dict[int, float]] = {}
     for tokens in grid.tokens:
-        times = _median(steps, [Chunk(tokens, 0)], grid.repeats)
+        times = _median(steps, _on_own_blocks(engine, [Chunk(tokens, 0)]), grid.repeats)
         for row, us in times.items():
             if row not in ("attention", *_ON_ROWS):
                 found.setdefault(row, {})[tokens] = us
@@ -140,18 +140,19 @@ def _attention(
     engine: Engine, grid: Grid, progress: Callable[[], object]
 ) -> tuple[dict[Key, float], dict[str, dict[int, float]]]:
     """Attention of each key; head and sampler of each number of decodes, at the shortest of them."""
-    most_kv_tokens = grid.most_seqs * (grid.most_kv_tokens + 1 + BLOCK_TOKENS)
+    block = _block_tokens(engine)
+    most_kv_tokens = grid.most_seqs * (grid.most_kv_tokens + 1 + block)
     steps = _steps(
         engine,
         min(_LAYERS_FOR_ATTENTION, engine.model.config.num_layers),
-        most_kv_tokens + grid.most_tokens + grid.most_kv_tokens + BLOCK_TOKENS,
+        most_kv_tokens + grid.most_tokens + grid.most_kv_tokens + block,
     )
     found: dict[Key, float] = {}
     on_rows: dict[str, dict[int, float]] = {row: {} for row in _ON_ROWS}
     for key in grid.attention:
         chunk, before, decodes, kv = key
         prompt = [Chunk(chunk, before)] if chunk else []
-        times = _median(steps, [*[Chunk(1, kv)] * decodes, *prompt], grid.repeats)
+        times = _median(steps, _on_own_blocks(engine, [*[Chunk(1, kv)] * decodes, *prompt]), grid.repeats)
         found[key] = times["attention"]
         if not chunk:
             for row in _ON_ROWS:
@@ -165,25 +166,29 @@ def _steps(engine: Engine, num_layers: int, kv_tokens: int) -> TimedSteps:
         engine.model.model,
         engine.device,
         num_layers=num_layers,
-        num_blocks=-(-kv_tokens // BLOCK_TOKENS),
-        block_size=BLOCK_TOKENS,
+        num_blocks=-(-kv_tokens // _block_tokens(engine)),
+        block_size=_block_tokens(engine),
         timer=engine.options.timer,
     )
 
 
-def _median(steps: TimedSteps, chunks: Sequence[Chunk], repeats: int) -> Times:
-    batch = list(_on_own_blocks(chunks))
+def _median(steps: TimedSteps, batch: Sequence[SequenceChunk], repeats: int) -> Times:
     steps.run(batch)  # the first of a shape may be slower
     runs = [steps.run(batch) for _ in range(repeats)]
     return {row: max(_SHORTEST_US, statistics.median(run[row] for run in runs)) for row in runs[0]}
 
 
-def _on_own_blocks(chunks: Sequence[Chunk]) -> Iterator[SequenceChunk]:
-    following = 0
+def _block_tokens(engine: Engine) -> int:
+    return engine.device.kv_block_tokens or BLOCK_TOKENS
+
+
+def _on_own_blocks(engine: Engine, chunks: Sequence[Chunk]) -> list[SequenceChunk]:
+    made, following = list[SequenceChunk](), 0
     for num_tokens, num_computed in chunks:
-        num_blocks = -(-(num_tokens + num_computed) // BLOCK_TOKENS)
-        yield SequenceChunk([0] * num_tokens, num_computed, range(following, following + num_blocks), True)
+        num_blocks = -(-(num_tokens + num_computed) // _block_tokens(engine))
+        made.append(SequenceChunk([0] * num_tokens, num_computed, range(following, following + num_blocks), True))
         following += num_blocks
+    return made
 
 
 def _up_to(most: int, factor: float, first: int) -> list[int]:
@@ -217,7 +222,7 @@ def _meta(engine: Engine, grid: Grid) -> dict[str, Any]:
         "checksum": engine.model.checksum,
         "timer": engine.options.timer,
         "threads": engine.options.threads,
-        "block_size": BLOCK_TOKENS,
+        "block_size": _block_tokens(engine),
         "grid": asdict(grid),
         "ops": engine.model.model.describe_ops(),
         "skew_fit": {"enabled": False},

@@ -1,11 +1,12 @@
-"""One small call of each operator, within all limits, on a CPU."""
+"""One small call of each operator, within all limits, on a CPU or wherever `on` says."""
 
 # Shapes: T packed query tokens, S sequences, N query heads, K KV heads, H head dim, B blocks, P tokens per block,
 #         R rows, D hidden size, E experts, k experts of a row, X rows times experts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,28 @@ R, D, E, TOP_K, WIDE = 6, 32, 4, 2, 48
 ALONE = calls.ExpertGroup("alone", 1, 0, E)
 
 
+class _Here:
+    device = torch.device("cpu")
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Operands are there meanwhile."""
+    before, _Here.device = _Here.device, device
+    try:
+        yield
+    finally:
+        _Here.device = before
+
+
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The same numbers for the same shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(_Here.device, dtype)
+
+
+def integers(rows: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
+    """These numbers."""
+    return torch.tensor(rows, dtype=dtype, device=_Here.device)
 
 
 def paged(dtype: torch.dtype = torch.bfloat16) -> calls.PagedQuery:
@@ -30,33 +50,33 @@ def paged(dtype: torch.dtype = torch.bfloat16) -> calls.PagedQuery:
         q_TNH=random(1 + 3 + 5, N, H, dtype=dtype),
         k_BPF=random(B, P, K * H, dtype=dtype),
         v_BPF=random(B, P, K * H, dtype=dtype) + 1,
-        mask=causal_mask(torch.device("cpu")),
+        mask=causal_mask(_Here.device),
         cumulated_S=[1, 4, 9],
         kv_len_S=[7, 130, 5],
-        table_SM=torch.tensor([[3, 0], [5, 1], [2, 0]], dtype=torch.int32),
+        table_SM=integers([[3, 0], [5, 1], [2, 0]], torch.int32),
     )
 
 
 def experts() -> Tensor:
     """Of each row two different ones."""
-    return torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0], [1, 3]], dtype=torch.int32)
+    return integers([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0], [1, 3]], torch.int32)
 
 
 def _attend() -> Tensor:
     query = paged()
     out_TNH = torch.empty_like(query.q_TNH)
-    calls.attend(query, torch.empty(1, dtype=torch.uint8), out_TNH, torch.empty(1, dtype=torch.bfloat16))
+    calls.attend(query, integers([0], torch.uint8), out_TNH, random(1))
     return out_TNH
 
 
 def _scatter() -> Tensor:
-    k_BPKH, v_BPKH = (torch.zeros(B, P, K, H, dtype=torch.bfloat16) for _ in "kv")
-    calls.scatter_kv(random(3, K, H), random(3, K, H), k_BPKH, v_BPKH, torch.tensor([0, 700, 5]))
+    k_BPKH, v_BPKH = (random(B, P, K, H) * 0 for _ in "kv")
+    calls.scatter_kv(random(3, K, H), random(3, K, H), k_BPKH, v_BPKH, integers([0, 700, 5]))
     return k_BPKH
 
 
 def _unpermute() -> Tensor:
-    place_X = torch.randperm(R * TOP_K, generator=torch.Generator().manual_seed(0)).int()
+    place_X = integers([0, 7, 2, 9, 4, 11, 6, 1, 8, 3, 10, 5], torch.int32)
     summed: Tensor = calls.sum_over_experts(random(R * TOP_K, D), place_X, random(R, TOP_K).abs())
     return summed
 
@@ -80,7 +100,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "npu_moe_gating_top_k_softmax": lambda: calls.gate(random(R, E), TOP_K),
     "npu_moe_init_routing_v2": lambda: calls.sort_by_expert(random(R, D), experts(), E),
     "npu_grouped_matmul": lambda: calls.experts_matmul(
-        random(R * TOP_K, D), random(E, D, WIDE), torch.tensor([3, 0, 5, 4])
+        random(R * TOP_K, D), random(E, D, WIDE), integers([3, 0, 5, 4])
     ),
     "npu_moe_token_unpermute": _unpermute,
     "npu_moe_distribute_dispatch_v2": lambda: calls.dispatch(random(R, D), experts(), ALONE),

@@ -16,7 +16,7 @@ from tests.engine.npu.by_reference import References
 from tests.engine.npu.samples import ALONE, CALLS, TOP_K, WIDE, D, E, H, K, N, P, R, experts, paged, random
 from xllm_lab.engine.ops import reference
 from xllm_lab.engine.ops.batch import paged_batch
-from xllm_lab.engine.ops.npu import calls
+from xllm_lab.engine.ops.npu import calls, moe_references
 from xllm_lab.engine.ops.npu.operators import calling
 from xllm_lab.engine.ops.npu.serving import NpuOps
 
@@ -113,6 +113,26 @@ def test_a_mixture_of_experts_written_out() -> None:
     assert torch.equal(sent.count_E, count_E)
     y_XO = calls.experts_matmul(sent.rows_XD, weight_EDO, sent.count_E)
     torch.testing.assert_close(calls.combine(y_XO, expert_Rk, weights_Rk, sent, ALONE), expected_RO)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_that_share_the_experts_compute_what_one_would(ranks: int) -> None:
+    """Each rank's rows go to the experts of all, and come back weighted; whoever has the expert."""
+    x_rRD, scale_rRk = random(ranks, R, D, dtype=F32), random(ranks, R, TOP_K, dtype=F32)
+    weight_EDO = random(E, D, WIDE, dtype=F32)
+    expert_rRk = torch.stack([experts().roll(rank, 0) for rank in range(ranks)])
+    y, origin, received = [], [], []
+    for rank in range(ranks):
+        rows_XD, triples, count_E, counts = moe_references.dispatched(x_rRD, expert_rRk, rank, E)
+        own_EDO = weight_EDO[rank * E // ranks : (rank + 1) * E // ranks]
+        assert int(counts[-1]) == int(count_E.sum())
+        y.append(calls.experts_matmul(rows_XD, own_EDO, count_E))
+        origin.append(triples)
+        received.append(counts)
+    for rank in range(ranks):
+        expected_RO = torch.einsum("rk,rd,rkdo->ro", scale_rRk[rank], x_rRD[rank], weight_EDO[expert_rRk[rank].long()])
+        out_RO = moe_references.combined(y, origin, received, rank, scale_rRk[rank])
+        torch.testing.assert_close(out_RO, expected_RO, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_the_same_expert_stay_in_order() -> None:

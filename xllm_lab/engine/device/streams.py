@@ -93,3 +93,8 @@ class Streams:
             return False
         self._api.set_stream_limit(stream, cube_cores, vector_cores)
         return True
+
+    def cores(self, stream: Any) -> tuple[int, int]:
+        """Cube and vector cores that a stream may use, on a device that shares them out."""
+        limit = self._api.get_stream_limit(stream)
+        return limit["cube_core_num"], limit["vector_core_num"]

@@ -103,22 +103,12 @@ def npu_moe_distribute_dispatch_v2(
     expert_token_nums_type: int = 1,
     quant_mode: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One rank that has all experts: rows sorted by expert, counts, and what `combine` needs to undo it.
-
-    `assist_info_for_combine` is (rank, row, place among the row's experts) of each row, as three numbers.
-    """
-    assert ep_world_size == 1, "several ranks' rows meet in a communicator only"
-    top_k = expert_ids.shape[1]
-    order_X = expert_ids.flatten().long().argsort(stable=True)
-    count_E = torch.bincount(expert_ids.flatten().long(), minlength=moe_expert_num)
-    token_nums_E = count_E if expert_token_nums_type == 1 else count_E.cumsum(0)
-    origin_X3 = torch.stack([torch.zeros_like(order_X), order_X // top_k, order_X % top_k], -1)
-    none = torch.zeros(1, device=x.device)
-    recv_counts_E = count_E.cumsum(0).int()
-    return (
-        *(x[order_X // top_k], none, origin_X3.int().flatten(), token_nums_E, recv_counts_E),
-        *(torch.zeros(1, dtype=torch.int32, device=x.device), none.clone()),
-    )
+    """Of a rank that is alone; of several, `dispatched` is the same where their rows meet."""
+    assert (ep_world_size, expert_token_nums_type, quant_mode) == (1, 1, 0), "no reference for this mode"
+    rows_XD, origin, count_E, receive_counts = dispatched(x.unsqueeze(0), expert_ids.unsqueeze(0), 0, moe_expert_num)
+    nothing = torch.zeros(0, device=x.device)
+    scales_X = torch.zeros(len(rows_XD), device=x.device)
+    return rows_XD, scales_X, origin, count_E, receive_counts, nothing.int(), nothing
 
 
 def npu_moe_distribute_combine_v2(
@@ -134,9 +124,51 @@ def npu_moe_distribute_combine_v2(
     *,
     global_bs: int = 0,
 ) -> Tensor:
-    """One rank: the sum over a row's experts of scale times what came of it there."""
+    """Of a rank that is alone; of several, `combined` is the same where their rows meet."""
     assert ep_world_size == 1, "several ranks' rows meet in a communicator only"
-    _, row_X, place_X = assist_info_for_combine.view(-1, 3).long().T
-    scaled_XD = expand_x[: len(row_X)].float() * expert_scales[row_X, place_X].unsqueeze(-1)
-    out_RD = torch.zeros(len(expert_ids), expand_x.shape[1], device=expand_x.device)
-    return out_RD.index_add_(0, row_X, scaled_XD).to(expand_x.dtype)
+    return combined([expand_x], [assist_info_for_combine], [ep_send_counts], 0, expert_scales)
+
+
+def dispatched(x_rRD: Tensor, expert_rRk: Tensor, rank: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What one of r ranks gets: rows by expert, then by rank and row they come from.
+
+    Args:
+        x_rRD, expert_rRk: of all ranks.
+
+    Returns:
+        Rows for our experts, as many as there could be; (rank, row, place among the row's experts) of each, as numbers
+        one after another; rows of each of our experts; those by expert and rank they come from, cumulated.
+    """
+    ranks, rows, top_k = expert_rRk.shape
+    own = num_experts // ranks
+    expert_X = expert_rRk.flatten().long() - rank * own
+    chosen_X = ((expert_X >= 0) & (expert_X < own)).nonzero().flatten()
+    chosen_X = chosen_X[expert_X[chosen_X].argsort(stable=True)]
+    from_X = chosen_X // (rows * top_k)
+    most = ranks * rows * min(own, top_k)
+    rows_XD = x_rRD.new_zeros(most, x_rRD.shape[-1])
+    rows_XD[: len(chosen_X)] = x_rRD.flatten(0, 1)[chosen_X // top_k]
+    origin = torch.zeros(max(rows * top_k, most * 128), dtype=torch.int32, device=x_rRD.device)
+    triples_X3 = torch.stack([from_X, chosen_X // top_k % rows, chosen_X % top_k], -1)
+    origin[: triples_X3.numel()] = triples_X3.flatten().int()
+    count_E = torch.bincount(expert_X[chosen_X], minlength=own)
+    received = torch.bincount(expert_X[chosen_X] * ranks + from_X, minlength=own * ranks).cumsum(0)
+    return rows_XD, origin, count_E, received.int()
+
+
+def combined(
+    y: Sequence[Tensor], origin: Sequence[Tensor], received: Sequence[Tensor], rank: int, scale_Rk: Tensor
+) -> Tensor:
+    """One rank's rows again: the sum over a row's experts of scale times what came of it, on whatever rank.
+
+    Args:
+        y, origin, received: of all ranks, as `dispatched` returned them.
+    """
+    out_RD = torch.zeros(len(scale_Rk), y[0].shape[1], device=y[0].device)
+    for y_XD, numbers, counts in zip(y, origin, received, strict=True):
+        used = int(counts[-1])
+        from_X, row_X, place_X = numbers[: 3 * used].view(-1, 3).long().T
+        ours = from_X == rank
+        scaled_XD = y_XD[:used][ours].float() * scale_Rk[row_X[ours], place_X[ours]].unsqueeze(-1)
+        out_RD.index_add_(0, row_X[ours], scaled_XD)
+    return out_RD.to(y[0].dtype)

@@ -7,10 +7,12 @@ are made of float32 copies, from the same rounded operands). It does not show wh
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,7 @@ DEVICE = open_device("cuda" if ON_GPU else "cpu")
 WHERE = DEVICE.torch_device
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
+EXAMPLES = 200 if ON_GPU else 30  # the interpreter takes milliseconds for each tile
 NAN = float("nan")
 ROWWISE = ("rms_norm", "add_rms_norm", "head_norm", "rope", "swiglu")
 OPS = (*ROWWISE, "reshape_and_cache", "paged_attention")
@@ -61,7 +64,7 @@ class Case(NamedTuple):
     """A step, and the same step in the memory of a graph, if it is in one.
 
     Attributes:
-        q_TNH: strided; rows of nobody are NaN.
+        q_TNH: strided; rows of nobody are NaN, unless they are sequences that pad.
         batch: what the reference reads.
         given_batch: what the kernels read.
     """
@@ -92,18 +95,18 @@ def case(
     used = sum(q for q, _ in sequences)
     wide = torch.randn(used, (group + 2) * K, H, generator=generator).to(dtype) * scale
     pools = [torch.randn(len(order) + 1, block_size, K, H, generator=generator).to(dtype) for _ in "kv"]
-    batch = paged_batch([q for q, _ in sequences], [c for _, c in sequences], tables, pools[0])
+    queries, computed = [q for q, _ in sequences], [c for _, c in sequences]
+    batch = paged_batch(queries, computed, tables, pools[0])
     _hide_what_is_nobodys(pools, tables, batch.kv_lens)
-    given_batch, size = (
-        paged_batch([q for q, _ in sequences], [c for _, c in sequences], tables, pools[0].to(WHERE)),
-        used,
-    )
-    if padding is not None:
-        chunks = [SequenceChunk([0] * q, c, t, True) for (q, c), t in zip(sequences, tables, strict=True)]
-        size, given_batch = used + padding, in_a_graph(chunks, used + padding, block_size, nobodys=len(order))
+    if padding is None:
+        given_batch = paged_batch(queries, computed, tables, pools[0].to(WHERE))
+    else:
+        chunks = [SequenceChunk([0] * q, c, t, True) for q, c, t in zip(queries, computed, tables, strict=True)]
+        given_batch = in_a_graph(chunks, used + padding, block_size, nobodys=len(order))
         for pool in pools:
             pool[len(order)] = 1.0  # read by what pads, and by nobody else
-        wide = torch.cat([wide, torch.full((padding, *wide.shape[1:]), NAN, dtype=dtype)])
+        nobodys = torch.full((padding, *wide.shape[1:]), 1.0 if given_batch.is_decode else NAN, dtype=dtype)
+        wide = torch.cat([wide, nobodys])
     return Case(wide[:, : group * K], *pools, batch, given_batch)
 
 
@@ -161,14 +164,14 @@ def cases(draw: st.DrawFn) -> Case:
     edges = st.builds(
         lambda blocks, off: max(blocks * P + off, 0), st.integers(0, 64 // P), st.sampled_from([-1, 0, 1])
     )
-    computed = st.one_of(edges, st.integers(0, 150))
+    computed = st.one_of(edges, st.integers(0, 100))
     queries = (
-        st.just(1) if draw(st.booleans()) else st.one_of(st.just(1), edges.map(lambda n: n + 1), st.integers(1, 80))
+        st.just(1) if draw(st.booleans()) else st.one_of(st.just(1), edges.map(lambda n: n + 1), st.integers(1, 60))
     )
     return case(
-        draw(st.lists(st.tuples(queries, computed), min_size=1, max_size=5)),
+        draw(st.lists(st.tuples(queries, computed), min_size=1, max_size=4)),
         dtype=draw(st.sampled_from(DTYPES)),
-        heads=(draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.sampled_from([10, 16, 64, 80, 128]))),
+        heads=(draw(st.integers(1, 2)), draw(st.integers(1, 9)), draw(st.sampled_from([10, 16, 64, 80, 128]))),
         block_size=P,
         padding=draw(st.sampled_from([None, 0, 1, 5])),
         seed=draw(st.integers(0, 2**31)),
@@ -176,16 +179,16 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(subject=cases())
 def test_attention_is_the_reference(subject: Case) -> None:
     """Prompts, chunks and decodes in one batch, eager or in a graph; memory that is nobody's is NaN."""
     attend(subject)
 
 
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES // 3)
 @given(
-    kv_lens=st.lists(st.sampled_from([1, 15, 255, 256, 257, 511, 512, 513, 900, 1300]), min_size=1, max_size=3),
+    kv_lens=st.lists(st.sampled_from([1, 15, 255, 256, 257, 513, 1300]), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1, 16), (2, 3, 64), (1, 8, 128), (3, 5, 10)]),
     dtype=st.sampled_from(DTYPES),
     num_cores=st.sampled_from([2, 132]),
@@ -204,7 +207,7 @@ def test_a_decode_whose_keys_are_split_is_the_reference(
 
 def test_more_sequences_than_are_looked_at_at_once() -> None:
     """Whose tile it is, is found among hundreds."""
-    sequences = [(1 + i % 3, i % 7) for i in range(150)]
+    sequences = [(1 + i % 2, i % 7) for i in range(130)]
     attend(case(sequences, dtype=torch.float32, heads=(1, 2, 16), block_size=4, padding=3))
 
 
@@ -286,7 +289,7 @@ def test_captured_launches_serve_the_next_step(
 # ---- rows
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     dtype=st.sampled_from(DTYPES),
     tokens=st.integers(1, 5),
@@ -376,3 +379,44 @@ def test_a_model_served_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         told = expected.run(chunks).clone()
         for size in (size_for(VllmBuckets(), chunks), None):
             torch.testing.assert_close(subject.run(chunks, size), told, rtol=1e-4, atol=1e-4)
+
+
+# ---- the compiler
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "heads"),
+    [
+        (90, "bfloat16", (32, 8, 128)),
+        *(
+            pytest.param(capability, dtype, heads, marks=pytest.mark.slow)
+            for capability, dtype, heads in [
+                (80, "bfloat16", (32, 8, 128)),
+                (90, "float16", (9, 3, 64)),
+                (90, "bfloat16", (8, 1, 256)),
+                (80, "float32", (16, 8, 128)),
+            ]
+        ),
+    ],
+)
+def test_the_compiler_takes_every_kernel(
+    capability: int, dtype: str, heads: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """For real GPUs, which need not be here: products on the matrix unit, loads ahead, and all fits on any of them."""
+    command = [sys.executable, "-m", "tests.engine.triton_compile", str(capability), dtype, *map(str, heads)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = Counter(one["kernel"] for one in told)
+    assert kernels == {"attend": 3, "merge": 1, "rms_norm": 2} | dict.fromkeys(
+        ("head_norm", "rope", "swiglu", "reshape_and_cache"), 1
+    )
+    for one in told:
+        # What a block may have where it may have least: CUDA's C++ programming guide, compute capabilities 8.6 and 8.9.
+        assert one["shared_bytes"] <= 99 << 10, one
+        if one["kernel"] == "attend":
+            assert one["copies"], one
+            assert one["matrix_unit"] == (dtype != "float32"), one
+        if dtype != "float32":
+            assert one["stack_bytes"] == 0, one  # otherwise registers are spilled

@@ -37,8 +37,14 @@ class OpenTape(Tape, Protocol):
 
 
 class Recorder(Protocol):
-    """A device's way to capture."""
+    """A device's way to capture.
 
+    Attributes:
+        rehearses: whether a step has to run before it is captured.
+    """
+
+    @property
+    def rehearses(self) -> bool: ...
     def open(self, *, whole: bool) -> OpenTape:
         """`whole`: every row of the step belongs to a sequence, those that pad included."""
         ...
@@ -51,6 +57,8 @@ def recorder_for(device: Device) -> Recorder:
 
 class CpuRecorder:
     """Kernels of ours in one C call, everything else in Python."""
+
+    rehearses = False
 
     def open(self, *, whole: bool) -> Program:
         try:
@@ -65,6 +73,7 @@ class StreamRecorder:
     def __init__(self, streams: Streams) -> None:
         self._streams, self._pool = streams, streams.pool()
         self._capturing, self._updating = streams.new(), streams.new()
+        self.rehearses = streams.loads_lazily
 
     def open(self, *, whole: bool) -> StreamTape:
         return StreamTape(self._streams, self._pool, self._capturing, self._updating if whole else None)

@@ -49,10 +49,11 @@ class Streams:
 
     Attributes:
         has_task_groups: whether host arguments of a captured call can be replaced.
+        loads_lazily: whether a kernel's first launch compiles or loads it, which must not happen in a capture.
     """
 
-    def __init__(self, api: Any, new_graph: Callable[[], Any]) -> None:
-        self._api, self._new_graph = api, new_graph
+    def __init__(self, api: Any, new_graph: Callable[[], Any], *, loads_lazily: bool = False) -> None:
+        self._api, self._new_graph, self.loads_lazily = api, new_graph, loads_lazily
         self.has_task_groups = hasattr(api, "graph_task_group_begin")
 
     def new(self) -> Any:

@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and copies that run beside the computing
 
 _LEAST_ROWS = 16  # of a matrix product in Triton
-_CHUNK_ROWS = 64
+_CHUNK_ROWS = {2: 64, 4: 16}  # by bytes of an element; more do not fit into registers
 _KEY_TILE_BYTES = 16 << 10
 _MOST_SPLITS = 32
 _SPLIT_KEYS = 256  # fewer are not worth a program and a merge
@@ -187,7 +187,7 @@ class TritonOps:
         group = N // K
         keys = min(max(_KEY_TILE_BYTES // (_power_of_2(H) * k_BPKH.element_size()), 16), 64)
         if not batch.is_decode:
-            rows = max(_power_of_2(group), _CHUNK_ROWS)
+            rows = max(_power_of_2(group), _CHUNK_ROWS[k_BPKH.element_size()])
             queries = rows // group
             return _Tiles(rows, queries, keys, (T // queries + sequences, K, 1))
         wanted = -(-_PROGRAMS_PER_CORE * self._num_cores // (sequences * K))

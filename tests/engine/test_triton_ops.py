@@ -25,16 +25,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.engine.test_graphs import captured, runner, size_for, stories
+from tests.engine.test_graphs import WHERE as STEPS
+from tests.engine.test_graphs import captured, folder, runner, size_for, stories
 from xllm_lab.engine.device import open_device
 from xllm_lab.engine.graph_inputs import InputMemory
+from xllm_lab.engine.graphs import Graphs
+from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.model import DecoderModel
+from xllm_lab.engine.models import load_model
 from xllm_lab.engine.ops import reference
 from xllm_lab.engine.ops.batch import PagedBatch, paged_batch
 from xllm_lab.engine.ops.gpu import serving
-from xllm_lab.engine.runner import SequenceChunk
+from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.weights import read_safetensors
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (the extra `cuda` has it)")
+triton = pytest.importorskip("triton", reason="Triton is not installed (the extra `test` brings it, on Linux)")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = open_device("cuda" if ON_GPU else "cpu")
@@ -418,3 +424,36 @@ def test_the_compiler_takes_every_kernel(
             assert one["matrix_unit"] == (dtype != "float32"), one
         if dtype != "float32":
             assert one["stack_bytes"] <= 64, one  # what registers had no room for, of each thread
+
+
+# ---- a real GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_graphs_on_a_gpu_are_whole(dtype: torch.dtype) -> None:
+    """One call a replay, and the logits of eager steps, which PyTorch's own operators agree with."""
+    loaded = load_model(str(folder()), device=DEVICE, dtype=dtype)
+    plain = DecoderModel(
+        loaded.config, read_safetensors(folder(), loaded.config, dtype), device=WHERE, without=("triton",)
+    )
+    runners = []
+    for model in (loaded.model, loaded.model, plain):
+        pool = KvPool(model.config, num_blocks=401, block_size=4, dtype=dtype, device=DEVICE)
+        runners.append(Runner(model, pool, DEVICE))
+    replayed, eager, reference_ = runners
+    assert {op for op, served in loaded.model.ops.served.items() if served.by == "triton"} == set(OPS)
+    replayed.graphs = Graphs(
+        loaded.model, replayed._kv_pool, DEVICE, replayed.workspace, config=STEPS, policy=VllmBuckets()
+    )
+    replayed.graphs.warm()
+    batch = stories(7, range(200))
+    tolerance = 1e-3 if dtype == torch.float32 else 0.3
+    for lengths in ([9] * 7, [1] * 7, [1, 5, 1, 12, 1, 1, 2], [1] * 3, [1] * 7, [1]):
+        chunks = [story.chunk(n, True) for story, n in zip(batch, lengths, strict=False)]
+        told = reference_.run(chunks)
+        for found in (eager.run(chunks), replayed.run(chunks, size_for(VllmBuckets(), chunks))):
+            torch.testing.assert_close(found, told, rtol=tolerance, atol=tolerance)
+    counts = replayed.graphs.counts
+    assert counts.calls == counts.captures < counts.replays + len(replayed.graphs._decode_sizes)

@@ -119,6 +119,21 @@ def test_bfloat16_within_the_operators_limits() -> None:
     assert {name: served["by"] for name, served in ops.items()} == dict.fromkeys(ops, "torch_npu") | {"linear": "torch"}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_that_draws_nothing_is_done_before_the_next_is_written(seed: int) -> None:
+    """Nobody waits for its tokens, and what it reads is copied from where the host writes the next step's."""
+    subject, expected = runner("npu", VllmBuckets()), runner("cpu")
+    talks, tokens = [Talk(0, 0), Talk(0, 0)], []
+    with control.order("shuffled", seed=seed):
+        for one, talk in zip((subject, expected), talks, strict=True):
+            for length in (40, 56, 24):
+                silent = [talk.chunk(row, length)._replace(wants_logits=False) for row in (0, 1)]
+                one.draw(silent, [], [], 2 * length if one.graphs else None)
+            both = [request(row, 0, prompt=120, output=9) for row in (0, 1)]
+            tokens.append([one.draw(talk.decode(), both, [step] * 2, 2 if one.graphs else None) for step in range(4)])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("shapes", [XllmBuckets(), VllmBuckets(), PowersOfTwo(graphs_prefill=True)])
 def test_lengths_change_between_replays(shapes: Any) -> None:
     """Across blocks, shrinking and growing batches, each sequence at another length; no row sees another's."""

@@ -67,7 +67,8 @@ MUTATIONS = {
     "allocates-in-each-step": Mutation(
         "xllm_lab/engine/graphs.py",
         "            graph.replay()\n",
-        "            graph.replay()\n            graph.normed_TD.new_empty(2**28)\n",
+        "            graph.replay()\n            self.__dict__.setdefault('kept', []).append("
+        "graph.normed_TD.new_empty(2**22))\n",
         BUDGETS + "test_a_decoding_step",
     ),
     "queries-in-another-layout": Mutation(OPS + "calls.py", '"input_layout": "TND"', '"input_layout": "BSND"', EAGER),

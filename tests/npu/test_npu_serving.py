@@ -11,6 +11,7 @@ from tests.fake_cann import control
 from tests.npu.engines import WHERE, Talk, engine, folder, install_operators, let_float32_through, runner, served
 from tests.small_runs import request
 from tests.tiny_models import VOCAB_SIZE
+from xllm_lab.engine.device import open_device
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
@@ -176,3 +177,18 @@ def test_a_run_tells_of_its_device(tmp_path: Any) -> None:
     assert "torch_npu 2.13.0" in manifest.model["device"]
     assert manifest.model["ops"]["paged_attention"]["by"] == "torch_npu"
     assert manifest.model["vocab_size"] == VOCAB_SIZE
+
+
+def test_a_stream_of_our_own_is_never_the_one_that_replays() -> None:
+    """torch hands out the same 32 again and again; an update behind the replay that waits for it would never come."""
+    streams = open_device("npu").streams
+    assert streams is not None
+    before = streams.current()
+    try:
+        for _ in range(40):
+            streams.use(streams.new())
+            one = streams.new()
+            other = streams.new(one)
+            assert len({s.npu_stream for s in (streams.current(), one, other)}) == 3
+    finally:
+        streams.use(before)

@@ -131,10 +131,13 @@ def test_a_join_after_the_use_goes_wrong_in_a_replay() -> None:
 def test_a_captured_stream_must_be_joined() -> None:
     side = torch.npu.Stream()
     values = torch.zeros(10, device="npu")
-    with pytest.raises(RuntimeError, match="107025"), torch.npu.graph(torch.npu.NPUGraph()):
-        side.wait_stream(torch.npu.current_stream())
-        with torch.npu.stream(side):
-            values.add_(1)
+    capture = torch.npu.graph(torch.npu.NPUGraph())
+    capture.__enter__()
+    side.wait_stream(torch.npu.current_stream())
+    with torch.npu.stream(side):
+        values.add_(1)
+    with pytest.raises(RuntimeError, match="107025"):
+        capture.__exit__(None, None, None)
 
 
 FORBIDDEN: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {

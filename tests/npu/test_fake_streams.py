@@ -114,7 +114,7 @@ def test_the_same_programs_without_events_go_wrong() -> None:
         program = random_program(seed)
         with control.order("shuffled", seed=seed):
             wrong += run_program(program, events=False) != expected_of(program)
-    assert wrong >= 8
+    assert wrong >= 4
 
 
 def test_an_event_means_its_last_record_before_the_wait() -> None:
@@ -167,6 +167,37 @@ def test_a_host_that_polls_an_event_sees_it_complete(order: control.Order) -> No
             polls += 1
         assert values[0].item() == 5
         assert polls > 0
+
+
+@pytest.mark.parametrize("order", ["shuffled", "threads"])
+def test_a_host_that_polls_a_stream_sees_it_idle(order: control.Order) -> None:
+    with control.order(order, seed=1, max_delay_us=2000):
+        values = torch.zeros(10, device="npu").add_(1)
+        while not torch.npu.current_stream().query():
+            pass
+        assert values[0].item() == 1
+
+
+def test_memory_recorded_on_another_stream_is_not_reused_too_early() -> None:
+    """The control is the second value: without `record_stream` the block goes to the next tensor at once."""
+    found = []
+    for record in (True, False):
+        with control.order("shuffled", seed=4):
+            side = torch.npu.Stream()
+            values = torch.full((70_000,), 3.0, device="npu")
+            side.wait_stream(torch.npu.current_stream())
+            with torch.npu.stream(side):
+                doubled = values * 2
+            if record:
+                values.record_stream(side)
+            address = values.data_ptr()
+            del values
+            other = torch.full((70_000,), 9.0, device="npu")
+            found.append(other.data_ptr() == address)
+            torch.npu.synchronize()
+            if record:
+                assert doubled.eq(6).all()
+    assert found == [False, True]
 
 
 def test_a_failing_kernel_surfaces_at_the_next_wait() -> None:

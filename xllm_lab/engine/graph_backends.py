@@ -72,7 +72,8 @@ class StreamRecorder:
 
     def __init__(self, streams: Streams) -> None:
         self._streams, self._pool = streams, streams.pool()
-        self._capturing, self._updating = streams.new(), streams.new()
+        self._capturing = streams.new()
+        self._updating = streams.new(self._capturing)
         self.rehearses = streams.loads_lazily
 
     def open(self, *, whole: bool) -> StreamTape:
@@ -94,6 +95,7 @@ class StreamTape:
         self._updating = updating if streams.has_task_groups else None
         self._pieces, self._groups = list[Callable[[], None]](), list[TaskGroup]()
         self._outside = streams.current()
+        assert self._outside not in (capturing, updating), "a replay would wait for what stands behind it"
         self._stream.wait_stream(self._outside)
         self.num_kernels = 0
         self._graph = self._begin()

@@ -4,7 +4,6 @@
 #include "hccl/hccl.h"
 
 #include <fcntl.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -76,6 +75,17 @@ int timeout_s() {
   return text ? std::atoi(text) : 60;
 }
 
+// A process that ended but was not waited for by its parent is dead, too.
+bool alive(int32_t pid) {
+  char path[32], state = 'Z';
+  std::snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+  std::FILE* file = std::fopen(path, "r");
+  if (!file) return false;
+  const int found = std::fscanf(file, "%*d (%*[^)]) %c", &state);
+  std::fclose(file);
+  return found == 1 && state != 'Z' && state != 'X';
+}
+
 // Waits until `reached`, and fails when a peer has died, has failed, or lets the time pass.
 void wait_for(Communicator& comm, const std::function<bool()>& reached) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(timeout_s());
@@ -88,7 +98,7 @@ void wait_for(Communicator& comm, const std::function<bool()>& reached) {
     if (turn % 256 != 0) continue;
     if (comm.header->failed) throw std::runtime_error("a peer failed");
     for (uint32_t peer = 0; peer < comm.size; ++peer)
-      if (comm.header->pid[peer] && kill(comm.header->pid[peer], 0) != 0) throw std::runtime_error("a peer is gone");
+      if (comm.header->pid[peer] && !alive(comm.header->pid[peer])) throw std::runtime_error("a peer is gone");
     if (std::chrono::steady_clock::now() > deadline) throw std::runtime_error("no answer from a peer in time");
   }
 }

@@ -32,20 +32,28 @@ aclError fill(const aclDataBuffer* value, const aclTensorDesc* desc, const aclDa
   return fake_launch_native(stream, "aclop:Fill", &poll);
 }
 
-// Inputs: a vector, (before, after) on the host, and one element to put there.
+// Inputs: a tensor, (before, after) of each dimension on the host, and one element to put there. Rows only grow.
 aclError pad(const aclTensorDesc* const descs[], const aclDataBuffer* const inputs[], const aclTensorDesc* out_desc,
              const aclDataBuffer* out, aclrtStream stream) {
-  if (descs[0]->dims.size() != 1 || out_desc->dims.size() != 1) return ACL_ERROR_FAILURE;
-  const bool wide = descs[1]->type == ACL_INT64;
-  const int64_t before =
-      wide ? static_cast<int64_t*>(inputs[1]->data)[0] : static_cast<int32_t*>(inputs[1]->data)[0];
-  const size_t unit = aclDataTypeSize(out_desc->type), number = descs[0]->dims[0], total = out_desc->dims[0];
-  if (before < 0 || before + number > total) return ACL_ERROR_INVALID_PARAM;
+  const auto& dims = descs[0]->dims;
+  std::vector<int64_t> around;
+  for (size_t index = 0; index < 2 * dims.size(); ++index)
+    around.push_back(descs[1]->type == ACL_INT64 ? static_cast<int64_t*>(inputs[1]->data)[index]
+                                                 : static_cast<int32_t*>(inputs[1]->data)[index]);
+  size_t rows = 1;
+  for (size_t index = 0; index + 1 < dims.size(); ++index) {
+    if (around[2 * index] != 0 || around[2 * index + 1] != 0) return ACL_ERROR_FAILURE;
+    rows *= dims[index];
+  }
+  const size_t unit = aclDataTypeSize(out_desc->type), before = around[2 * dims.size() - 2];
+  const size_t width = dims.back(), padded = out_desc->dims.back();
+  if (padded != before + width + around.back() || out->bytes < rows * padded * unit) return ACL_ERROR_INVALID_PARAM;
   const std::vector<char> element(static_cast<char*>(inputs[2]->data), static_cast<char*>(inputs[2]->data) + unit);
   const auto from = static_cast<char*>(inputs[0]->data), to = static_cast<char*>(out->data);
   const std::function<bool()> poll = [=] {
-    for (size_t index = 0; index < total; ++index) std::memcpy(to + index * unit, element.data(), unit);
-    std::memcpy(to + before * unit, from, number * unit);
+    for (size_t index = 0; index < rows * padded; ++index) std::memcpy(to + index * unit, element.data(), unit);
+    for (size_t row = 0; row < rows; ++row)
+      std::memcpy(to + (row * padded + before) * unit, from + row * width * unit, width * unit);
     return true;
   };
   return fake_launch_native(stream, "aclop:PadV3", &poll);
@@ -78,7 +86,13 @@ aclError aclopCompileAndExecute(const char* type, int num_inputs, const aclTenso
     return fill(inputs[1], out_descs[0], outputs[0], stream);
   if (std::string(type) == "PadV3" && num_inputs == 3 && num_outputs == 1)
     return pad(descs, inputs, out_descs[0], outputs[0], stream);
-  std::fprintf(stderr, "fake CANN: no kernel %s\n", type);
+  std::fprintf(stderr, "fake CANN: no kernel %s (inputs:", type);
+  for (int index = 0; index < num_inputs; ++index) {
+    std::fprintf(stderr, " type %d [", descs[index]->type);
+    for (int64_t size : descs[index]->dims) std::fprintf(stderr, " %ld", static_cast<long>(size));
+    std::fprintf(stderr, " ]");
+  }
+  std::fprintf(stderr, ")\n");
   return ACL_ERROR_FAILURE;
 }
 

@@ -84,13 +84,11 @@ void pump(const std::function<bool()>& enough) {
         ready.push_back(stream.get());
     }
     if (ready.empty()) return;
+    std::sort(ready.begin(), ready.end(), [](const Stream* one, const Stream* other) {
+      return one->queue.front()->sequence < other->queue.front()->sequence;
+    });
     Stream* next = ready[0];
-    if (settings.order == Order::shuffled) {
-      next = ready[(one_by_one ? choice() : favour) % ready.size()];
-    } else {
-      for (Stream* stream : ready)
-        if (stream->queue.front()->sequence < next->queue.front()->sequence) next = stream;
-    }
+    if (settings.order == Order::shuffled) next = ready[(one_by_one ? choice() : favour) % ready.size()];
     TaskPtr task = next->queue.front();
     lock.unlock();
     in_task = true;
@@ -108,6 +106,14 @@ void pump(const std::function<bool()>& enough) {
     changed.notify_all();
     blocked.clear();
   }
+}
+
+// A host that polls must see the device move: one task a question.
+void move_when_polled() {
+  if (settings.order != Order::shuffled) return;
+  ReleaseInterpreter release;
+  bool first = true;
+  pump([&first] { return !std::exchange(first, false); });
 }
 
 aclError wait_until(const std::function<bool()>& reached, aclError timed_out, const char* what) {
@@ -269,6 +275,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return aclrtSynchronizeDev
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
   Stream* stream = resolve(handle);
   if (stream->capture) return refuse_on_stream(stream, "query stream", ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT);
+  move_when_polled();
   std::lock_guard<std::mutex> lock(fake::mutex);
   *status = stream->queue.empty() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
   return ACL_SUCCESS;
@@ -350,11 +357,7 @@ aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
   count("query_event");
   EventPtr event = static_cast<EventHandle*>(handle)->state;
-  if (settings.order == Order::shuffled) {  // a host that polls must see the device move: one task a question
-    ReleaseInterpreter release;
-    bool first = true;
-    pump([&first] { return !std::exchange(first, false); });
-  }
+  move_when_polled();
   std::lock_guard<std::mutex> lock(fake::mutex);
   *status = event->completed >= event->issued ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return ACL_SUCCESS;

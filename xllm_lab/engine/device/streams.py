@@ -56,9 +56,12 @@ class Streams:
         self._api, self._new_graph, self.loads_lazily = api, new_graph, loads_lazily
         self.has_task_groups = hasattr(api, "graph_task_group_begin")
 
-    def new(self) -> Any:
-        """A stream."""
-        return self._api.Stream()
+    def new(self, *others: Any) -> Any:
+        """A stream, neither this thread's nor one of `others`: torch has 32, and hands them out again and again."""
+        stream = self._api.Stream()
+        while stream in (self.current(), *others):
+            stream = self._api.Stream()
+        return stream
 
     def current(self) -> Any:
         """This thread's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -264,7 +265,7 @@ def test_the_table_falls_back_step_by_step_and_says_why() -> None:
 
 def test_without_triton_pytorch_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason; what Triton has no kernel for is no fallback."""
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     ops = choose(torch.device("cuda"), torch.bfloat16, head_dim=64, hidden_size=64)
     assert {served.by for served in ops.served.values()} == {"torch"}
     assert ops.served["paged_attention"].instead_of == {"triton": "Triton is not installed"}
@@ -283,7 +284,7 @@ def test_triton_says_what_it_does_not_serve(
     dtype: torch.dtype, capability: tuple[int, int], head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU that is not here is described by its capability."""
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     fails = gpu.fails(torch.device("cuda"), dtype) or gpu.attention_fails(head_dim)
     assert re.fullmatch(reason, str(fails))

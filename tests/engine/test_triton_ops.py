@@ -115,7 +115,7 @@ def case(
             pool[len(order)] = 1.0  # read by what pads, and by nobody else
         nobodys = torch.full((padding, *wide.shape[1:]), 1.0 if given_batch.is_decode else NAN, dtype=dtype)
         wide = torch.cat([wide, nobodys])
-    return Case(wide[:, : group * K], *pools, batch, given_batch)
+    return Case(wide[:, : group * K], pools[0], pools[1], batch, given_batch)
 
 
 def _hide_what_is_nobodys(pools: Sequence[Tensor], tables: Sequence[Sequence[int]], kv_lens: Sequence[int]) -> None:
@@ -236,6 +236,7 @@ class Recorded(NamedTuple):
     [
         (8, [(1, 3)], [(1, 600), (1, 15), (1, 16), (1, 0), (1, 301)]),
         (8, [], [(1, 5)] * 8),
+        (8, [(3, 0), (1, 5)], [(5, 2), (2, 40)]),
         (40, [(9, 0), (1, 20)], [(1, 3), (17, 40), (1, 600), (11, 0), (2, 15)]),
         (40, [(30, 17)], [(39, 200), (1, 1)]),
     ],
@@ -254,7 +255,7 @@ def test_captured_launches_serve_the_next_step(
     pools = [torch.zeros(nobodys + 1, P, K, H, device=WHERE) for _ in "kv"]
     out_TNH = torch.zeros(size, group * K, H, device=WHERE)
 
-    def fill(sequences: Sequence[tuple[int, int]]) -> list[Sequence[int]]:
+    def fill(sequences: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
         tables = [tuple((37 * i + 3 * j) % nobodys for j in range(160)) for i in range(len(sequences))]
         chunks = [SequenceChunk([1] * q, c, t, True) for (q, c), t in zip(sequences, tables, strict=True)]
         memory.fill(inputs, [1] * sum(q for q, _ in sequences), chunks, is_decode=is_decode)

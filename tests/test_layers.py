@@ -124,6 +124,14 @@ def test_hardware_libraries_are_imported_where_devices_are_known() -> None:
     assert not broken, told(broken)
 
 
+def test_triton_is_imported_when_its_kernels_are_wanted() -> None:
+    """Where it is absent, everything but the kernels can be imported."""
+    kernels = ("xllm_lab.engine.ops.gpu.attention", "xllm_lab.engine.ops.gpu.rowwise")
+    assert {i.importer for i in imports() if is_within(i.imported, "triton")} == set(kernels)
+    broken = [i for i in imports() if is_within(i.imported, *kernels) and not i.in_function]
+    assert not broken, told(broken)
+
+
 DEVICE_TYPES = ("cuda", "npu", "hccl", "nccl")
 DEVICE_HOMES = ("xllm_lab.engine.device", "xllm_lab.engine.ops")
 

@@ -21,6 +21,9 @@ from xllm_lab.engine.gguf_file import read_gguf
 from xllm_lab.engine.gguf_weights import gguf_config, gguf_tokenizer, gguf_weights
 from xllm_lab.engine.models import LoadedModel, embedded_model, load_model
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
+
 
 @pytest.fixture(scope="session", autouse=True)
 def device() -> Device:

@@ -273,6 +273,18 @@ def test_a_replay_of_kernels_is_one_call() -> None:
             assert counts.calls > 10 * counts.captures
 
 
+def test_a_rehearsal_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels load when they are first launched, a step runs before it is captured, and again."""
+    subject, eager = runner(EVERYTHING), runner(None)
+    monkeypatch.setattr(captured(subject)._recorder, "rehearses", True)
+    batch = stories(3, range(60))
+    for length in (5, 1, 1):
+        chunks = [s.chunk(length, True) for s in batch]
+        same(subject.run(chunks, size_for(EVERYTHING, chunks)), eager.run(chunks), exactly=False, dtype=torch.float32)
+    for mine, theirs in zip(captured(subject)._kv_pool.layers, eager._kv_pool.layers, strict=True):
+        torch.testing.assert_close(mine.k_BPKH[:-1], theirs.k_BPKH[:-1])
+
+
 def test_the_pool_is_planned_before_anything_is_captured() -> None:
     """To the byte: what the workspace and the inputs hold afterwards, whatever ran meanwhile."""
     subject = runner(EVERYTHING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from xllm_lab.engine.ops import build, native, reference, table
 from xllm_lab.engine.ops.batch import PagedBatch, chunk_mask, paged_batch
+from xllm_lab.engine.ops.gpu import serving as gpu
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
 from xllm_lab.engine.ops.table import TABLE, choose
 
@@ -259,6 +262,34 @@ def test_the_table_falls_back_step_by_step_and_says_why() -> None:
     weight_OI, x_TI, y_TO = torch.randn(4, 8).double(), torch.randn(2, 8).double(), torch.empty(2, 4).double()
     odd.linear(weight_OI)(x_TI, y_TO)
     torch.testing.assert_close(y_TO, x_TI @ weight_OI.T)
+
+
+def test_without_triton_pytorch_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason; what Triton has no kernel for is no fallback."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    ops = choose(torch.device("cuda"), torch.bfloat16, head_dim=64, hidden_size=64)
+    assert {served.by for served in ops.served.values()} == {"torch"}
+    assert ops.served["paged_attention"].instead_of == {"triton": "Triton is not installed"}
+    assert set(TABLE) - set(ops.fallbacks) == {"linear", "rope_angles", "argmax"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "head_dim", "reason"),
+    [
+        (torch.float64, (9, 0), 64, "no kernels for float64"),
+        (torch.bfloat16, (7, 5), 64, r"compute capability \(7, 5\) is below \(8, 0\)"),
+        (torch.bfloat16, (9, 0), 512, "head_dim 512 is more than 256"),
+    ],
+)
+def test_triton_says_what_it_does_not_serve(
+    dtype: torch.dtype, capability: tuple[int, int], head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is not here is described by its capability."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    fails = gpu.fails(torch.device("cuda"), dtype) or gpu.attention_fails(head_dim)
+    assert re.fullmatch(reason, str(fails))
+    assert gpu.fails(torch.device("cuda"), torch.float16) == (None if capability >= (8, 0) else fails)
 
 
 @pytest.mark.usefixtures("library")

@@ -17,7 +17,7 @@ from tests.fake_cann import operators
 from tests.tiny_models import VOCAB_SIZE, tiny_model, write_tiny_model
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.ops.npu import calls, limits  # noqa: F401  (`calls` declares the operators)
-from xllm_lab.engine.ops.npu.operators import OPERATORS
+from xllm_lab.engine.ops.npu.operators import OPERATORS, check_calls
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import make_batch_policy, make_shapes_policy
@@ -43,6 +43,8 @@ def install_operators() -> None:
 
 
 def let_float32_through() -> None:
+    """And nothing else: calls are not checked, until an engine asks for it."""
+    check_calls(on=False)
     limits.ATTENTION_DTYPES = (torch.float32, *limits.HALVES)
 
 

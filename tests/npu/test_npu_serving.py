@@ -11,6 +11,7 @@ from tests.fake_cann import control
 from tests.npu.engines import WHERE, Talk, engine, folder, install_operators, let_float32_through, runner, served
 from tests.small_runs import request
 from tests.tiny_models import VOCAB_SIZE
+from xllm_lab.engine.device import open_device
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
@@ -119,6 +120,21 @@ def test_bfloat16_within_the_operators_limits() -> None:
     assert {name: served["by"] for name, served in ops.items()} == dict.fromkeys(ops, "torch_npu") | {"linear": "torch"}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_that_draws_nothing_is_done_before_the_next_is_written(seed: int) -> None:
+    """Nobody waits for its tokens, and what it reads is copied from where the host writes the next step's."""
+    subject, expected = runner("npu", VllmBuckets()), runner("cpu")
+    talks, tokens = [Talk(0, 0), Talk(0, 0)], []
+    with control.order("shuffled", seed=seed):
+        for one, talk in zip((subject, expected), talks, strict=True):
+            for length in (40, 56, 24):
+                silent = [talk.chunk(row, length)._replace(wants_logits=False) for row in (0, 1)]
+                one.draw(silent, [], [], 2 * length if one.graphs else None)
+            both = [request(row, 0, prompt=120, output=9) for row in (0, 1)]
+            tokens.append([one.draw(talk.decode(), both, [step] * 2, 2 if one.graphs else None) for step in range(4)])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("shapes", [XllmBuckets(), VllmBuckets(), PowersOfTwo(graphs_prefill=True)])
 def test_lengths_change_between_replays(shapes: Any) -> None:
     """Across blocks, shrinking and growing batches, each sequence at another length; no row sees another's."""
@@ -161,3 +177,18 @@ def test_a_run_tells_of_its_device(tmp_path: Any) -> None:
     assert "torch_npu 2.13.0" in manifest.model["device"]
     assert manifest.model["ops"]["paged_attention"]["by"] == "torch_npu"
     assert manifest.model["vocab_size"] == VOCAB_SIZE
+
+
+def test_a_stream_of_our_own_is_never_the_one_that_replays() -> None:
+    """torch hands out the same 32 again and again; an update behind the replay that waits for it would never come."""
+    streams = open_device("npu").streams
+    assert streams is not None
+    before = streams.current()
+    try:
+        for _ in range(40):
+            streams.use(streams.new())
+            one = streams.new()
+            other = streams.new(one)
+            assert len({s.npu_stream for s in (streams.current(), one, other)}) == 3
+    finally:
+        streams.use(before)

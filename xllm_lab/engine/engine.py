@@ -52,8 +52,8 @@ class EngineOptions:
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
-        check_ops: hold each call of an operator against the limits of its documentation; slow, and only where
-            operators have some.
+        check_ops: from now on, hold each call of an operator in this process against the limits of its documentation;
+            slow, and only where operators have some.
     """
 
     model: str = DEFAULT_MODEL
@@ -124,7 +124,8 @@ class Engine:
         if ranks is not None:
             ranks.connect(self.device.collectives)
         group = None if ranks is None else ranks.group
-        check_calls(self.device.torch_device, on=o.check_ops)
+        if o.check_ops:
+            check_calls(self.device.torch_device)
         with self.device.refusing_what_does_not_fit(f"model {o.model}"):
             self.model: LoadedModel = load_model(
                 o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group, without=o.without_ops

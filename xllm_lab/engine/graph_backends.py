@@ -37,8 +37,14 @@ class OpenTape(Tape, Protocol):
 
 
 class Recorder(Protocol):
-    """A device's way to capture."""
+    """A device's way to capture.
 
+    Attributes:
+        rehearses: whether a step has to run before it is captured.
+    """
+
+    @property
+    def rehearses(self) -> bool: ...
     def open(self, *, whole: bool) -> OpenTape:
         """`whole`: every row of the step belongs to a sequence, those that pad included."""
         ...
@@ -52,6 +58,8 @@ def recorder_for(device: Device) -> Recorder:
 class CpuRecorder:
     """Kernels of ours in one C call, everything else in Python."""
 
+    rehearses = False
+
     def open(self, *, whole: bool) -> Program:
         try:
             return Program(native.load().replay)
@@ -64,7 +72,9 @@ class StreamRecorder:
 
     def __init__(self, streams: Streams) -> None:
         self._streams, self._pool = streams, streams.pool()
-        self._capturing, self._updating = streams.new(), streams.new()
+        self._capturing = streams.new()
+        self._updating = streams.new(self._capturing)
+        self.rehearses = streams.loads_lazily
 
     def open(self, *, whole: bool) -> StreamTape:
         return StreamTape(self._streams, self._pool, self._capturing, self._updating if whole else None)
@@ -85,6 +95,7 @@ class StreamTape:
         self._updating = updating if streams.has_task_groups else None
         self._pieces, self._groups = list[Callable[[], None]](), list[TaskGroup]()
         self._outside = streams.current()
+        assert self._outside not in (capturing, updating), "a replay would wait for what stands behind it"
         self._stream.wait_stream(self._outside)
         self.num_kernels = 0
         self._graph = self._begin()

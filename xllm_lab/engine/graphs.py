@@ -163,16 +163,11 @@ class Graphs:
         started_ns = time.perf_counter_ns()
         inputs = self._memory.of(key.num_tokens, is_decode=key.is_decode)
         self._memory.fill(inputs, tokens, chunks, is_decode=key.is_decode)
+        if self._recorder.rehearses:
+            self._compute(inputs, has_head=key.is_decode)
         tape = self._recorder.open(whole=key.is_decode)
-        with torch.inference_mode(), recording(tape):
-            normed_TD = self._model.run_layers(
-                inputs.token_T,
-                inputs.position_T,
-                batch=inputs.batch,
-                kv=self._kv_pool.layers,
-                workspace=self._workspace,
-            )
-            logits_TV = self._model.logits(normed_TD, self._workspace) if key.is_decode else None
+        with recording(tape):
+            normed_TD, logits_TV = self._compute(inputs, has_head=key.is_decode)
         program = tape.close()
         graph = self._cache[key] = _Graph(program, inputs, normed_TD, logits_TV)
         self.counts.captures += 1
@@ -180,6 +175,18 @@ class Graphs:
         self.counts.calls += tape.num_calls
         self.counts.capture_us += (time.perf_counter_ns() - started_ns) // 1000
         return graph
+
+    def _compute(self, inputs: GraphInputs, *, has_head: bool) -> tuple[Tensor, Tensor | None]:
+        """As `run` returns it. Once more over the same inputs changes nothing."""
+        with torch.inference_mode():
+            normed_TD = self._model.run_layers(
+                inputs.token_T,
+                inputs.position_T,
+                batch=inputs.batch,
+                kv=self._kv_pool.layers,
+                workspace=self._workspace,
+            )
+            return normed_TD, self._model.logits(normed_TD, self._workspace) if has_head else None
 
 
 def _plan(workspace: Workspace, config: InstanceConfig, sizes: Sequence[int]) -> PoolPlan:

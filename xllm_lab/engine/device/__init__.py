@@ -145,7 +145,7 @@ def open_device(name: str, *, threads: int | None = None, index: int | None = No
         torch_device=torch.device("cuda", torch.cuda.current_device()),
         default_dtype=torch.bfloat16,
         description=torch.cuda.get_device_name(),
-        streams=Streams(torch.cuda, torch.cuda.CUDAGraph),
+        streams=Streams(torch.cuda, torch.cuda.CUDAGraph, loads_lazily=True),
     )
 
 

@@ -49,15 +49,19 @@ class Streams:
 
     Attributes:
         has_task_groups: whether host arguments of a captured call can be replaced.
+        loads_lazily: whether a kernel's first launch compiles or loads it, which must not happen in a capture.
     """
 
-    def __init__(self, api: Any, new_graph: Callable[[], Any]) -> None:
-        self._api, self._new_graph = api, new_graph
+    def __init__(self, api: Any, new_graph: Callable[[], Any], *, loads_lazily: bool = False) -> None:
+        self._api, self._new_graph, self.loads_lazily = api, new_graph, loads_lazily
         self.has_task_groups = hasattr(api, "graph_task_group_begin")
 
-    def new(self) -> Any:
-        """A stream."""
-        return self._api.Stream()
+    def new(self, *others: Any) -> Any:
+        """A stream, neither this thread's nor one of `others`: torch has 32, and hands them out again and again."""
+        stream = self._api.Stream()
+        while stream in (self.current(), *others):
+            stream = self._api.Stream()
+        return stream
 
     def current(self) -> Any:
         """This thread's."""

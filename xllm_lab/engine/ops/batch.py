@@ -76,6 +76,11 @@ class PagedBatch:
             [*self.kv_lens, *[1] * self.num_padding],
         )
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every token is its sequence's only one; true of all steps of a graph, or of none."""
+        return len(self.kv_lens) + self.num_padding == len(self.slot_T)
+
     def forget_gathers(self) -> None:
         """The lists above are another step's now."""
         self._gathers = []

@@ -20,24 +20,26 @@ from xllm_lab.engine.ops import native, reference
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.collectives import Group
+from xllm_lab.engine.ops.gpu import serving as gpu
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
 from xllm_lab.engine.ops.npu import operators as npu_operators
 from xllm_lab.engine.ops.npu import serving as npu
 from xllm_lab.engine.ops.tape import reads_host, taped
 from xllm_lab.errors import ConfigError
 
-_ELEMENTWISE = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch_npu",)}
+_PLAIN = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch_npu",)}
+_ROWWISE = {**_PLAIN, "cuda": ("triton", "torch")}
 TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear": {"cpu": ("native", "onednn", "torch"), "cuda": ("torch",), "npu": ("torch",)},
-    "paged_attention": {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch_npu", "torch")},
-    "reshape_and_cache": _ELEMENTWISE,
-    "rms_norm": _ELEMENTWISE,
-    "add_rms_norm": _ELEMENTWISE,
-    "head_norm": _ELEMENTWISE,
-    "rope_angles": _ELEMENTWISE,
-    "rope": _ELEMENTWISE,
-    "swiglu": _ELEMENTWISE,
-    "argmax": _ELEMENTWISE,
+    "paged_attention": {**_ROWWISE, "npu": ("torch_npu", "torch")},
+    "reshape_and_cache": _ROWWISE,
+    "rms_norm": _ROWWISE,
+    "add_rms_norm": _ROWWISE,
+    "head_norm": _ROWWISE,
+    "rope_angles": _PLAIN,
+    "rope": _ROWWISE,
+    "swiglu": _ROWWISE,
+    "argmax": _PLAIN,
     "all_reduce": {"cpu": ("gloo", "torch"), "cuda": ("nccl", "torch"), "npu": ("hccl", "torch")},
 }
 
@@ -121,10 +123,11 @@ def choose(
         if op == "linear":
             served[op] = _pick(op, device.type, _linear_fails(dtype, hidden_size, left_out))
         else:
-            served[op] = _pick(op, device.type, _op_fails(op, dtype, head_dim, left_out))
+            served[op] = _pick(op, device.type, _op_fails(op, device, dtype, head_dim, left_out))
     makers: dict[str, Callable[[], object]] = {
         "native": lambda: native.NativeOps(native.load(), dtype, torch.get_num_threads()),
         "torch_npu": lambda: npu.NpuOps(device),
+        "triton": lambda: gpu.operators(device),
         "torch": _References,
     }
     chosen = {op: s.by for op, s in served.items() if op not in ("linear", "all_reduce")}
@@ -134,15 +137,15 @@ def choose(
     return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
 
 
-def check_calls(device: torch.device, *, on: bool) -> None:
-    """Whether operators with documented limits hold each call against them first.
+def check_calls(device: torch.device) -> None:
+    """From now on, operators with documented limits hold each call against them first.
 
     Raises:
         ConfigError: the device's operators have none.
     """
-    if on and not any("torch_npu" in by_device.get(device.type, ()) for by_device in TABLE.values()):
+    if not any("torch_npu" in by_device.get(device.type, ()) for by_device in TABLE.values()):
         raise ConfigError(f"check_ops: operators of {device.type} have no documented limits; accepted on: npu")
-    npu_operators.check_calls(on=on)
+    npu_operators.check_calls(on=True)
 
 
 class _References:
@@ -184,7 +187,9 @@ def _linear_fails(dtype: torch.dtype, inputs: int, without: frozenset[str]) -> C
     return fails
 
 
-def _op_fails(op: str, dtype: torch.dtype, head_dim: int, without: frozenset[str]) -> Callable[[str], str | None]:
+def _op_fails(
+    op: str, device: torch.device, dtype: torch.dtype, head_dim: int, without: frozenset[str]
+) -> Callable[[str], str | None]:
     def fails(name: str) -> str | None:
         if name in without:
             return "left out on request"
@@ -193,6 +198,9 @@ def _op_fails(op: str, dtype: torch.dtype, head_dim: int, without: frozenset[str
             if reason is None and op == "paged_attention":
                 return native.attention_fails(native.load(), head_dim)
             return reason
+        if name == "triton":
+            reason = gpu.fails(device, dtype)
+            return gpu.attention_fails(head_dim) if reason is None and op == "paged_attention" else reason
         if name == "torch_npu" and op == "paged_attention":
             return npu.attention_fails(dtype, head_dim)
         return None

@@ -44,8 +44,8 @@ class EngineOptions:
         clock: "wall" replays in real time; "virtual" jumps over idle gaps.
         timer: what a virtual clock counts while it works: "wall", or "cpu" for processor time.
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
-        check_ops: from now on, hold each call of an operator in this process against the limits of its documentation;
-            slow, and only where operators have some.
+        check_ops: hold each call of an operator against the limits of its documentation; slow, and only where
+            operators have some.
     """
 
     model: str = DEFAULT_MODEL
@@ -76,8 +76,7 @@ class Engine:
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.device: Device = open_device(self.options.device, threads=self.options.threads)
-        if self.options.check_ops:
-            check_calls(self.device.torch_device)
+        check_calls(self.device.torch_device, on=self.options.check_ops)
         dtype = DTYPES.get(self.options.dtype)
         with self.device.refusing_what_does_not_fit(f"model {self.options.model}"):
             self.model: LoadedModel = load_model(self.options.model, device=self.device, dtype=dtype)

@@ -19,7 +19,7 @@ COMPILED := build/compiled
 NPU       := build/npu
 NPU_BIN   := $(NPU)/venv/bin
 NPU_STAMP := $(NPU)/venv/.ready
-NPU_TESTS ?=
+NPU_TESTS ?= tests/npu
 
 .PHONY: demo test test-fast test-npu lint compiled clean
 
@@ -33,11 +33,8 @@ test: $(STAMP) lint
 test-fast: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-# In two processes: torch_npu hands out the same 32 streams again, and tests of the fake leave some of them stuck.
-NPU_PYTEST := $(NPU_BIN)/python -m pytest -p tests.fake_cann.pytest_plugin -p no:cacheprovider --durations=5
 test-npu: $(NPU_STAMP)
-	$(NPU_PYTEST) $(or $(NPU_TESTS),tests/npu/test_fake_*.py)
-	$(if $(NPU_TESTS),,$(NPU_PYTEST) tests/npu/test_npu_*.py)
+	$(NPU_BIN)/python -m pytest -p tests.fake_cann.pytest_plugin -p no:cacheprovider --durations=5 $(NPU_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

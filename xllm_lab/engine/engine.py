@@ -124,8 +124,7 @@ class Engine:
         if ranks is not None:
             ranks.connect(self.device.collectives)
         group = None if ranks is None else ranks.group
-        if o.check_ops:
-            check_calls(self.device.torch_device)
+        check_calls(self.device.torch_device, on=o.check_ops)
         with self.device.refusing_what_does_not_fit(f"model {o.model}"):
             self.model: LoadedModel = load_model(
                 o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group, without=o.without_ops

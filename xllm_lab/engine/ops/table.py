@@ -137,12 +137,16 @@ def choose(
     return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
 
 
-def check_calls(device: torch.device) -> None:
-    """From now on, operators with documented limits hold each call against them first.
+def check_calls(device: torch.device, *, on: bool) -> None:
+    """If `on`, operators with documented limits hold each call of this process against them first, from now on.
+
+    Nothing turns that off: another engine that did not ask for it must not take it from the one that did.
 
     Raises:
         ConfigError: the device's operators have none.
     """
+    if not on:
+        return
     if not any("torch_npu" in by_device.get(device.type, ()) for by_device in TABLE.values()):
         raise ConfigError(f"check_ops: operators of {device.type} have no documented limits; accepted on: npu")
     npu_operators.check_calls(on=True)

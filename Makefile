@@ -21,7 +21,7 @@ NPU_BIN   := $(NPU)/venv/bin
 NPU_STAMP := $(NPU)/venv/.ready
 NPU_TESTS ?= tests/npu
 
-.PHONY: demo test test-fast test-npu lint compiled clean
+.PHONY: demo test test-fast test-npu mutations-npu lint compiled clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -35,6 +35,10 @@ test-fast: $(STAMP)
 
 test-npu: $(NPU_STAMP)
 	$(NPU_BIN)/python -m pytest -p tests.fake_cann.pytest_plugin -p no:cacheprovider --durations=5 $(NPU_TESTS)
+
+# Seven minutes: mistakes made in copies of the tree, each of which a named test has to find.
+mutations-npu: $(NPU_STAMP)
+	$(NPU_BIN)/python -m tests.npu.mutations
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

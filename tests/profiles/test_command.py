@@ -13,7 +13,7 @@ from tests.profiles.folders import (
     OPERATORS_US,
     SHADOW_US,
     batch_row,
-    torch_npu_folder,
+    ascend_folder,
     vllm_part,
     write_csv,
 )
@@ -23,10 +23,10 @@ from xllm_lab.profiles import read_profile
 
 
 def test_a_table_for_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch_npu_folder(tmp_path)
+    ascend_folder(tmp_path)
     assert run(["profile", str(tmp_path), "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path}: torch-npu, 2 steps"
+    assert lines[0] == f"{tmp_path}: ascend-profiler, 2 steps"
     operators = lines[lines.index("operators") + 2 :]
     assert operators[0].split() == ["MatMulV2", "AI_CORE", "12", "0.187", "33", "%", "15.6", "12.2", "18.9"]
     assert operators[2] == "3 more"
@@ -39,7 +39,7 @@ def test_a_table_for_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_json_accounts_for_all_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch_npu_folder(tmp_path)
+    ascend_folder(tmp_path)
     assert run(["profile", str(tmp_path), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     sums = {part: sum(row["total_us"] for row in value[part]) for part in ("operators", "collectives", "left_out")}
@@ -49,7 +49,7 @@ def test_json_accounts_for_all_the_time(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_operator_table_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = torch_npu_folder(tmp_path), tmp_path / "tables" / "operators.csv"
+    folder, out = ascend_folder(tmp_path), tmp_path / "tables" / "operators.csv"
     assert run(["profile", str(folder), "--out", str(out)]) == 0
     assert read_operator_table(out) == read_profile(folder).operators
 
@@ -89,7 +89,10 @@ def test_batches_and_what_they_lack(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--top", "0"], "--top is 0, at least 1 is accepted"),
         (["--kv-block-tokens", "0"], "kv_block_tokens is 0, at least 1 is accepted"),
         (["--out", "o.csv"], "has no operators to write to o.csv; a profile of kernels is accepted"),
-        (["--source", "nsys"], "source 'nsys' is unknown; one of hccl-test, ms-service, torch-npu is accepted"),
+        (
+            ["--source", "nsys"],
+            "source 'nsys' is unknown; one of ascend-profiler, hccl-test, msserviceprofiler, xllm-log, xllm-profile is accepted",
+        ),
     ],
 )
 def test_refusals_are_one_line(

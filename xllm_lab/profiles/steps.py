@@ -90,7 +90,7 @@ def _exact(batch: BatchRow) -> _Composition | None:
         part.prompt_tokens is not None and sum(chunk) < part.prompt_tokens
         for part, chunk in zip(batch.parts, known, strict=True)
     )
-    return _Composition(tuple(known), len(known) - unfinished, EXACT)
+    return _Composition(tuple(known), len(known) - unfinished, batch.basis or EXACT)
 
 
 def _chunk(part: SequencePart) -> Chunk | None:

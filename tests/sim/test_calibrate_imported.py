@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.profiles.folders import BATCH_HEADER, batch_row, torch_npu_folder, vllm_part, write_csv
+from tests.profiles.folders import BATCH_HEADER, batch_row, ascend_folder, vllm_part, write_csv
 from xllm_lab import verbs
 from xllm_lab.cli import run
 from xllm_lab.errors import ConfigError
@@ -52,7 +52,7 @@ def test_what_a_calibration_needs_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size is None; that of the profiled model, at least 1, is accepted"):
         verbs.calibrate([folder])
     with pytest.raises(ConfigError, match="has no executed batches; a profile with"):
-        verbs.calibrate([torch_npu_folder(tmp_path / "npu")], vocab_size=10)
+        verbs.calibrate([ascend_folder(tmp_path / "npu")], vocab_size=10)
     with pytest.raises(ConfigError, match="is a profile and others are runs"):
         verbs.calibrate([folder, tmp_path / "run"], vocab_size=10)
     with pytest.raises(ConfigError, match="svc: 4 steps, at least"):

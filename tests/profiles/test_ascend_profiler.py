@@ -19,10 +19,10 @@ from tests.profiles.folders import (
     STATISTIC_HEADER,
     STEP_HEADER,
     Cells,
+    ascend_folder,
     kernel_rows,
     old_kernel_rows,
     output_folder,
-    ascend_folder,
     write_csv,
 )
 from tests.profiles.refused import assert_refused

@@ -1,4 +1,4 @@
-"""The verb `profile`: what is there, what is not used and why, and the operator table as a file."""
+"""The verb `profile`: what is there, and what is not used and why."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from tests.profiles.folders import (
     COLLECTIVE_US,
     OPERATORS_US,
     SHADOW_US,
-    batch_row,
     ascend_folder,
+    batch_row,
     vllm_part,
     write_csv,
 )
 from xllm_lab.cli import run
-from xllm_lab.operator_table import read_operator_table
-from xllm_lab.profiles import read_profile
 
 
 def test_a_table_for_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,12 +44,6 @@ def test_json_accounts_for_all_the_time(tmp_path: Path, capsys: pytest.CaptureFi
     assert sums["operators"] == pytest.approx(6 * OPERATORS_US)
     assert sums["collectives"] == pytest.approx(6 * COLLECTIVE_US)
     assert sums["left_out"] == pytest.approx(6 * SHADOW_US)
-
-
-def test_the_operator_table_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = ascend_folder(tmp_path), tmp_path / "tables" / "operators.csv"
-    assert run(["profile", str(folder), "--out", str(out)]) == 0
-    assert read_operator_table(out) == read_profile(folder).operators
 
 
 def test_a_link_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,10 +80,10 @@ def test_batches_and_what_they_lack(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--top", "0"], "--top is 0, at least 1 is accepted"),
         (["--kv-block-tokens", "0"], "kv_block_tokens is 0, at least 1 is accepted"),
-        (["--out", "o.csv"], "has no operators to write to o.csv; a profile of kernels is accepted"),
+        (["--out", "o.csv"], "which is only shown; accepted: `xllm-lab import` to keep it"),
         (
             ["--source", "nsys"],
-            "source 'nsys' is unknown; one of ascend-profiler, hccl-test, msserviceprofiler, xllm-log, xllm-profile is accepted",
+            "source 'nsys' is unknown; one of ascend-profiler, hccl-test, msserviceprofiler, xllm-log, xllm-profile",
         ),
     ],
 )

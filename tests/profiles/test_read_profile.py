@@ -15,8 +15,8 @@ from tests.profiles.folders import (
     FORWARD_HEADER,
     KVCACHE_HEADER,
     REQUEST_HEADER,
-    batch_row,
     ascend_folder,
+    batch_row,
     vllm_part,
     write_csv,
 )
@@ -29,7 +29,7 @@ ACCEPTED = "; ".join(f"{source.NAME}: {source.HOLDS}" for source in sources().va
 
 
 def test_every_source_of_the_package_is_found() -> None:
-    assert set(sources()) >= {"hccl-test", "msserviceprofiler", "ascend-profiler"}
+    assert set(sources()) >= {"ascend-profiler", "hccl-test", "msserviceprofiler", "xllm-log", "xllm-profile"}
 
 
 @pytest.mark.parametrize("where", [".", "npu01_4711_20260313101831169_ascend_pt"])

@@ -219,7 +219,7 @@ def refusal(path: Path, line: int, found: str, accepted: str) -> ProfileError:
     return ProfileError(f"{path}:{line}: {found}; {accepted} is accepted")
 
 
-def shown(value: str) -> str:
-    """A cell as one short line."""
+def shown(value: object) -> str:
+    """A value as one short line."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."

@@ -49,16 +49,19 @@ _SEQUENCE = (
     r"x-request-id: .*, request_id: (?P<request>[^,]*), sequence (?P<sequence>\d+), max_tokens: -?\d+, "
     r"temperature: [^ ]+, "
 )
-_NUMBER, _UNIT = r"\d+(?:\.\d+)?", r"[^\d\s,.]+"
+_COUNT, _NUMBER, _UNIT = r"\d{1,20}", r"\d{1,20}(?:\.\d+)?", r"[^\d\s,.]+"
 _ENDED = re.compile(
-    rf"{_PREFIX}{_SEQUENCE}finish_reason: \w*, prompt_tokens: (?P<prompt>\d+), "
-    rf"(?:num_prefix_cache_tokens: (?P<cached>\d+), )?generated_tokens: (?P<output>-?\d+), "
+    rf"{_PREFIX}{_SEQUENCE}finish_reason: \w*, prompt_tokens: (?P<prompt>{_COUNT}), "
+    rf"(?:num_prefix_cache_tokens: (?P<cached>{_COUNT}), )?generated_tokens: (?P<output>-?{_COUNT}), "
     rf"ttft: (?P<ttft>{_NUMBER})(?P<ttft_unit>{_UNIT}), "
     rf"total_latency: (?P<total_latency>{_NUMBER})(?P<total_latency_unit>{_UNIT})"
     rf"(?:, avg tpot: {_NUMBER}\w+, generation speed: {_NUMBER} tokens/s)?\Z"
 )
 _FAILED = re.compile(rf"{_PREFIX}{_SEQUENCE}prompt_tokens: \d+, status_code : (?P<code>\d+), status_msg : ")
-_BATCH = re.compile(rf"PERF - bs=(?P<size>\d+) - \[(?P<lengths>[\d, ]*)\] - (?P<step>{_NUMBER}) ?(?P<step_unit>{_UNIT})\Z")
+_BATCH = re.compile(
+    rf"PERF - bs=(?P<size>{_COUNT}) - \[(?P<lengths>(?:{_COUNT}(?:, {_COUNT})*)?)\] - "
+    rf"(?P<step>{_NUMBER}) ?(?P<step_unit>{_UNIT})\Z"
+)
 
 _OTHER = "neither a request's nor a batch's line"
 _DAMAGED_REQUEST = "a request's line that is cut off or damaged"
@@ -142,7 +145,7 @@ class _Found:
             )
         again = len(self.requests) - len({request.request for request in self.requests})
         if again:
-            yield f"{again} requests have the id of an earlier one: logs of prefill and decode instances hold each twice"
+            yield f"{again} requests have an earlier one's id: together, prefill and decode instances log each twice"
 
     def _request(self, number: int, line: str) -> None:
         ended = _ENDED.search(line)

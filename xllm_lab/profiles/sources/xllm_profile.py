@@ -15,7 +15,8 @@ A file holds one such object, or what `etcdctl get` prints: lines of keys, each 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ _SNIFFED_BYTES = 1 << 20
 _LONGEST_MS = LONGEST_STEP_NS / 1e6
 _MOST_TOKENS = 2**31 - 1
 _MOST_SEQS = 2**16
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 def recognises(path: Path) -> bool:
@@ -53,10 +55,10 @@ def read(path: Path) -> Profile:
     batches: list[BatchRow] = []
     notes: list[str] = []
     for instance in _instances(path):
-        for table, accepted, to_row in _TABLES:
-            rows = instance.rows(table)
-            batches += _batches(instance, table, rows, accepted, to_row, unused)
-            notes += [] if rows else [f"{instance.name}: {table} is empty"]
+        for table in _TABLES:
+            rows = instance.rows(table.name)
+            batches += _batches(instance, table, rows, unused)
+            notes += [] if rows else [f"{instance.name}: {table.name} is empty"]
         notes += instance.notes()
     if not batches:
         raise ProfileError(
@@ -66,7 +68,7 @@ def read(path: Path) -> Profile:
         source=NAME,
         path=path,
         num_steps=len(batches),
-        batches=tuple(batches),
+        batches=tuple(_scattered(batches)),
         units={f"{path.name}: {table}": "ms" for table in (_PROMPTS, _DECODES)},
         left_out=unused.rows(),
         notes=tuple(notes),
@@ -82,14 +84,15 @@ class _Instance(NamedTuple):
 
     @property
     def name(self) -> str:
-        return str(self.fields.get("name") or f"line {self.line}")
+        name = self.fields.get("name")
+        return f"instance {shown(name)}" if name else f"instance of line {self.line}"
 
     def rows(self, table: str) -> list[Any]:
         if table not in self.fields:
             raise refusal(self.path, self.line, f"{table} is missing (fields: {', '.join(self.fields)})", table)
         rows = self.fields[table]
         if not isinstance(rows, list):
-            raise refusal(self.path, self.line, f"{table} is {shown(str(rows))}", "a list of rows")
+            raise refusal(self.path, self.line, f"{table} is {shown(rows)}", "a list of rows")
         return rows
 
     def notes(self) -> list[str]:
@@ -104,7 +107,7 @@ def _instances(path: Path) -> Iterator[_Instance]:
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror}); {HOLDS} is accepted") from error
     except UnicodeDecodeError as error:
-        raise ProfileError(f"{path}: holds the byte {error.object[error.start]:#04x}; UTF-8 text is accepted") from error
+        raise ProfileError(f"{path}: byte is {error.object[error.start]:#04x}; UTF-8 text is accepted") from error
     if not text.lstrip().startswith(_KEY):
         yield _parsed(path, 1, text)
         return
@@ -122,52 +125,70 @@ def _parsed(path: Path, line: int, text: str) -> _Instance:
     except (ValueError, RecursionError) as error:
         raise refusal(path, line, f"is no JSON ({type(error).__name__})", HOLDS) from None
     if not isinstance(fields, dict):
-        raise refusal(path, line, f"is {shown(str(fields))}", HOLDS)
+        raise refusal(path, line, f"is {shown(fields)}", HOLDS)
     return _Instance(path, line, fields)
 
 
-def _batches(
-    instance: _Instance, table: str, rows: Sequence[Any], accepted: str, to_row: Any, unused: Unused
-) -> Iterator[BatchRow]:
+def _scattered(batches: list[BatchRow]) -> list[BatchRow]:
+    """The tables' rows dealt out, so that any stretch of them has some of every size.
+
+    A table is no sequence of steps, but sorted. Where a stretch is held out to tell the error of a fit, it would be all
+    long prompts, and the error that of lengths never seen. Multiples of the golden ratio fill an interval evenly.
+    """
+    order = sorted(range(len(batches)), key=lambda k: (k * _GOLDEN_RATIO) % 1.0)
+    return [batches[k] for k in order]
+
+
+class _Table(NamedTuple):
+    """A table, the most that the whole numbers of its rows may be, and what they say about a batch."""
+
+    name: str
+    most: tuple[int, ...]
+    accepted: str
+    parts: Callable[..., tuple[SequencePart, ...]]
+    basis: str = ""
+
+
+def _batches(instance: _Instance, table: _Table, rows: list[Any], unused: Unused) -> Iterator[BatchRow]:
     for number, row in enumerate(rows):
-        *counts, ms = row if isinstance(row, list) and row else (None,)
-        if not all(map(_is_count, counts)) or not _is_time(ms) or (batch := to_row(number, counts, ms)) is None:
-            found = f"{table}[{number}] is {shown(json.dumps(row))}"
-            raise refusal(instance.path, instance.line, found, accepted)
+        if not _is_row(row, table.most):
+            found = f"{table.name}[{number}] is {shown(row)}"
+            raise refusal(instance.path, instance.line, found, table.accepted)
+        *counts, ms = row
         if ms == 0:
-            unused.add(instance.path.name, f"a row of {table} that took no time")
+            unused.add(instance.path.name, f"a row of {table.name} that took no time")
         else:
-            yield batch
+            yield BatchRow(line=number, step_us=ms * 1e3, parts=table.parts(*counts), basis=table.basis)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 1 <= value <= _MOST_TOKENS
+def _is_row(row: object, most: tuple[int, ...]) -> bool:
+    """Whether these are whole numbers from 1 to `most`, and a time."""
+    if not isinstance(row, list) or len(row) != len(most) + 1:
+        return False
+    *counts, ms = row
+    are_counts = all(type(count) is int and 1 <= count <= high for count, high in zip(counts, most, strict=True))
+    return are_counts and type(ms) in (int, float) and 0 <= ms <= _LONGEST_MS
 
 
-def _is_time(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= _LONGEST_MS  # type: ignore[operator]
+def _prompt(length: int) -> tuple[SequencePart, ...]:
+    return (SequencePart(request="0", is_prefill=True, num_tokens=length, num_computed_tokens=0),)
 
 
-def _prompt(number: int, counts: Sequence[int], ms: float) -> BatchRow | None:
-    if len(counts) != 1:
-        return None
-    part = SequencePart(request="0", is_prefill=True, num_tokens=counts[0], num_computed_tokens=0)
-    return BatchRow(line=number, step_us=ms * 1e3, parts=(part,))
-
-
-def _decodes(number: int, counts: Sequence[int], ms: float) -> BatchRow | None:
-    if len(counts) != 2 or counts[1] > _MOST_SEQS:
-        return None
-    length, num_seqs = counts
-    parts = tuple(
+def _decodes(length: int, num_seqs: int) -> tuple[SequencePart, ...]:
+    return tuple(
         SequencePart(request=str(k), is_prefill=False, num_tokens=1, num_computed_tokens=length - 1)
         for k in range(num_seqs)
     )
-    return BatchRow(line=number, step_us=ms * 1e3, parts=parts, basis=AVERAGE_LENGTHS)
 
 
-_ROWS_MS = f"milliseconds from 0 to {_LONGEST_MS:g}"
+_MS = f"milliseconds up to {_LONGEST_MS:g}"
 _TABLES = (
-    (_PROMPTS, f"[tokens, {_ROWS_MS}]", _prompt),
-    (_DECODES, f"[average length, sequences up to {_MOST_SEQS}, {_ROWS_MS}]", _decodes),
+    _Table(name=_PROMPTS, most=(_MOST_TOKENS,), accepted=f"[tokens, {_MS}]", parts=_prompt),
+    _Table(
+        name=_DECODES,
+        most=(_MOST_TOKENS, _MOST_SEQS),
+        accepted=f"[average length, sequences up to {_MOST_SEQS}, {_MS}]",
+        parts=_decodes,
+        basis=AVERAGE_LENGTHS,
+    ),
 )

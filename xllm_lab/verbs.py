@@ -25,8 +25,8 @@ from xllm_lab.policies.catalog import (
     values_of,
 )
 from xllm_lab.profiles import is_profile, read_profile
-from xllm_lab.profiles.imported import Imported, is_import, write_import
-from xllm_lab.progress import bar, watched
+from xllm_lab.profiles.imported import Imported, is_import, read_import, write_import
+from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
 from xllm_lab.workload import Workload
 
@@ -139,6 +139,9 @@ def calibrate(
     imports = [path for path in paths if is_import(path)]
     if imports and len(imports) < len(given):
         raise ConfigError(f"{imports[0]}: is an import and others are runs; accepted: runs alone, or imports alone")
+    for path in imports:
+        for basis, num in sorted(read_import(path).num_by_basis.items()):
+            tell(f"xllm-lab: {path}: {num} steps: {basis}")
     fitted = calibrate_imported(imports, vocab_size=vocab_size) if imports else fit([_run(run) for run in given])
     if out is not None:
         write_calibration(fitted, Path(out))

@@ -188,6 +188,18 @@ def refused(path: Path, table: str) -> str:
 TABLES = sorted(file.relative_to(GOLDEN).as_posix() for file in GOLDEN.rglob("*.csv"))
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_whose_last_line_has_no_end_is_refused(tmp_path: Path, table: str) -> None:
+    """Its cells are all there, and the last one may have been longer."""
+    source, release, *_, name = table.split("/")
+    path, file = sample_of(f"{source}/{release}/{name}", tmp_path)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    last = content.count(b"\n")
+    said = f"{file}:{last}: row has no end of line, so the file was cut off; a whole file is accepted"
+    assert refused(path, source) == said
+
+
 @given(st.sampled_from(TABLES), st.data())
 def test_a_table_cut_off_within_a_line_is_refused(
     tmp_path_factory: pytest.TempPathFactory, table: str, data: st.DataObject

@@ -103,6 +103,7 @@ def test_a_server_is_imported_calibrated_on_and_simulated(tmp_path: Path, capsys
     assert run(["import", "xllm-log", str(log(tmp_path / "xllm.INFO")), "--out", str(imported)]) == 0
     assert f"120 steps: {EXACT}" in capsys.readouterr().out
     assert run(["calibrate", str(imported), "--vocab-size", str(VOCABULARY), "--out", str(fitted)]) == 0
+    assert capsys.readouterr().err == f"xllm-lab: {imported}: 120 steps: {EXACT}\n"
     assert read_calibration(fitted).runs == ("imported",)
     trace = str(imported / "workload.jsonl")
     assert run(["simulate", trace, "--calibration", str(fitted), "--out", str(sim)]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.profiles.folders import BATCH_HEADER, ascend_folder, batch_row, vllm_part, write_csv
-from tests.profiles.test_xllm_log import PREDICTED, batch_line, request_line
+from tests.profiles.xllm_lines import PREDICTED, batch_line, request_line
 from xllm_lab import verbs
 from xllm_lab.cli import run
 from xllm_lab.errors import ConfigError

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         calibrate,
         compare,
         export,
+        import_profile,
         parity,
         replay,
         report,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline"), "verbs"),
     **dict.fromkeys(("tune", "validate_measured", "validate_npu", "verify"), "verbs"),
+    "import_profile": "verbs",
     "read_profile": "profiles",
     "read_run": "runs",
     "read_trace": "formats",
@@ -57,6 +59,7 @@ __all__ = [
     "calibrate",
     "compare",
     "export",
+    "import_profile",
     "parity",
     "read_profile",
     "read_run",

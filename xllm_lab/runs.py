@@ -126,10 +126,10 @@ class Run:
 
     @cached_property
     def records(self) -> Records:
-        requests = _read_table(self.path / "requests.parquet", REQUEST_SCHEMA)
+        requests = read_parquet(self.path / "requests.parquet", REQUEST_SCHEMA)
         self.expect_all("requests.parquet", requests.num_rows)
         try:
-            return records_from(requests, _read_table(self.path / "steps.parquet", STEP_SCHEMA))
+            return records_from(requests, read_parquet(self.path / "steps.parquet", STEP_SCHEMA))
         except ValueError as error:
             raise RunError(f"{self.path / 'requests.parquet'}: {error}; accepted: {_FINISHED}") from None
 
@@ -245,13 +245,14 @@ def read_json(path: Path, accepted: str) -> dict[str, Any]:
     return value
 
 
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+def read_parquet(path: Path, schema: pa.Schema, accepted: str = _FINISHED) -> pa.Table:
+    """A Parquet file of these columns. RunError says what is accepted."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except FileNotFoundError:
-        raise RunError(f"{path}: is not there; accepted: {_FINISHED}") from None
+        raise RunError(f"{path}: is not there; accepted: {accepted}") from None
     except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path}: cannot be read: {error}; accepted: {_FINISHED}") from None
+        raise RunError(f"{path}: cannot be read: {error}; accepted: {accepted}") from None
     if not table.schema.equals(schema):
         raise RunError(f"{path}: has other columns; accepted: {', '.join(schema.names)}")
     return table

@@ -25,6 +25,7 @@ from xllm_lab.policies.catalog import (
     values_of,
 )
 from xllm_lab.profiles import is_profile, read_profile
+from xllm_lab.profiles.imported import Imported, is_import, read_import, write_import
 from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
 from xllm_lab.workload import Workload
@@ -120,25 +121,28 @@ def calibrate(
     *,
     out: PathLike | None = None,
     vocab_size: int | None = None,
-    kv_block_tokens: int | None = None,
 ) -> Calibration:
-    """Fit step times to engine runs, or to profiles of a server's batches, and write them to `out` if given.
+    """Fit step times to engine runs, or to folders that `import_profile` wrote, and write them to `out` if given.
 
     Args:
-        vocab_size: of the profiled model.
-        kv_block_tokens: tokens of a KV block of the profiled server, for batches that name no lengths.
+        vocab_size: of the model of imported profiles.
     """
     from xllm_lab.sim.calibrate import calibrate as fit
     from xllm_lab.sim.calibrate import write_calibration
+    from xllm_lab.sim.calibrate_imported import calibrate_imported
 
     given = list(runs)
-    profiles = [path for path in given if not isinstance(path, Run) and is_profile(path)]
-    if profiles and len(profiles) < len(given):
-        raise ConfigError(f"{profiles[0]} is a profile and others are runs; runs alone or profiles alone are accepted")
-    if profiles:
-        fitted = _calibrate_profiles(profiles, vocab_size, kv_block_tokens)
-    else:
-        fitted = fit([_run(run) for run in given])
+    paths = [Path(run) for run in given if not isinstance(run, Run)]
+    for path in paths:
+        if not is_import(path) and is_profile(path):
+            raise ConfigError(f"{path}: is a profile; accepted: engine runs, or folders that `xllm-lab import` wrote")
+    imports = [path for path in paths if is_import(path)]
+    if imports and len(imports) < len(given):
+        raise ConfigError(f"{imports[0]}: is an import and others are runs; accepted: runs alone, or imports alone")
+    for path in imports:
+        for basis, num in sorted(read_import(path).num_by_basis.items()):
+            tell(f"xllm-lab: {path}: {num} steps: {basis}")
+    fitted = calibrate_imported(imports, vocab_size=vocab_size) if imports else fit([_run(run) for run in given])
     if out is not None:
         write_calibration(fitted, Path(out))
     return fitted
@@ -381,18 +385,6 @@ def validate_npu() -> NpuValidation:
     return validate()
 
 
-def _calibrate_profiles(paths: Iterable[PathLike], vocab_size: int | None, kv_block_tokens: int | None) -> Calibration:
-    from xllm_lab.sim.calibrate_profiles import calibrate_profiles
-
-    profiles = [read_profile(path) for path in paths]
-    done = calibrate_profiles(profiles, vocab_size=vocab_size, kv_block_tokens=kv_block_tokens)
-    for basis, num in sorted(done.num_by_basis.items()):
-        tell(f"xllm-lab: {num} steps: {basis}")
-    for left in done.left_out:
-        tell(f"xllm-lab: {left.num_rows} rows of {left.file} not used: {left.reason}")
-    return done.calibration
-
-
 def validate_measured(
     folder: PathLike, *, model_config: PathLike | None = None, workload: PathLike | None = None
 ) -> MeasuredValidation:
@@ -465,3 +457,19 @@ def _opened(engine: Engine | EngineOptions | None) -> Iterator[Engine]:
         return
     with Engine(engine) as opened:
         yield opened
+
+
+def import_profile(source: str, path: PathLike, *, out: PathLike, kv_block_tokens: int | None = None) -> Imported:
+    """Write a new folder of what a profiler recorded, see `profiles.imported`: steps, a trace, operators, collectives.
+
+    Args:
+        source: a name of `profiles.sources()`.
+        path: the profiler's folder or file.
+        kv_block_tokens: tokens of a KV block of the profiled server, for batches that name no lengths.
+
+    Raises:
+        ProfileError: an unknown source, or a file or row that cannot be read.
+        ConfigError: nothing in it can be used.
+        RunError: the folder exists or cannot be written.
+    """
+    return write_import(read_profile(path, source=source), Path(out), kv_block_tokens=kv_block_tokens)

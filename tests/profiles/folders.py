@@ -83,7 +83,7 @@ def old_kernel_rows(num_steps: int = 2, layers: int = 3) -> list[list[object]]:
     return rows
 
 
-def torch_npu_folder(root: Path, num_steps: int = 2, layers: int = 3) -> Path:
+def ascend_folder(root: Path, num_steps: int = 2, layers: int = 3) -> Path:
     """All four files, of one device."""
     output = output_folder(root)
     write_csv(output / "kernel_details.csv", KERNEL_HEADER, kernel_rows(num_steps, layers))

@@ -1,4 +1,4 @@
-"""The verb `profile`: what is there, what is not used and why, and the operator table as a file."""
+"""The verb `profile`: what is there, and what is not used and why."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from tests.profiles.folders import (
     COLLECTIVE_US,
     OPERATORS_US,
     SHADOW_US,
+    ascend_folder,
     batch_row,
-    torch_npu_folder,
     vllm_part,
     write_csv,
 )
 from xllm_lab.cli import run
-from xllm_lab.operator_table import read_operator_table
-from xllm_lab.profiles import read_profile
 
 
 def test_a_table_for_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch_npu_folder(tmp_path)
+    ascend_folder(tmp_path)
     assert run(["profile", str(tmp_path), "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path}: torch-npu, 2 steps"
+    assert lines[0] == f"{tmp_path}: ascend-profiler, 2 steps"
     operators = lines[lines.index("operators") + 2 :]
     assert operators[0].split() == ["MatMulV2", "AI_CORE", "12", "0.187", "33", "%", "15.6", "12.2", "18.9"]
     assert operators[2] == "3 more"
@@ -39,19 +37,13 @@ def test_a_table_for_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_json_accounts_for_all_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch_npu_folder(tmp_path)
+    ascend_folder(tmp_path)
     assert run(["profile", str(tmp_path), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     sums = {part: sum(row["total_us"] for row in value[part]) for part in ("operators", "collectives", "left_out")}
     assert sums["operators"] == pytest.approx(6 * OPERATORS_US)
     assert sums["collectives"] == pytest.approx(6 * COLLECTIVE_US)
     assert sums["left_out"] == pytest.approx(6 * SHADOW_US)
-
-
-def test_the_operator_table_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = torch_npu_folder(tmp_path), tmp_path / "tables" / "operators.csv"
-    assert run(["profile", str(folder), "--out", str(out)]) == 0
-    assert read_operator_table(out) == read_profile(folder).operators
 
 
 def test_a_link_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,8 +80,11 @@ def test_batches_and_what_they_lack(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--top", "0"], "--top is 0, at least 1 is accepted"),
         (["--kv-block-tokens", "0"], "kv_block_tokens is 0, at least 1 is accepted"),
-        (["--out", "o.csv"], "has no operators to write to o.csv; a profile of kernels is accepted"),
-        (["--source", "nsys"], "source 'nsys' is unknown; one of hccl-test, ms-service, torch-npu is accepted"),
+        (["--out", "o.csv"], "which is only shown; accepted: `xllm-lab import` to keep it"),
+        (
+            ["--source", "nsys"],
+            "source 'nsys' is unknown; one of ascend-profiler, hccl-test, msserviceprofiler, xllm-log, xllm-profile",
+        ),
     ],
 )
 def test_refusals_are_one_line(

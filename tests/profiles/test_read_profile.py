@@ -15,8 +15,8 @@ from tests.profiles.folders import (
     FORWARD_HEADER,
     KVCACHE_HEADER,
     REQUEST_HEADER,
+    ascend_folder,
     batch_row,
-    torch_npu_folder,
     vllm_part,
     write_csv,
 )
@@ -29,12 +29,12 @@ ACCEPTED = "; ".join(f"{source.NAME}: {source.HOLDS}" for source in sources().va
 
 
 def test_every_source_of_the_package_is_found() -> None:
-    assert set(sources()) >= {"hccl-test", "ms-service", "torch-npu"}
+    assert set(sources()) >= {"ascend-profiler", "hccl-test", "msserviceprofiler", "xllm-log", "xllm-profile"}
 
 
 @pytest.mark.parametrize("where", [".", "npu01_4711_20260313101831169_ascend_pt"])
 def test_a_folder_is_recognised_from_outside_and_from_inside(tmp_path: Path, where: str) -> None:
-    inside = torch_npu_folder(tmp_path) / "ASCEND_PROFILER_OUTPUT"
+    inside = ascend_folder(tmp_path) / "ASCEND_PROFILER_OUTPUT"
     assert read_profile(str(tmp_path / where)).operators == read_profile(inside).operators
 
 
@@ -47,13 +47,13 @@ def test_what_is_no_profile_is_refused_with_what_would_be(tmp_path: Path) -> Non
 
 
 def test_a_folder_of_two_profilers_needs_a_name(tmp_path: Path) -> None:
-    torch_npu_folder(tmp_path)
+    ascend_folder(tmp_path)
     row = batch_row("modelExec", ms=20, parts=[vllm_part("a", 1, 1, 10, 10)])
     write_csv(tmp_path / "batch.csv", BATCH_HEADER, [row])
-    both = "ms-service and torch-npu"
+    both = "ascend-profiler and msserviceprofiler"
     assert_refused(tmp_path, f"{tmp_path}: looks like {both} of the known profiles ({ACCEPTED}); name its source")
-    assert read_profile(tmp_path, source="ms-service").batches
-    assert read_profile(tmp_path, source="torch-npu").operators.rows
+    assert read_profile(tmp_path, source="msserviceprofiler").batches
+    assert read_profile(tmp_path, source="ascend-profiler").operators.rows
 
 
 def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_named_source_says_what_it_misses(tmp_path: Path) -> None:
-    for name in ("ms-service", "torch-npu"):
+    for name in ("msserviceprofiler", "ascend-profiler"):
         with pytest.raises(ProfileError, match=f"has n.*{sources()[name].HOLDS.split()[0]}"):
             read_profile(tmp_path, source=name)
 
@@ -77,7 +77,7 @@ NASTY = st.sampled_from((*NUMBERS, *LISTS, '"', "\t", "a\nb", ";", "\x00", "é")
 def test_a_cell_of_anything_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """In any file, header included: never another error than the one for users, and never more than one line."""
     folder = tmp_path_factory.mktemp("p")
-    torch_npu_folder(folder / "npu")
+    ascend_folder(folder / "npu")
     parts = [vllm_part("a", 1, 1, 10, 10)]
     write_csv(
         folder / "svc" / "batch.csv", BATCH_HEADER, [batch_row("modelExec", ms=20, parts=parts, used_blocks=3)] * 2

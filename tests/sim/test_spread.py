@@ -128,6 +128,19 @@ def test_what_never_varied_is_not_known() -> None:
     assert other.std_us > 0.5 * other.us
 
 
+def test_steps_without_scatter_that_are_alike_but_for_their_lengths() -> None:
+    """A server that decodes full batches: lengths are known to many digits, and what a sequence costs not at all."""
+    steps = []
+    for lengths in np.random.default_rng(3).integers(64, 9000, (20_000, 2)).tolist():
+        us = 20_000 + 0.1 * sum(lengths)
+        steps.append(StepSample(chunks=tuple(Chunk(1, length - 1) for length in lengths), num_logits=2, step_us=us))
+    cost = FittedCost(calibrate_on(steps, model={}, hardware={}, sources=("full",)))
+    alike, more = (cost.step(batch_of([Chunk(1, 4999)] * num, num)) for num in (2, 16))
+    assert alike.us == pytest.approx(20_000 + 0.1 * 2 * 5000, rel=1e-3)
+    assert alike.std_us < 0.01 * alike.us
+    assert more.std_us > 0.1 * more.us
+
+
 def test_scatter_averages_out_and_bias_does_not() -> None:
     """A run a hundred times as long: what is stated shrinks to the shared part, and not below."""
     fitted = Machine(scatter_frac=0.2, drift_frac=0.03).calibrated(np.random.default_rng(3), 800)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xllm_lab import verbs
-from xllm_lab.cli import accept, profile
+from xllm_lab.cli import accept, imports, profile
 from xllm_lab.cli.machine import fleet, fleet_options, machine, machine_options
 from xllm_lab.cli.options import (
     configuration_options,
@@ -72,14 +72,13 @@ def _replay(o: argparse.Namespace) -> int:
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, help="engine runs, or profiles of a server's batches")
+    parser.add_argument("runs", nargs="+", type=Path, help="engine runs, or folders of `import`")
     parser.add_argument("--out", type=Path, required=True, help="calibration file")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="of a profiled model")
-    parser.add_argument("--kv-block-tokens", type=int, metavar="N", help="of a profiled server; to estimate lengths")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="of the model of imported profiles")
 
 
 def _calibrate(o: argparse.Namespace) -> int:
-    fitted = verbs.calibrate(o.runs, out=o.out, vocab_size=o.vocab_size, kv_block_tokens=o.kv_block_tokens)
+    fitted = verbs.calibrate(o.runs, out=o.out, vocab_size=o.vocab_size)
     r = fitted.residual
     line = (
         f"{o.out}: {r.num_steps} steps; held-out error of a step {r.mape_frac:.1%} (90 % under {r.p90_frac:.1%}), "
@@ -323,6 +322,11 @@ def _profile(o: argparse.Namespace) -> int:
     return _print(o, profile.as_dict(*found), profile.as_text(*found, top=o.top))
 
 
+def _import(o: argparse.Namespace) -> int:
+    done = verbs.import_profile(o.source, o.path, out=o.out, kv_block_tokens=o.kv_block_tokens)
+    return _print(o, {"import": str(o.out), **asdict(done)}, imports.as_text(done, o.out))
+
+
 def _accept(o: argparse.Namespace) -> int:
     if o.dry_run:
         from xllm_lab.acceptance import PLAN, plan_text
@@ -373,7 +377,7 @@ VALIDATIONS = {
 }
 COMMANDS = {
     "replay": Command("serve a trace on the engine", _replay_options, _replay),
-    "calibrate": Command("learn step times from engine runs or profiles", _calibrate_options, _calibrate),
+    "calibrate": Command("learn step times from engine runs or imported profiles", _calibrate_options, _calibrate),
     "simulate": Command("serve a trace in simulated time", _simulate_options, _simulate),
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
@@ -385,6 +389,7 @@ COMMANDS = {
     "policies": Command("every policy and its knobs", lambda parser: None, _policies),
     "validate": Command("the simulator beside measurements of others", _validate_options, _validate),
     "profile": Command("what a profiler recorded, or this machine's operators, measured", profile.options, _profile),
+    "import": Command("keep what a profiler or a server wrote down, for `calibrate`", imports.options, _import),
     "accept": Command("does this machine serve as it must? exit status 1 if not", accept.options, _accept),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

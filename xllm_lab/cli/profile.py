@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from xllm_lab import verbs
 from xllm_lab.errors import ConfigError
-from xllm_lab.operator_table import write_operator_table
 from xllm_lab.profiles import Profile, read_profile
 from xllm_lab.profiles.profile import CollectiveRow
 from xllm_lab.profiles.steps import Steps, steps
@@ -27,12 +26,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         nargs="?",
-        help="a profiler's folder, or hccl_test's output; without it, the engine is measured",
+        help="what `import` accepts; without it, the engine is measured",
     )
     parser.add_argument("--source", help="which profiler; else found from what is there")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="operators and collectives to show")
     parser.add_argument("--kv-block-tokens", type=int, metavar="N", help="of the profiled engine; to estimate lengths")
-    parser.add_argument("--out", type=Path, help="write the operator table as CSV; or the engine's bundle, a folder")
+    parser.add_argument("--out", type=Path, help="of the engine: the bundle, a new folder")
     group = parser.add_argument_group("engine", "measured here, for `simulate --profile`")
     for name, what in _ENGINE.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=type(what.default), help=what.told, metavar=what.metavar)
@@ -77,18 +76,15 @@ def measured_text(times: dict[str, dict[int, float]], out: Path) -> str:
 
 
 def opened(o: argparse.Namespace) -> tuple[Profile, Steps]:
-    """The profile that the options name, its table written where they say."""
+    """The profile that the options name."""
     if o.top < 1:
         raise ConfigError(f"--top is {o.top}, at least 1 is accepted")
+    if o.out is not None:
+        raise ConfigError(f"--out beside {o.path}, which is only shown; accepted: `xllm-lab import` to keep it")
     if given := [f"--{name.replace('_', '-')}" for name in _ENGINE if getattr(o, name) is not None]:
         raise ConfigError(f"{', '.join(given)} beside {o.path}, which was measured already; accepted: one or the other")
     profile = read_profile(o.path, source=o.source)
-    found = steps(profile, kv_block_tokens=o.kv_block_tokens)
-    if o.out is not None:
-        if not profile.operators.rows:
-            raise ConfigError(f"{o.path}: has no operators to write to {o.out}; a profile of kernels is accepted")
-        write_operator_table(profile.operators, o.out)
-    return profile, found
+    return profile, steps(profile, kv_block_tokens=o.kv_block_tokens)
 
 
 def as_dict(profile: Profile, found: Steps) -> dict[str, Any]:

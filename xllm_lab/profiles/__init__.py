@@ -1,12 +1,14 @@
-"""What profilers measured, read into one shape: operator tables, collectives, step times, batches.
+"""What profilers and servers wrote down, read into one shape: operators, collectives, batches, requests.
 
-`read_profile(path)` finds the reader by looking at the folder. What the readers have in common:
+`read_profile(path)` finds the reader by looking at what is there; `imported` keeps what was read. What readers have in
+common:
 
 - a header says the unit of its column, `Duration(us)`, `during_time(ms)`, `start_time(microsecond)`; every time is
   converted by its header, and a unit nobody knows is refused;
 - columns that were renamed between releases are accepted under every name they had;
 - a row that cannot be used is counted with its reason and its time (`Profile.left_out`), and a row that cannot be
-  right (not a number, negative, an impossible unit) is refused with file, line and column.
+  right (not a number, negative, an impossible unit) is refused with file, line and column;
+- a table that was cut off is refused, a line of a log that was is counted.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,7 +106,8 @@ class BatchRow:
         parts: its requests, if the profiler listed them.
         num_prefills, prefill_tokens, num_decodes, decode_tokens: requests and tokens of this step; None if not told.
         used_blocks: KV blocks in use once it was scheduled, those of requests outside the batch included.
-        line: of batch.csv.
+        basis: what the lengths of `parts` rest on, in a phrase; "" if they are what each request was recorded to have.
+        line: of the file; of a table without lines, the row.
     """
 
     line: int
@@ -116,6 +118,7 @@ class BatchRow:
     num_decodes: int | None = None
     decode_tokens: int | None = None
     used_blocks: int | None = None
+    basis: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,14 +133,21 @@ class ForwardRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRow:
-    """One request as its server saw it; None for what was not recorded."""
+    """One request as its server saw it; None for what was not recorded.
+
+    Attributes:
+        arrival_us: on the server's clock.
+        cached_tokens: of its prompt, found in the prefix cache.
+    """
 
     request: str
     prompt_tokens: int
     output_tokens: int
+    arrival_us: int | None
     e2e_us: float
     queue_us: float | None
     ttft_us: float | None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +171,7 @@ class Profile:
         splits: per step and device, where its time went.
         num_steps: marked steps per device; 0 if none were marked.
         peak_used_blocks, num_blocks: KV blocks, in use at most and in all; None if not told.
+        units: of the columns of times that were read, as `batch.csv: during_time` has `ms`.
         left_out: rows that were not used, by reason.
         notes: what else a user of the figures has to know.
     """
@@ -177,5 +188,6 @@ class Profile:
     requests: tuple[RequestRow, ...] = ()
     peak_used_blocks: int | None = None
     num_blocks: int | None = None
+    units: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ A batch for which none of these works is left out and counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,13 +38,18 @@ class Steps:
     """Samples of a profile, in order of its batches.
 
     Attributes:
-        num_by_basis: how many samples rest on what.
+        bases: what the lengths of each sample rest on.
         left_out: batches that could not be used.
     """
 
     samples: tuple[StepSample, ...]
-    num_by_basis: Mapping[str, int]
+    bases: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
+
+    @property
+    def num_by_basis(self) -> dict[str, int]:
+        """How many samples rest on what."""
+        return dict(Counter(self.bases))
 
 
 def steps(profile: Profile, *, kv_block_tokens: int | None = None) -> Steps:
@@ -59,7 +65,7 @@ def steps(profile: Profile, *, kv_block_tokens: int | None = None) -> Steps:
         raise ConfigError(f"kv_block_tokens is {kv_block_tokens}, at least 1 is accepted")
     prompts = {request.request: request.prompt_tokens for request in profile.requests}
     samples: list[StepSample] = []
-    bases: dict[str, int] = {}
+    bases: list[str] = []
     left_out: dict[str, tuple[int, float]] = {}
     for batch in profile.batches:
         found = _exact(batch) or _from_requests(batch, prompts) or _from_counts(batch, kv_block_tokens)
@@ -68,10 +74,9 @@ def steps(profile: Profile, *, kv_block_tokens: int | None = None) -> Steps:
             left_out[found] = num + 1, us + batch.step_us
         else:
             samples.append(StepSample(chunks=found.chunks, num_logits=found.num_logits, step_us=batch.step_us))
-            bases[found.basis] = bases.get(found.basis, 0) + 1
-    return Steps(
-        tuple(samples), bases, tuple(LeftOut("batch.csv", why, num, us) for why, (num, us) in sorted(left_out.items()))
-    )
+            bases.append(found.basis)
+    unused = tuple(LeftOut("batch.csv", why, num, us) for why, (num, us) in sorted(left_out.items()))
+    return Steps(tuple(samples), tuple(bases), unused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ def _exact(batch: BatchRow) -> _Composition | None:
         part.prompt_tokens is not None and sum(chunk) < part.prompt_tokens
         for part, chunk in zip(batch.parts, known, strict=True)
     )
-    return _Composition(tuple(known), len(known) - unfinished, EXACT)
+    return _Composition(tuple(known), len(known) - unfinished, batch.basis or EXACT)
 
 
 def _chunk(part: SequencePart) -> Chunk | None:

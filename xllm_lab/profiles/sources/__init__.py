@@ -1,4 +1,4 @@
-"""Readers of profilers' outputs, one module per profiler.
+"""Readers of what profilers and servers wrote down, one module per kind.
 
 A source is a module in this package with four names; nothing else lists it:
 
@@ -24,7 +24,7 @@ from xllm_lab.profiles.profile import Profile
 
 
 class Source(Protocol):
-    """A module that reads the output of one profiler."""
+    """A module that reads the output of one profiler or server."""
 
     NAME: str
     HOLDS: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from xllm_lab.errors import ProfileError
 # Cells that say "nothing": pandas, CANN and MindIE each have their own.
 ABSENT = frozenset({"", "N/A", "NA", "<NA>", "nan", "NaN", "None", "null"})
 
-_NS = {
+NS = {
     **dict.fromkeys(("ns", "nanosecond"), 1.0),
     **dict.fromkeys(("us", "µs", "μs", "microsecond"), 1e3),
     **dict.fromkeys(("ms", "millisecond"), 1e6),
     **dict.fromkeys(("s", "second"), 1e9),
 }
-_UNITS = "ns, us, microsecond, ms, millisecond, s or second"
+UNITS = "ns, us, microsecond, ms, millisecond, s or second"
 # A kernel or a step that takes an hour, a request that takes a day, a clock that shows the year 2100: a wrong unit.
 LONGEST_STEP_NS = 3_600 * 10**9
 LONGEST_REQUEST_NS = 86_400 * 10**9
@@ -105,12 +106,16 @@ class Row:
 class CsvFile:
     """A CSV file with a header: ask for the columns, then read the rows, which are never all held at once.
 
+    Attributes:
+        units: of the columns of times that were asked for.
+
     Raises:
         ProfileError: from the constructor, for a file that cannot be read or is empty; from the others, as they say.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.units: dict[str, str] = {}
         first = next(self._numbered(), None)
         if first is None:
             raise ProfileError(f"{path}: is empty; a header and at least one row are accepted")
@@ -155,13 +160,13 @@ class CsvFile:
         """
         for name in names:
             if unit is not None and name in self.header:
-                return TimeColumn(self._only(name), name, _NS[unit])
+                return self._timed(name, name, unit)
             for written in self.header:
                 found = written.removeprefix(f"{name}(").removesuffix(")").strip()
-                if written == f"{name}({found})" and found in _NS:
-                    return TimeColumn(self._only(written), written, _NS[found])
+                if written == f"{name}({found})" and found in NS:
+                    return self._timed(name, written, found)
                 if written == f"{name}({found})" and unit is None:
-                    raise refusal(self.path, self._header_line, f"unit of {name} is {shown(found)}", _UNITS)
+                    raise refusal(self.path, self._header_line, f"unit of {name} is {shown(found)}", UNITS)
         return None
 
     def time(self, *names: str, unit: str | None = None) -> TimeColumn:
@@ -185,6 +190,13 @@ class CsvFile:
             yield Row(self.path, line, cells)
         if empty:
             raise ProfileError(f"{self.path}: has a header and no rows; at least one row is accepted")
+        # Half a number is a number: that the last row is whole shows only in its end.
+        if not _ends_with_a_line(self.path):
+            raise refusal(self.path, line, "row has no end of line, so the file was cut off", "a whole file")
+
+    def _timed(self, name: str, written: str, unit: str) -> TimeColumn:
+        self.units[name] = unit
+        return TimeColumn(self._only(written), written, NS[unit])
 
     def _only(self, name: str) -> int:
         if self.header.count(name) != 1:
@@ -196,12 +208,18 @@ class CsvFile:
         raise refusal(self.path, self._header_line, f"column {wanted} is missing (columns: {found})", wanted)
 
 
+def _ends_with_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) in (b"\n", b"\r")
+
+
 def refusal(path: Path, line: int, found: str, accepted: str) -> ProfileError:
     """`FILE:LINE: found; accepted is accepted`."""
     return ProfileError(f"{path}:{line}: {found}; {accepted} is accepted")
 
 
-def shown(value: str) -> str:
-    """A cell as one short line."""
+def shown(value: object) -> str:
+    """A value as one short line."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."

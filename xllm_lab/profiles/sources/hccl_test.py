@@ -32,6 +32,7 @@ _PROGRAM = re.compile(
     r"reduce|scatter)(?:_test)\b"
 )
 _RANKS = re.compile(r"(?:^|\s)(?:-np|-n)\s+(\d+)\b")
+_RESULTS = ("success", "failed", "NULL")
 _SNIFFED_BYTES = 1 << 20
 # Bandwidths are printed with five decimals.
 _ROUNDING_GB_PER_S = 1e-5
@@ -57,7 +58,14 @@ def read(path: Path) -> Profile:
     if not rows:
         raise ProfileError(f"{path}: holds no measured size; {HOLDS} is accepted")
     notes = [] if rows[0].num_ranks else ["the number of ranks is not recorded"]
-    return Profile(source=NAME, path=path, collectives=rows, left_out=unused.rows(), notes=tuple(notes))
+    return Profile(
+        source=NAME,
+        path=path,
+        collectives=rows,
+        units={f"{path.name}: aveg_time": "us"},
+        left_out=unused.rows(),
+        notes=tuple(notes),
+    )
 
 
 def _rows(path: Path, lines: list[str], unused: Unused) -> Iterator[CollectiveRow]:
@@ -96,6 +104,8 @@ def _cells(path: Path, number: int, line: str) -> tuple[int, float, str]:
     except (ValueError, IndexError):
         found = f"row is {shown(line.strip())}"
         raise refusal(path, number, found, "bytes | microseconds | GB/s | success, failed or NULL") from None
+    if result not in _RESULTS:
+        raise refusal(path, number, f"check_result is {shown(result)}", ", ".join(_RESULTS))
     if size < 1 or not 0 < us < math.inf:
         raise refusal(path, number, f"row is {shown(line.strip())}", "at least 1 byte in more than 0 us")
     expected = size / us / 1e3

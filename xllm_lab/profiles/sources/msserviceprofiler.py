@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from xllm_lab.errors import ProfileError
 from xllm_lab.profiles.profile import BatchRow, ForwardRow, Profile, RequestRow
-from xllm_lab.profiles.sources._csv import LONGEST_REQUEST_NS, LONGEST_STEP_NS, CsvFile
+from xllm_lab.profiles.sources._csv import LATEST_CLOCK_NS, LONGEST_REQUEST_NS, LONGEST_STEP_NS, CsvFile
 from xllm_lab.profiles.sources._ms_batches import events, executed
 from xllm_lab.profiles.sources._tally import Unused
 
-NAME = "ms-service"
+NAME = "msserviceprofiler"
 HOLDS = "a folder of msServiceProfiler with batch.csv, forward.csv, request.csv or kvcache.csv"
 
 _BATCH, _FORWARD, _REQUEST, _KVCACHE = "batch.csv", "forward.csv", "request.csv", "kvcache.csv"
@@ -52,6 +52,7 @@ def read(path: Path) -> Profile:
     if _KVCACHE in there:
         blocks += _kvcache(there[_KVCACHE])
     forwards = tuple(_forwards(there[_FORWARD])) if _FORWARD in there else ()
+    requests = tuple(_requests(there[_REQUEST], unused)) if _REQUEST in there else ()
     notes += _unawaited(batches, forwards)
     return Profile(
         source=NAME,
@@ -59,9 +60,10 @@ def read(path: Path) -> Profile:
         num_steps=len(batches),
         batches=batches,
         forwards=forwards,
-        requests=tuple(_requests(there[_REQUEST], unused)) if _REQUEST in there else (),
+        requests=requests,
         peak_used_blocks=max((b.used for b in blocks if b.used is not None), default=None),
         num_blocks=max((b.total for b in blocks if b.total is not None), default=None),
+        units={f"{name}: {column}": unit for name, file in there.items() for column, unit in file.units.items()},
         left_out=unused.rows(),
         notes=tuple(notes),
     )
@@ -101,7 +103,7 @@ def _forwards(file: CsvFile) -> Iterator[ForwardRow]:
 def _requests(file: CsvFile, unused: Unused) -> Iterator[RequestRow]:
     request, prompt, output = file.column("http_rid"), file.column("recv_token_size"), file.column("reply_token_size")
     total, queue = file.time("execution_time"), file.maybe_time("queue_wait_time")
-    first = file.maybe_time("first_token_latency")
+    first, start = file.maybe_time("first_token_latency"), file.maybe_time("start_time", "start_time_httpReq")
     for row in file.rows():
         prompt_tokens, output_tokens = row.maybe_count(prompt), row.maybe_count(output)
         total_ns = row.maybe_ns(total, most=LONGEST_REQUEST_NS)
@@ -109,10 +111,12 @@ def _requests(file: CsvFile, unused: Unused) -> Iterator[RequestRow]:
             unused.add(_REQUEST, "a request that did not end within the recording", total_ns or 0)
             continue
         queue_ns, first_ns = (row.maybe_ns(column, most=LONGEST_REQUEST_NS) for column in (queue, first))
+        start_ns = row.maybe_ns(start, most=LATEST_CLOCK_NS)
         yield RequestRow(
             request=row.text(request),
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
+            arrival_us=None if start_ns is None else start_ns // 1000,
             e2e_us=total_ns / 1e3,
             queue_us=None if queue_ns is None else queue_ns / 1e3,
             ttft_us=None if first_ns is None else first_ns / 1e3,

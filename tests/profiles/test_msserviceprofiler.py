@@ -72,7 +72,7 @@ def test_an_executed_batch_knows_what_was_scheduled(tmp_path: Path) -> None:
     executed = batch_row(EXECUTED, ms=31.25, parts=[{"rid": "a", "iter": 3}, {"rid": "b", "iter": 0}], at_ms=1)
     profile = batches(tmp_path, [plan, executed])
     (batch,) = profile.batches
-    assert profile.source == "ms-service"
+    assert profile.source == "msserviceprofiler"
     assert batch.step_us == 31_250
     assert (batch.num_prefills, batch.prefill_tokens, batch.num_decodes, batch.decode_tokens) == (1, 512, 1, 1)
     assert batch.used_blocks == 100

@@ -19,10 +19,10 @@ from tests.profiles.folders import (
     STATISTIC_HEADER,
     STEP_HEADER,
     Cells,
+    ascend_folder,
     kernel_rows,
     old_kernel_rows,
     output_folder,
-    torch_npu_folder,
     write_csv,
 )
 from tests.profiles.refused import assert_refused
@@ -70,9 +70,9 @@ def test_every_microsecond_is_an_operator_a_collective_or_left_out(
 
 def test_a_decode_step(tmp_path: Path) -> None:
     """Two steps of three layers: operators by type and shape, each collective once."""
-    profile = read_profile(torch_npu_folder(tmp_path))
+    profile = read_profile(ascend_folder(tmp_path))
     calls = 2 * 3
-    assert profile.source == "torch-npu"
+    assert profile.source == "ascend-profiler"
     assert profile.num_steps == 2
     assert profile.operators.total_us == pytest.approx(calls * OPERATORS_US, rel=1e-12)
     (reduce,) = profile.collectives
@@ -85,7 +85,7 @@ def test_a_decode_step(tmp_path: Path) -> None:
 
 
 def test_the_same_operator_on_two_shapes_is_two_rows(tmp_path: Path) -> None:
-    rows = [r for r in read_profile(torch_npu_folder(tmp_path)).operators.rows if r.operator == "MatMulV2"]
+    rows = [r for r in read_profile(ascend_folder(tmp_path)).operators.rows if r.operator == "MatMulV2"]
     assert [r.shapes for r in rows] == [((16, 5120), (5120, 640)), ((16, 512), (512, 5120))]
     assert [(r.num_calls, r.total_us) for r in rows] == [(6, 113.4), (6, 73.5)]
     assert {(r.core, r.device, r.dtypes) for r in rows} == {("AI_CORE", "0", "DT_BF16;DT_BF16")}
@@ -93,7 +93,7 @@ def test_the_same_operator_on_two_shapes_is_two_rows(tmp_path: Path) -> None:
 
 def test_the_pool_is_not_taken_for_the_lengths(tmp_path: Path) -> None:
     """Paged attention shows the whole KV pool as K and V; a prefill that brings its own K and V does not."""
-    profile = read_profile(torch_npu_folder(tmp_path))
+    profile = read_profile(ascend_folder(tmp_path))
     (attention,) = [r for r in profile.operators.rows if r.operator == "FusedInferAttentionScore"]
     assert attention.hides_lengths
     assert any(note.startswith("FusedInferAttentionScore: 6 calls read paged KV") for note in profile.notes)
@@ -154,7 +154,7 @@ def test_a_collective_of_known_shape_has_a_size(tmp_path: Path) -> None:
 
 def test_where_the_time_of_a_step_went(tmp_path: Path) -> None:
     """Computing, communication that nothing hid, and free time are the step."""
-    splits = read_profile(torch_npu_folder(tmp_path)).splits
+    splits = read_profile(ascend_folder(tmp_path)).splits
     assert [split.step_us for split in splits] == [15_700, 19_400]
     assert [split.step for split in splits] == ["1", "2"]
     assert splits[0].communication_us == splits[0].not_overlapped_us + splits[0].overlapped_us
@@ -171,13 +171,13 @@ def test_unmarked_steps_are_told(tmp_path: Path) -> None:
 
 
 def test_the_host_s_time_by_operator(tmp_path: Path) -> None:
-    mm, swiglu = read_profile(torch_npu_folder(tmp_path)).host_operators
+    mm, swiglu = read_profile(ascend_folder(tmp_path)).host_operators
     assert (mm.operator, mm.num_calls, mm.host_us, mm.device_us) == ("aten::mm", 2, 80, 31.15)
     assert swiglu.operator == "npu::npu_swiglu"
 
 
 def test_sums_by_type_stand_in_for_missing_kernels(tmp_path: Path) -> None:
-    output = torch_npu_folder(tmp_path) / "ASCEND_PROFILER_OUTPUT"
+    output = ascend_folder(tmp_path) / "ASCEND_PROFILER_OUTPUT"
     by_kernels = read_profile(tmp_path).operators.by_operator()
     (output / "kernel_details.csv").unlink()
     by_type = read_profile(tmp_path).operators
@@ -188,7 +188,7 @@ def test_sums_by_type_stand_in_for_missing_kernels(tmp_path: Path) -> None:
 
 
 def test_files_that_disagree_are_told(tmp_path: Path) -> None:
-    output = torch_npu_folder(tmp_path) / "ASCEND_PROFILER_OUTPUT"
+    output = ascend_folder(tmp_path) / "ASCEND_PROFILER_OUTPUT"
     write_csv(output / "op_statistic.csv", STATISTIC_HEADER, [[0, "SwiGlu", "AI_VECTOR_CORE", 6, 60, 10, 10, 10, 6]])
     profile = read_profile(output)
     assert "op_statistic.csv: other times than kernel_details.csv for SwiGlu; the kernels count" in profile.notes

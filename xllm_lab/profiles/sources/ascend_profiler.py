@@ -21,7 +21,7 @@ from xllm_lab.profiles.sources._collectives import collective_of, message_bytes
 from xllm_lab.profiles.sources._csv import LATEST_CLOCK_NS, LONGEST_STEP_NS, Column, CsvFile, Row
 from xllm_lab.profiles.sources._tally import Calls, Unused
 
-NAME = "torch-npu"
+NAME = "ascend-profiler"
 HOLDS = "a folder *_ascend_pt of torch_npu.profiler"
 
 _OUTPUT = "ASCEND_PROFILER_OUTPUT"
@@ -56,8 +56,11 @@ def read(path: Path) -> Profile:
     for output in outputs:
         for name, reader in _READERS.items():
             if (output / name).is_file():
-                reader(CsvFile(output / name), found)
+                file = CsvFile(output / name)
+                reader(file, found)
                 found.files.add(name)
+                where = file.path.relative_to(path)
+                found.units |= {f"{where}: {column}": unit for column, unit in file.units.items()}
     return found.profile(path)
 
 
@@ -79,6 +82,7 @@ class _Found:
     host: dict[str, tuple[Calls, Calls]] = field(default_factory=dict)
     unused: Unused = field(default_factory=Unused)
     files: set[str] = field(default_factory=set)
+    units: dict[str, str] = field(default_factory=dict)
 
     def profile(self, path: Path) -> Profile:
         notes = [f"{name} is not there" for name in _FILES if name not in self.files]
@@ -103,6 +107,7 @@ class _Found:
             splits=tuple(self.splits),
             num_steps=max(map(len, self._marks().values()), default=0),
             host_operators=tuple(_host_operators(self.host)),
+            units=self.units,
             left_out=self.unused.rows(),
             notes=tuple(notes),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,21 +36,26 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, default=Path("traces/chat.jsonl"))
     parser.add_argument("--requests", type=int, default=24, help="per window")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--async-scheduling", default="off", help="how steps are planned")
+    parser.add_argument("--shapes", default="eager", help="which steps run in captured graphs")
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
     whole = lab.read_trace(o.trace)
     learn, held_out = (transforms.part(whole, k * o.requests, (k + 1) * o.requests) for k in (0, 1))
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu"))
-    full = lab.replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full", settings=SETTINGS, engine=engine)
+    replay = partial(
+        lab.replay, settings={**SETTINGS, "async_scheduling": o.async_scheduling}, shapes=o.shapes, engine=engine
+    )
+    full = replay(with_arrivals(learn, [0] * o.requests), out=o.out / "full")
     capacity_per_s = o.requests / summarize(full.records).makespan_s
     paced = transforms.scale_rate_to(learn, capacity_per_s)
     learnt: list[Run] = []
     measured: dict[float, list[Run]] = {load: [] for load in LOADS}
     for repeat in range(o.repeats):
-        learnt.append(lab.replay(paced, out=o.out / f"paced-{repeat}", settings=SETTINGS, engine=engine))
+        learnt.append(replay(paced, out=o.out / f"paced-{repeat}"))
         for load, runs in measured.items():
             workload = transforms.scale_rate_to(held_out, load * capacity_per_s)
-            runs.append(lab.replay(workload, out=o.out / f"{load}-{repeat}", settings=SETTINGS, engine=engine))
+            runs.append(replay(workload, out=o.out / f"{load}-{repeat}"))
     fitted = lab.calibrate(learnt)
     print(heading(o, engine, capacity_per_s))
     print(f"Step time, held-out folds: error {fitted.residual.mape_frac:.1%}, sum {fitted.residual.bias_frac:+.1%}.\n")
@@ -68,7 +74,8 @@ def heading(o: argparse.Namespace, engine: Engine, capacity_per_s: float) -> str
     model = engine.describe()
     return (
         f"# Simulator accuracy on held-out windows\n\n"
-        f"Command: `python benchmarks/accuracy.py --trace {o.trace} --requests {o.requests} --repeats {o.repeats}`  \n"
+        f"Command: `python benchmarks/accuracy.py --trace {o.trace} --requests {o.requests} --repeats {o.repeats} "
+        f"--async-scheduling {o.async_scheduling} --shapes {o.shapes}`  \n"
         f"Commit {provenance.commit()}; torch {provenance.versions()['torch']}; {model['device']}; "
         f"{model['name']} {model['dtype']}; processor time, virtual clock.  \n"
         f"Windows of {o.requests} requests; capacity {capacity_per_s:.3f} requests/s (window A, all at once).\n"

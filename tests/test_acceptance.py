@@ -17,6 +17,8 @@ from xllm_lab import verbs
 from xllm_lab.acceptance import PLAN
 from xllm_lab.acceptance.machine import MachineUnderTest, Options
 from xllm_lab.acceptance.serving import logits, operators
+from xllm_lab.engine.device import open_device
+from xllm_lab.engine.engine import Engine
 from xllm_lab.engine.ops import native
 from xllm_lab.engine.ops.check import Sizes, check_operators
 from xllm_lab.engine.ops.table import choose
@@ -113,3 +115,32 @@ def test_a_broken_operator_shows_in_the_logits_too(tmp_path: Path, monkeypatch: 
     broken = MachineUnderTest(Options(model=str(tiny_model()), device="cpu"), tmp_path)
     assert [told.split()[0] for passed, told in operators(broken) if not passed] == ["rope"]
     assert not all(passed for passed, _ in logits(broken))
+
+
+def test_a_device_that_fails_while_serving_is_told_of_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is a finding, so is what cannot be done without the run, and the folder is written."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("device error 507046")
+
+    monkeypatch.setattr(Engine, "replay", fails)
+    out = tmp_path / "found"
+    line = ("accept", "--model", tiny_model(), "--device", "cpu", "--requests", 4, "--repeats", 1, "--out", out)
+    assert said(*line).status == 1
+    found = json.loads((out / "acceptance.json").read_text())["findings"]
+    failed = {f["part"]: f["told"] for f in found if not f["passed"]}
+    assert "507046" in failed["replay"]
+    assert "run full was not made" in failed["parity"]
+    assert "run full was not made" in failed["calibration"]
+    assert "run held-out was not made" in failed["simulation"]
+
+
+def test_the_device_of_auto_is_timed_like_the_same_device_by_name(tmp_path: Path) -> None:
+    """On a CPU, processor time."""
+    timers = {
+        device: MachineUnderTest(Options(model=str(tiny_model()), device=device), tmp_path).engine.options.timer
+        for device in ("auto", open_device("auto").name)
+    }
+    assert len(set(timers.values())) == 1

@@ -9,8 +9,9 @@ from pathlib import Path
 from xllm_lab import transforms
 from xllm_lab.arrivals import with_arrivals
 from xllm_lab.demo import DEFAULT_TRACE
+from xllm_lab.engine.device import open_device
 from xllm_lab.engine.engine import Engine, EngineOptions
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import read_trace
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.runs import Run
@@ -58,6 +59,12 @@ class MachineUnderTest:
     def __post_init__(self) -> None:
         self.engine: Engine = self._open(self.options.device, self.options.dtype)
 
+    def run(self, name: str) -> Run:
+        """A run made before. RunError: it was not, because serving it failed."""
+        if name not in self.runs:
+            raise RunError(f"run {name} was not made; made were {', '.join(self.runs) or 'none'}")
+        return self.runs[name]
+
     @cached_property
     def reference(self) -> Engine:
         """The same model on a CPU, in float32, with nothing but PyTorch."""
@@ -103,6 +110,7 @@ class MachineUnderTest:
 
     def _open(self, device: str, dtype: str, *, without: tuple[str, ...] = ()) -> Engine:
         o = self.options
+        is_host = open_device(device, threads=o.threads).is_host
         return Engine(
             EngineOptions(
                 model=o.model,
@@ -110,9 +118,6 @@ class MachineUnderTest:
                 dtype=dtype,
                 threads=o.threads,
                 without_ops=without,
-                timer="cpu" if self._is_cpu(device) and o.threads == 1 else "wall",
+                timer="cpu" if is_host and o.threads == 1 else "wall",
             )
         )
-
-    def _is_cpu(self, device: str) -> bool:
-        return device == "cpu" or (device == "auto" and hasattr(self, "engine") and self.engine.device.is_host)

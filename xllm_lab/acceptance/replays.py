@@ -38,29 +38,29 @@ def replays(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
     learn, held_out = machine.windows
     yield _replay(machine, "full", machine.at_once(learn))
     yield _replay(machine, "graphs", machine.at_once(learn), _GRAPHS)
-    rate_per_s = len(learn.requests) / summarize(machine.runs["full"].records).makespan_s
+    rate_per_s = len(learn.requests) / summarize(machine.run("full").records).makespan_s
     yield _replay(machine, "paced", transforms.scale_rate_to(learn, rate_per_s))
     yield _replay(machine, HELD_OUT, transforms.scale_rate_to(held_out, rate_per_s), _GRAPHS)
 
 
 def parity_of_runs(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
     """Of each run."""
-    for name, run in machine.runs.items():
-        found = verbs.parity(run)
+    for name in (*LEARNT, HELD_OUT):
+        found = verbs.parity(machine.run(name))
         told = f"{found.num_steps} steps alike" if found.is_identical else f"step {found.step} differs"
         yield found.is_identical, f"{name}: {told}"
 
 
 def calibration(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
     """`calibration.json`."""
-    fitted = verbs.calibrate([machine.runs[name] for name in LEARNT], out=machine.folder / "calibration.json")
+    fitted = verbs.calibrate([machine.run(name) for name in LEARNT], out=machine.folder / "calibration.json")
     r = fitted.residual
     yield True, f"{r.num_steps} steps; held-out error of a step {r.mape_frac:.1%}, of their sum {r.bias_frac:+.1%}"
 
 
 def simulation(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
     """The held-out run, in `simulated/`: its error is told, and nobody's fault."""
-    run = machine.runs[HELD_OUT]
+    run = machine.run(HELD_OUT)
     simulated = verbs.simulate(run, machine.folder / "calibration.json", out=machine.folder / "simulated")
     rows = [row for row in verbs.compare(simulated, [run]) if row.metric in _TOLD]
     told = ", ".join(f"{metric_label(row.metric)} {row.error_frac:+.1%}" for row in rows if row.error_frac is not None)

@@ -5,6 +5,7 @@
     time            steps are numbered without gaps and never overlap
     capacity        tokens, sequences and KV blocks of every step stay within the configuration
     catching up     step by step, computed tokens catch up with known ones; after a preemption from a cached prefix
+    speculation     of a request's drafts as many are computed as there are, and what is not kept leaves no trace
 
 `obey_the_laws` runs them all. Each raises AssertionError with a sentence.
 """
@@ -37,6 +38,7 @@ def obey_the_laws(
     time_never_turns_back(records)
     every_step_fits(config, records)
     first_steps_are_told(records)
+    drafts_are_told_alike(records)
     useful = without_wasted_rows(config, records)
     every_token_is_accounted_for(config, useful)
     nothing_comes_before_its_cause(workload, useful)
@@ -61,7 +63,8 @@ def fleet_obeys_the_laws(
                 assert is_apart, f"instance {k} ran step {step.step} while it was down"
     for record in records.requests:
         times = list(record.token_times_us)
-        assert times == sorted(set(times)), f"request {record.id} has tokens out of order"
+        in_order = sorted(times) if record.num_drafted else sorted(set(times))
+        assert times == in_order, f"request {record.id} has tokens out of order"
         assert record.finish_us is not None, f"request {record.id} never ended"
         assert not times or record.arrival_us < times[0] <= times[-1] <= record.finish_us
         if record.finish_reason is FinishReason.LENGTH:
@@ -108,6 +111,28 @@ def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:
         )
     assert max(wasted.values(), default=0) <= 1, f"requests have rows in vain: {wasted}"
     return Records(records.requests, steps)
+
+
+def drafts_are_told_alike(records: Records) -> None:
+    """Speculation: steps and requests tell of the same drafts, and none is kept that was not there."""
+    drafted: dict[int, Counter[int]] = {r.id: Counter() for r in records.requests}
+    accepted: dict[int, Counter[int]] = {r.id: Counter() for r in records.requests}
+    ended_us: dict[int, int] = {r.id: r.finish_us or 0 for r in records.requests}
+    for step in records.steps:
+        computed = {i: n for i, n, _ in _chunks(step)}
+        for i, asked, num_drafted, num_accepted in zip(
+            step.draft_ids, step.num_asked, step.num_drafted, step.num_accepted, strict=True
+        ):
+            counts = f"step {step.step}, request {i}: {num_accepted} of {num_drafted} drafts, asked for {asked}"
+            assert 0 <= num_accepted <= num_drafted <= asked, counts
+            assert computed[i] == 1 + num_drafted, f"{counts}, computes {computed[i]}"
+            if ended_us[i] >= step.end_us:
+                drafted[i].update(range(num_drafted))
+                accepted[i].update(range(num_accepted))
+    for record in records.requests:
+        for told, steps in ((record.num_drafted, drafted), (record.num_accepted, accepted)):
+            counted = [steps[record.id][k] for k in range(len(told))]
+            assert list(told) == counted, f"request {record.id} says {list(told)} drafts, its steps {counted}"
 
 
 def first_steps_are_told(records: Records) -> None:
@@ -168,10 +193,13 @@ def every_token_is_accounted_for(config: InstanceConfig, records: Records) -> No
     """Conservation: steps and requests tell of the same tokens, preemptions, and first steps."""
     computed: Counter[int] = Counter()
     preempted: Counter[int] = Counter()
+    num_rejected = 0
     for step in records.steps:
         preempted.update(step.preempted)
+        rejected = _rejected(step)
+        num_rejected += sum(rejected.values())
         for request_id, num_tokens in zip(step.ids, step.num_tokens, strict=True):
-            computed[request_id] += num_tokens
+            computed[request_id] += num_tokens - rejected.get(request_id, 0)
     for record in records.requests:
         name = f"request {record.id}"
         counts = (record.num_preemptions, preempted[record.id])
@@ -182,8 +210,9 @@ def every_token_is_accounted_for(config: InstanceConfig, records: Records) -> No
     if any(s.num_logits < 0 for s in records.steps):
         return  # it had wasted rows
     drawn = sum(r.output_tokens for r in records.requests)
-    rows = sum(s.num_logits for s in records.steps)
-    discarded = sum(1 for r in records.requests if r.finish_reason is FinishReason.CANCELLED)
+    rows = sum(s.num_logits for s in records.steps) - num_rejected
+    most = 1 + max((n for s in records.steps for n in s.num_accepted), default=0)
+    discarded = sum(most for r in records.requests if r.finish_reason is FinishReason.CANCELLED)
     if config.async_scheduling != "off":  # a token under way may be lost with its KV
         discarded += sum(r.num_preemptions for r in records.requests)
     assert drawn <= rows <= drawn + discarded, f"{rows} rows of logits for {drawn} tokens, {discarded} cancelled"
@@ -209,7 +238,8 @@ def nothing_comes_before_its_cause(workload: Workload, records: Records) -> None
         if record.first_scheduled_us is not None:
             assert record.arrival_us <= record.first_scheduled_us, f"{name} was scheduled before it arrived"
         for before, after in pairwise(times):
-            assert before < after, f"{name} has tokens at {before} and then at {after}"
+            is_later = before <= after if record.num_drafted else before < after
+            assert is_later, f"{name} has tokens at {before} and then at {after}"
         if times:
             assert record.first_scheduled_us is not None, f"{name} has tokens and was never scheduled"
             assert record.first_scheduled_us < times[0], f"{name} has a token before its first step ended"
@@ -256,6 +286,7 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
         for request_id in step.admitted:
             assert request_id in step.ids, f"step {step.step} admits request {request_id} and computes none of it"
             assert not live[request_id].is_running, f"step {step.step} admits request {request_id}, which runs already"
+        drafted, rejected = dict(zip(step.draft_ids, step.num_drafted, strict=True)), _rejected(step)
         for request_id, num_tokens, num_computed in _chunks(step):
             one, name = live[request_id], f"step {step.step}, request {request_id}:"
             if request_id in step.admitted:
@@ -264,11 +295,14 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
             assert one.is_running, f"{name} computes a request that holds no KV"
             assert num_computed == one.computed, f"{name} starts from {num_computed}, {one.computed} are computed"
             one.computed += num_tokens
-            assert one.computed <= one.known, f"{name} computes {one.computed} tokens, {one.known} are known"
+            known = one.known + drafted.get(request_id, 0)
+            assert one.computed <= known, f"{name} computes {one.computed} tokens, {known} are known or drafted"
         if config.async_scheduling == "off":  # who plans ahead counts blocks of requests that end meanwhile
             holders = [o for i, o in live.items() if o.is_running and (ends[i].finish_us or 0) > step.start_us]
             _check_blocks(config, step, [o.computed for o in holders])
-        rows = _draw(live, ends, step, lost=lost_next)
+        for request_id, num_tokens in rejected.items():
+            live[request_id].computed -= num_tokens
+        rows = _draw(live, ends, step, lost=lost_next) + sum(step.num_drafted)
         assert step.num_logits in (rows, -1), f"step {step.step} has {step.num_logits} rows of logits, of {rows}"
     for request_id, one in live.items():
         times = ends[request_id].token_times_us
@@ -299,7 +333,9 @@ def prefix_hits_were_computed_before(
                     f"step {step.step}: request {request_id} found {num_computed} tokens in KV, "
                     f"but [0, {end}) were never computed"
                 )
-        for request_id, num_tokens, num_computed in _chunks(step):
+        rejected = _rejected(step)
+        for request_id, num_rows, num_computed in _chunks(step):
+            num_tokens = num_rows - rejected.get(request_id, 0)
             for block in range(num_computed // size, (num_computed + num_tokens) // size):
                 computed.add(ids[request_id][: (block + 1) * size].tobytes())
 
@@ -319,6 +355,12 @@ def _pairs(workload: Workload, records: Records) -> Iterator[tuple[Request, Requ
 
 def _chunks(step: StepRecord) -> Iterator[tuple[int, int, int]]:
     return zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True)
+
+
+def _rejected(step: StepRecord) -> dict[int, int]:
+    """Drafts that were computed in vain, by request."""
+    drafts = zip(step.draft_ids, step.num_drafted, step.num_accepted, strict=True)
+    return {i: drafted - accepted for i, drafted, accepted in drafts}
 
 
 def _is_too_large(config: InstanceConfig, request: Request) -> bool:
@@ -364,8 +406,9 @@ def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int])
 
 
 def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int]) -> int:
-    """Give every request that reached its known tokens one more; returns how many did."""
+    """Give every request that reached its known tokens its drafts that are kept, and one more; returns how many did."""
     rows = 0
+    accepted = dict(zip(step.draft_ids, step.num_accepted, strict=True))
     for request_id in step.ids:
         one, record = live[request_id], ends[request_id]
         if one.computed < one.known:
@@ -375,8 +418,10 @@ def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepReco
             continue  # cancelled while the step ran
         if request_id in lost:
             continue
-        assert one.drawn < record.output_tokens, f"step {step.step} draws a token that request {request_id} never got"
-        told = record.token_times_us[one.drawn]
-        assert told == step.end_us, f"request {request_id} has a token at {told}, drawn in a step to {step.end_us}"
-        one.known, one.drawn = one.known + 1, one.drawn + 1
+        for _ in range(1 + accepted.get(request_id, 0)):
+            who = f"request {request_id}"
+            assert one.drawn < record.output_tokens, f"step {step.step} draws a token that {who} never got"
+            told = record.token_times_us[one.drawn]
+            assert told == step.end_us, f"{who} has a token at {told}, drawn in a step to {step.end_us}"
+            one.known, one.drawn = one.known + 1, one.drawn + 1
     return rows

@@ -6,22 +6,28 @@ A step lasts `STEP_US` unless a test says otherwise, so that a story can name it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE
+from xllm_lab.drafting import Drafting
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, Choice, Knob, ceil_div
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
+from xllm_lab.policies.draft import DraftPlan, DraftPolicy, DraftView, Room, drafting_key
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.sim.drafts import SimulatedDrafts
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import Step
+from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, Slo, Workload, prompt_token_ids
 
@@ -35,6 +41,7 @@ class EqualSteps:
     """Every step takes as long; every token is the request's own placeholder."""
 
     step_us: int = STEP_US
+    proposer: SimulatedDrafts | None = None
 
     def wake_us(self, until_us: int) -> int:
         return until_us
@@ -49,7 +56,39 @@ class EqualSteps:
         """Nothing to count."""
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
-        return {c.id: Sampled(-1 - c.id) for c in step.chunks if c.samples}
+        return {c.id: Sampled(-1 - c.id, accepted=self.kept(step, c.id)) for c in step.chunks if c.samples}
+
+    def kept(self, step: Step, request: RequestId) -> tuple[int, ...]:
+        """Drafts of a request that are."""
+        if self.proposer is None or request not in {d.id for d in step.drafts}:
+            return ()
+        return (-1 - request,) * self.proposer.num_kept(request)
+
+
+class CoinFlips:
+    """An acceptance process of coins that depend on request and position, and on nothing else."""
+
+    methods = ("ngram", "mtp")
+
+    def outcome(self, request: Request, method: str, position: int, depth: int) -> tuple[int, int]:
+        coin = (7 * request.id + 3 * position + len(method)) % 11
+        drafted = min(depth, coin)
+        return drafted, min(drafted, coin % 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WildDrafts:
+    """Asks for whatever fits, of everybody something else: a draft policy to find what the scheduler gets wrong."""
+
+    decides: ClassVar[str] = "draft"
+
+    def decide(self, view: DraftView) -> DraftPlan:
+        room = Room(view)
+        for one in sorted(view.decoding, key=drafting_key):
+            depth = (5 * one.id + one.num_tokens) % 7
+            if depth:
+                room.grant(one, view.methods[one.num_tokens % 2], depth)
+        return room.plan("wild")
 
 
 class StoppingSteps(EqualSteps):
@@ -60,7 +99,11 @@ class StoppingSteps(EqualSteps):
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
         return {
-            c.id: Sampled(7 + c.id, is_stop=c.id % 2 == 1 and (c.num_computed_tokens + c.num_tokens) % 3 == 0)
+            c.id: Sampled(
+                7 + c.id,
+                is_stop=c.id % 2 == 1 and (c.num_computed_tokens + c.num_tokens) % 3 == 0,
+                accepted=self.kept(step, c.id),
+            )
             for c in step.chunks
             if c.samples
         }
@@ -101,11 +144,23 @@ def run(workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing:
 
 
 def run_audited(
-    workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps | None = None
+    workload: Workload,
+    config: InstanceConfig,
+    policy: BatchPolicy,
+    timing: EqualSteps | None = None,
+    *,
+    draft: DraftPolicy | None = None,
+    shapes: ShapesPolicy = EAGER,
 ) -> Records:
     """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
     timing, records = timing or EqualSteps(), Records()
-    scheduler = Scheduler(config, policy, records, step_time=STEP_TIME)
+    drafting = None
+    if draft is not None:
+        timing = replace(timing, proposer=SimulatedDrafts(CoinFlips()))
+        drafting = Drafting(draft, timing.proposer, step_time=STEP_TIME)
+    scheduler = Scheduler(
+        config, policy, records, step_time=STEP_TIME, shapes=shapes_of(shapes, config), drafting=drafting
+    )
     conversation = serve(
         scheduler, WorkloadFeed(workload), lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed)
     )

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from xllm_lab.draft_time import DraftTime
+from xllm_lab.errors import ConfigError, PolicyError
+from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.draft import DraftPlan, DraftPolicy, Tally
+from xllm_lab.policies.draft.off import Off
+from xllm_lab.policies.draft_checks import draft_violations
 from xllm_lab.request_state import RequestState
+from xllm_lab.step_time import StepTime
+from xllm_lab.tallies import Tallies
 from xllm_lab.workload import RequestId
 
 
@@ -39,3 +48,111 @@ class Proposer(Protocol):
     def forget(self, request: RequestId) -> None:
         """A request ended, or lost its KV and begins anew."""
         ...
+
+
+@dataclass(slots=True, kw_only=True)
+class PlannedStep:
+    """A `DraftView`: what a batch policy planned, and what that leaves."""
+
+    now_us: int
+    decoding: Sequence[RequestState]
+    num_tokens: int
+    num_waiting: int
+    tokens_left: int
+    blocks_left: int
+    block_size: int
+    methods: Sequence[str]
+    times: DraftTimes | None
+    tallies: Tallies
+
+    def tally(self, method: str) -> Tally:
+        return self.tallies.of(method)
+
+
+class Load(NamedTuple):
+    """A step in sums: what its time depends on."""
+
+    num_tokens: int
+    num_seqs: int
+    num_logits: int
+    attention: float
+    kv_read: int
+
+
+class DraftTimes:
+    """A `DraftTimesView`: what the machine's fitted times say of a step."""
+
+    def __init__(self, step_time: StepTime, draft_time: DraftTime, load: Load) -> None:
+        self._step_time, self._draft_time, self._load = step_time, draft_time, load
+
+    @property
+    def step_us(self) -> float:
+        return self._step_time.load_us(*self._load)
+
+    def row_us(self, num_tokens: int, num_computed_tokens: int) -> float:
+        return self._step_time.row_us(num_tokens, num_computed_tokens)
+
+    def draft_us(self, method: str, num_requests: int, depth: int) -> float:
+        return self._draft_time.us(method, num_requests, depth)
+
+
+class Drafting:
+    """A draft policy at work in one instance.
+
+    Attributes:
+        tallies: of all its requests.
+
+    Raises:
+        ConfigError: at construction, if the policy needs times and there are none.
+    """
+
+    def __init__(
+        self,
+        policy: DraftPolicy,
+        proposer: Proposer,
+        *,
+        step_time: StepTime | None = None,
+        draft_time: DraftTime | None = None,
+    ) -> None:
+        if getattr(policy, "needs_step_time", False) and step_time is None:
+            name = policy_name(policy)
+            raise ConfigError(
+                f"draft policy {name} needs step times, none are given; accepted: a machine's calibration"
+            )
+        self.policy, self.proposer, self.tallies = policy, proposer, Tallies()
+        self._step_time, self._draft_time = step_time, draft_time or DraftTime()
+
+    def decide(
+        self,
+        decoding: Sequence[RequestState],
+        load: Load,
+        *,
+        now_us: int,
+        num_waiting: int,
+        tokens_left: int,
+        blocks_left: int,
+        block_size: int,
+    ) -> DraftPlan:
+        """The policy's plan for a step. PolicyError if it is illegal."""
+        times = None if self._step_time is None else DraftTimes(self._step_time, self._draft_time, load)
+        view = PlannedStep(
+            now_us=now_us,
+            decoding=decoding,
+            num_tokens=load.num_tokens,
+            num_waiting=num_waiting,
+            tokens_left=tokens_left,
+            blocks_left=blocks_left,
+            block_size=block_size,
+            methods=self.proposer.methods,
+            times=times,
+            tallies=self.tallies,
+        )
+        plan = self.policy.decide(view)
+        if broken := draft_violations(view, plan):
+            raise PolicyError(f"draft policy {policy_name(self.policy)}: {'; '.join(broken)}")
+        return plan
+
+
+def is_off(policy: DraftPolicy) -> bool:
+    """Whether nobody ever drafts, so that nobody needs to ask."""
+    return isinstance(policy, Off)

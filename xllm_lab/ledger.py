@@ -125,6 +125,14 @@ class Ledger:
         for _ in range(num_blocks):
             table.append(clean.pop() if clean else self._evict())
 
+    def trim(self, request: RequestId, num_tokens: int) -> None:
+        """Take blocks back that the request's first `num_tokens` tokens do not need; none of them was published."""
+        table = self._tables[request]
+        while len(table) > ceil_div(num_tokens, self.block_size):
+            block = table.pop()
+            assert self._key_of[block] is None, f"request {request} gives up block {block}, which is indexed"
+            self._clean.append(block)
+
     def extend_each(self, requests: Iterable[RequestId]) -> None:
         """As `extend`, by one block each."""
         tables, clean = self._tables, self._clean

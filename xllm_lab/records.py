@@ -52,6 +52,7 @@ class RequestRecord:
         finish_us: when it ended, for whatever reason.
         instance: which instance of a fleet served it (last).
         num_failovers: how often the instance that served it failed.
+        num_drafted, num_accepted: drafts by their position behind the last known token, and those that were kept.
     """
 
     id: RequestId
@@ -70,6 +71,8 @@ class RequestRecord:
     finish_reason: FinishReason | None = None
     instance: int = 0
     num_failovers: int = 0
+    num_drafted: array[int] = field(default_factory=_int32s)
+    num_accepted: array[int] = field(default_factory=_int32s)
 
     @property
     def output_tokens(self) -> int:
@@ -89,7 +92,7 @@ class StepRecord:
         start_us, end_us: [start_us, end_us); steps of an instance never overlap.
         ids, num_tokens, num_computed_tokens: per scheduled request, in packing order: its id, the tokens computed
             in this step, and those already in KV before it (prefix hits included).
-        num_logits: rows the model's head was asked for, one per request that draws a token.
+        num_logits: rows the model's head was asked for, one per request that draws a token and one per draft.
         admitted: requests that got their first block in this step.
         preempted: requests that lost their KV at its start.
         num_waiting: requests left waiting.
@@ -98,6 +101,9 @@ class StepRecord:
         instance: which instance of a fleet took it.
         host_us, device_us, gap_us: `step.Work`, where it was measured.
         graph_tokens: size of the captured graph that it ran in, padding included; None: it ran eagerly.
+        draft_ids, draft_methods, num_asked, num_drafted, num_accepted: per request that asked for drafts: its id, the
+            method, how many it asked for, how many there were (`num_tokens` counts them), and how many were kept.
+        draft_us: drafting took so long, where it was measured; `host_us` counts it.
     """
 
     step: int
@@ -118,6 +124,12 @@ class StepRecord:
     device_us: int | None = None
     gap_us: int | None = None
     graph_tokens: int | None = None
+    draft_ids: list[int] = field(default_factory=list)
+    draft_methods: list[str] = field(default_factory=list)
+    num_asked: list[int] = field(default_factory=list)
+    num_drafted: list[int] = field(default_factory=list)
+    num_accepted: list[int] = field(default_factory=list)
+    draft_us: int | None = None
 
     @property
     def step_us(self) -> int:
@@ -150,6 +162,12 @@ def steps_of(span: Step) -> Iterable[StepRecord]:
             reason=span.reason,
             instance=span.instance,
             graph_tokens=span.shape.num_tokens,
+            draft_ids=[d.id for d in span.drafts],
+            draft_methods=[d.method for d in span.drafts],
+            num_asked=[d.num_asked for d in span.drafts],
+            num_drafted=[len(d.token_ids) for d in span.drafts],
+            num_accepted=list(span.num_accepted),
+            draft_us=span.draft_us,
             **({} if span.work is None else span.work._asdict()),
         )
         start_us = end_us
@@ -226,6 +244,8 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string()),
         pa.field("instance", pa.int32(), nullable=False),
         pa.field("num_failovers", pa.int32(), nullable=False),
+        pa.field("num_drafted", _INT32S, nullable=False),
+        pa.field("num_accepted", _INT32S, nullable=False),
     ]
 )
 
@@ -246,6 +266,10 @@ STEP_SCHEMA = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
         pa.field("instance", pa.int32(), nullable=False),
         *(pa.field(name, pa.int64()) for name in (*Work._fields, "graph_tokens")),
+        pa.field("draft_ids", _INT64S, nullable=False),
+        pa.field("draft_methods", pa.list_(pa.string()), nullable=False),
+        *(pa.field(name, _INT32S, nullable=False) for name in ("num_asked", "num_drafted", "num_accepted")),
+        pa.field("draft_us", pa.int64()),
     ]
 )
 
@@ -282,16 +306,18 @@ def transfer_table(sent: Sequence[SentPrompt]) -> pa.Table:
     return pa.table(columns, schema=TRANSFER_SCHEMA)
 
 
+# Of a request's record, by their type.
+_ARRAYS = {"token_times_us": "q", "output_token_ids": "i", "num_drafted": "i", "num_accepted": "i"}
+
+
 def request_table(requests: Sequence[RequestRecord]) -> pa.Table:
     """Requests in the order given."""
     assert {f.name for f in fields(RequestRecord)} == set(REQUEST_SCHEMA.names), "schema and class differ"
     columns: dict[str, Any] = {
-        name: [getattr(row, name) for row in requests]
-        for name in REQUEST_SCHEMA.names
-        if name not in ("token_times_us", "output_token_ids")
+        name: [getattr(row, name) for row in requests] for name in REQUEST_SCHEMA.names if name not in _ARRAYS
     }
-    columns["token_times_us"] = _lists([r.token_times_us for r in requests], np.dtype(np.int64))
-    columns["output_token_ids"] = _lists([r.output_token_ids for r in requests], np.dtype(np.int32))
+    for name, code in _ARRAYS.items():
+        columns[name] = _lists([getattr(r, name) for r in requests], np.dtype(np.int64 if code == "q" else np.int32))
     return pa.table({name: columns[name] for name in REQUEST_SCHEMA.names}, schema=REQUEST_SCHEMA)
 
 
@@ -324,6 +350,8 @@ def step_table(spans: Sequence[Step]) -> pa.Table:
         "instance": each("instance"),
         **{name: _nullable(_measured(spans, name), of_span) for name in Work._fields},
         "graph_tokens": _nullable([s.shape.num_tokens for s in spans], of_span),
+        "draft_us": _nullable([s.draft_us for s in spans], of_span),
+        **_draft_columns(spans, of_span),
     }
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
@@ -344,8 +372,8 @@ def records_from(requests: pa.Table, steps: pa.Table) -> Records:
 
 def _request_from(row: dict[str, Any]) -> RequestRecord:
     reason = row["finish_reason"] and FinishReason(row["finish_reason"])
-    times, tokens = array("q", row["token_times_us"]), array("i", row["output_token_ids"])
-    return RequestRecord(**{**row, "finish_reason": reason, "token_times_us": times, "output_token_ids": tokens})
+    arrays = {name: array(code, row[name]) for name, code in _ARRAYS.items()}
+    return RequestRecord(**{**row, "finish_reason": reason, **arrays})
 
 
 def _entries(
@@ -374,6 +402,19 @@ def _entries(
         "num_tokens": pa.ListArray.from_arrays(bounds, pa.array(tokens[source], type=pa.int32())),
         "num_computed_tokens": pa.ListArray.from_arrays(bounds, pa.array(grown, type=pa.int32())),
     }
+
+
+def _draft_columns(spans: Sequence[Step], of_span: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+    """Of each step its drafts; a step with any is not repeated."""
+    columns = {
+        "draft_ids": (_INT64S, [[d.id for d in s.drafts] for s in spans]),
+        "draft_methods": (pa.list_(pa.string()), [[d.method for d in s.drafts] for s in spans]),
+        "num_asked": (_INT32S, [[d.num_asked for d in s.drafts] for s in spans]),
+        "num_drafted": (_INT32S, [[len(d.token_ids) for d in s.drafts] for s in spans]),
+        "num_accepted": (_INT32S, [s.num_accepted for s in spans]),
+    }
+    rows = pa.array(of_span)
+    return {name: pa.array(lists, type=kind).take(rows) for name, (kind, lists) in columns.items()}
 
 
 def _measured(spans: Sequence[Step], name: str) -> list[int | None]:

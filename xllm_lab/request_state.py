@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xllm_lab.ledger import BlockKey, Ledger, block_key
+from xllm_lab.policies.draft import Tally
 from xllm_lab.records import RequestRecord
+from xllm_lab.tallies import Tallies, count
 from xllm_lab.workload import Request, RequestId, TokenIds
 
 if TYPE_CHECKING:
     from xllm_lab.lockstep import Lockstep
 
 
+# torch_npu's fused attention takes up to 16 query tokens a sequence, the last known one included.
+MOST_DRAFTS = 15
 # Of a request that is in none of the scheduler's lists.
 NO_QUEUE: list[Any] = []
 
@@ -42,6 +46,7 @@ class RequestState:
         "_lookup",
         "_lookup_version",
         "_table",
+        "_tallies",
         "admission_order",
         "admitted_us",
         "arrival_order",
@@ -83,6 +88,7 @@ class RequestState:
         self._keys: list[BlockKey] = []
         self._lookup = (0, 0)
         self._lookup_version = -1
+        self._tallies: Tallies | None = None
 
     @property
     def priority(self) -> int:
@@ -138,6 +144,14 @@ class RequestState:
         """As `policies.api.is_decoding`, of a running request."""
         return self.lockstep is not None or (self._drawn > 0 and self._computed == self.num_tokens - 1)
 
+    @property
+    def most_drafts(self) -> int:
+        """A step draws one token more than it has drafts; the last one needs none."""
+        return min(MOST_DRAFTS, self.request.output_tokens - self.num_drawn - 1)
+
+    def tally(self, method: str) -> Tally:
+        return Tally() if self._tallies is None else self._tallies.of(method)
+
     def join(self, lockstep: Lockstep, offset: int) -> None:
         assert self.lockstep is None, f"request {self.id} joins twice"
         assert self.is_decoding, f"request {self.id} joins and does not decode"
@@ -165,6 +179,21 @@ class RequestState:
         draws = self._computed == self.num_prompt_tokens + self._drawn
         self._drawn += draws
         return draws
+
+    def speculate(self, num_drafts: int) -> None:
+        """A step with its last token and drafts behind it is planned; counted as if all of them will be kept."""
+        self._computed += 1 + num_drafts
+        self._drawn += 1 + num_drafts
+
+    def settle(self, method: str, num_drafts: int, num_accepted: int) -> None:
+        """That step is over; what was not kept never was."""
+        rejected = num_drafts - num_accepted
+        self._computed -= rejected
+        self._drawn -= rejected
+        if self._tallies is None:
+            self._tallies = Tallies()
+        self._tallies.add(method, num_drafts, num_accepted)
+        count(self.record.num_drafted, self.record.num_accepted, num_drafts, num_accepted)
 
     def lose_kv(self) -> None:
         """It waits again; a token that was still being computed is drawn anew."""

@@ -10,6 +10,9 @@
 A request is waiting (holds no KV), running (holds KV: prefilling or decoding), or ended. Preemption by recompute sends
 it back to waiting. With async scheduling the next step is planned while this one runs; tokens are then counted before
 they are there, and a running request that has all of them scheduled is draining: it holds KV, and computes no more.
+
+A draft policy is asked once the batch policy's plan is legal. A step with drafts is not planned ahead of: how many
+tokens it brings decides the next one. So is a step after which somebody wants to draft, behind a token still unknown.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from itertools import accumulate, pairwise
 from operator import add, attrgetter
 from typing import NamedTuple
 
+from xllm_lab.drafting import Asked, Drafting, Load
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import Ledger
@@ -32,13 +36,16 @@ from xllm_lab.policies.api import (
     BatchPolicy,
     StepTimeView,
     arrival_key,
+    blocks_to_take,
     ceil_div,
+    is_decoding,
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
+from xllm_lab.policies.draft import Ask
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
-from xllm_lab.step import NO_DECODES, Decodes, ScheduledChunk, Step
+from xllm_lab.step import NO_DECODES, Decodes, Draft, ScheduledChunk, Step
 from xllm_lab.step_shape import Shapes
 from xllm_lab.workload import Request, RequestId, TokenIds
 
@@ -46,10 +53,11 @@ _BY_ARRIVAL, _BY_ADMISSION = attrgetter("arrival_order"), attrgetter("admission_
 
 
 class Sampled(NamedTuple):
-    """A drawn token, and whether it ends the request."""
+    """A drawn token, whether it ends the request, and the drafts before it that are kept."""
 
     token_id: int
     is_stop: bool = False
+    accepted: Sequence[int] = ()
 
 
 class Scheduler:
@@ -57,6 +65,10 @@ class Scheduler:
 
     Raises:
         ConfigError: at construction, if the policy needs step times and there are none.
+
+    Args:
+        shapes: says in which graph a step runs; None: eagerly.
+        drafting: says who drafts; None: nobody.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class Scheduler:
         *,
         step_time: StepTimeView | None = None,
         shapes: Shapes | None = None,
+        drafting: Drafting | None = None,
         instance: int = 0,
     ) -> None:
         if getattr(policy, "needs_step_time", False) and step_time is None:
@@ -78,6 +91,8 @@ class Scheduler:
         self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
         self._recorder = recorder
         self.shapes = shapes
+        self.drafting = drafting
+        self._under_way: Step | None = None
         self._num_steps = self._num_recorded = 0
         self._live: dict[RequestId, RequestState] = {}
         self._lockstep = Lockstep(config.block_size)
@@ -159,8 +174,12 @@ class Scheduler:
         Raises:
             PolicyError: the policy returned an illegal plan; nothing was changed.
         """
+        if self._under_way is not None and self._under_way.drafts:
+            return None
         while self._live:
             plan = self._decide(now_us)
+            if self._under_way is not None and self._wants_drafts(plan, now_us):
+                return None
             for request_id in plan.preempt:
                 self._victims.append(request_id)
                 self._preempt(self._live[request_id])
@@ -169,7 +188,7 @@ class Scheduler:
                 self._victims.clear()
                 step = self._act(plan, preempted, now_us)
                 if self.shapes is not None:
-                    step.shape = self.shapes.plan(step)
+                    self.shapes.place(step)
                 return step
             if not plan.preempt:
                 break
@@ -180,6 +199,7 @@ class Scheduler:
     def start(self, step: Step, now_us: int) -> None:
         """A planned step starts."""
         step.start_us = now_us
+        self._under_way = step
         for request_id in step.admitted:
             state = self._live.get(request_id)
             if state is not None and state.record.first_scheduled_us is None:
@@ -254,8 +274,12 @@ class Scheduler:
             ahead: the step that was planned meanwhile.
         """
         assert ends_us[0] > step.start_us, f"step {step.index} ends at {ends_us[0]}, not after {step.start_us}"
+        self._under_way = None
         num_more = len(ends_us) - 1
         assert num_more <= step.num_repeats, f"step {step.index} was repeated {num_more} times of {step.num_repeats}"
+        if step.drafts:
+            assert sampled is not None, f"step {step.index} has drafts, and nobody says which are kept"
+            step.num_accepted = tuple([len(sampled[d.id].accepted) for d in step.drafts])
         self._record(step, ends_us, ahead)
         if num_more:
             self._repeat(num_more, ahead)
@@ -263,13 +287,18 @@ class Scheduler:
         ended: list[tuple[RequestState, FinishReason]] = []
         if step.decodes.ids:
             ended = self._complete_decodes(step, ends_us, sampled)
+        drafts = {d.id: d for d in step.drafts if d.token_ids}
         for chunk, turn in zip(step.others, step.turns, strict=True):
             state = self._live.get(chunk.id)
             if state is None or not state.is_running or state.num_preemptions != turn:
                 continue
+            computed = chunk.num_computed_tokens + chunk.num_tokens * len(ends_us)
+            if chunk.id in drafts:
+                assert sampled is not None, "asserted above"
+                computed = self._settle(state, drafts[chunk.id], len(sampled[chunk.id].accepted))
             if self.ledger.enable_prefix_cache:
-                self._publish(state, chunk.num_computed_tokens + chunk.num_tokens * len(ends_us))
-            if chunk.samples and (reason := _take_token(state, sampled, now_us)):
+                self._publish(state, computed)
+            if chunk.samples and (reason := _take_tokens(state, sampled, now_us)):
                 ended.append((state, reason))
         if self._due:
             ended += self._complete_due(sampled, now_us)
@@ -284,7 +313,9 @@ class Scheduler:
         The host has completed every step that was over.
         """
         lost = sorted(self._live.values(), key=arrival_key)
+        self._under_way = None
         for state in lost:
+            self._forget_drafts(state.id)
             self._stop(state)
             state.lose_kv()
             _fill_placeholders(state)
@@ -320,9 +351,49 @@ class Scheduler:
         self._count_blocks()
         return not batch_violations(self._view, replace(plan, preempt=()))
 
+    def _wants_drafts(self, plan: BatchPlan, now_us: int) -> bool:
+        """Whether somebody would draft in a step like this one."""
+        return self.drafting is not None and bool(self._asks(self.drafting, plan, now_us))
+
+    def _asks(self, drafting: Drafting, plan: BatchPlan, now_us: int) -> Mapping[RequestId, Ask]:
+        """What the draft policy asks for in a step that is about to be planned so, and whose prompts wait still."""
+        view = self._view
+        lost = set(plan.preempt)
+        decoding = [s for s in view.decoding if s.id not in lost and s.most_drafts > 0] if plan.decode_all else []
+        chunks = [(r, n) for i, n in plan.tokens.items() if (r := view.find(i)) is not None]
+        decoding += [r for r, _ in chunks if r.is_running and is_decoding(r) and r.most_drafts > 0]
+        if not decoding:
+            return {}
+        load = self._load(plan, chunks)
+        blocks = sum(blocks_to_take(view, r, n) for r, n in chunks) + (view.num_decode_blocks if plan.decode_all else 0)
+        return drafting.decide(
+            decoding,
+            load,
+            now_us=now_us,
+            num_waiting=len(view.waiting) - sum(not r.is_running for r, _ in chunks),
+            tokens_left=view.max_tokens_per_batch - load.num_tokens,
+            blocks_left=max(0, view.num_free_blocks - blocks),
+            block_size=view.block_size,
+        ).asks
+
+    def _load(self, plan: BatchPlan, chunks: Sequence[tuple[RequestState, int]]) -> Load:
+        decoding = self._view.decoding if plan.decode_all else []
+        kv_tokens = sum(s.num_computed_tokens for s in decoding)
+        num_tokens, num_seqs, num_logits = len(decoding), len(decoding), len(decoding)
+        attention, kv_read = kv_tokens + 0.5 * num_tokens, kv_tokens + num_tokens
+        for request, new in chunks:
+            computed = request.num_computed_tokens
+            num_tokens += new
+            num_seqs += 1
+            num_logits += computed + new == request.num_tokens
+            attention += new * (computed + 0.5 * new)
+            kv_read += computed + new
+        return Load(num_tokens, num_seqs, num_logits, attention, kv_read)
+
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
         version = self.ledger.version
-        decodes = self._begin_decodes() if plan.decode_all else NO_DECODES
+        is_alone = self.drafting is not None and self._under_way is None
+        asks = self._asks(self.drafting, plan, now_us) if self.drafting is not None and is_alone else {}
         scheduled: list[RequestState] = []
         admitted: tuple[RequestId, ...] = ()
         others: tuple[ScheduledChunk, ...] = ()
@@ -331,12 +402,22 @@ class Scheduler:
             scheduled = [self._live[i] for i in plan.tokens]
             # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
             admitted = tuple([self._admit(state, now_us) for state in scheduled if not state.is_running])
+        drafts = self._draft(self.drafting, asks) if self.drafting is not None and asks else ()
+        speculating = [self._live[d.id] for d in drafts if d.token_ids]
+        decodes = NO_DECODES
         if plan.decode_all:
-            self._advance_decodes(1)
-        if plan.tokens:
-            others = tuple([self._allocate(state, n) for state, n in zip(scheduled, plan.tokens.values(), strict=True)])
-            turns = tuple([state.record.num_preemptions for state in scheduled])
-        self._chunk = others[0] if others and plan.holds_for else None
+            decodes = self._begin_decodes(speculating)
+            if decodes.ids:
+                self._advance_decodes(1)
+        if speculating:
+            others = tuple([self._speculate(self._live[d.id], len(d.token_ids)) for d in drafts if d.token_ids])
+            scheduled = [state for state in scheduled if state not in speculating]
+        if scheduled:
+            others += tuple([self._allocate(state, plan.tokens[state.id]) for state in scheduled])
+        if others:
+            turns = tuple([state.record.num_preemptions for state in (*speculating, *scheduled)])
+        holds_for = plan.holds_for if self.drafting is None else 0  # how long nobody drafts, no policy says
+        self._chunk = others[0] if others and holds_for else None
         index, ledger = self._num_steps, self.ledger
         self._num_steps = index + 1
         # What this step evicted, the policy did not know.
@@ -351,15 +432,55 @@ class Scheduler:
             admitted,
             preempted,
             plan.reason,
-            0 if is_news else plan.holds_for,
+            0 if is_news else holds_for,
             plan.keeps_free_blocks,
             len(self._view.waiting),
             ledger.num_used_blocks,
             ledger.num_idle_blocks,
             self.instance,
+            drafts=drafts,
         )
 
-    def _begin_decodes(self) -> Decodes:
+    def _draft(self, drafting: Drafting, asks: Mapping[RequestId, Ask]) -> tuple[Draft, ...]:
+        """Have drafts made, in order of admission; blocks are there for as many as were asked for."""
+        asking = sorted([self._live[i] for i in asks], key=_BY_ADMISSION)
+        for state in asking:
+            self.ledger.grow(state.id, state.num_tokens + asks[state.id].depth)
+        asked = [Asked(s, *asks[s.id], self.ledger.block_table(s.id)) for s in asking]
+        made = [tuple(tokens) for tokens in drafting.proposer.propose(asked)]
+        for (state, method, depth, _), tokens in zip(asked, made, strict=True):
+            assert len(tokens) <= depth, f"{method} makes {len(tokens)} drafts of {depth}"
+            # Who decodes has the blocks of what is in KV; the rest is taken as it is for anybody else.
+            self.ledger.trim(state.id, state.num_tokens + len(tokens) if tokens else state.num_computed_tokens)
+        return tuple([Draft(a.state.id, a.method, a.depth, tokens) for a, tokens in zip(asked, made, strict=True)])
+
+    def _speculate(self, state: RequestState, num_drafts: int) -> ScheduledChunk:
+        if state.lockstep is not None:
+            self._step_out(state)
+        self._singles[state.id] = state
+        chunk = ScheduledChunk(state.id, 1 + num_drafts, state.num_computed_tokens, True)
+        state.speculate(num_drafts)
+        return chunk
+
+    def _settle(self, state: RequestState, draft: Draft, num_accepted: int) -> int:
+        """Drafts were verified; returns the tokens in KV."""
+        num_drafts = len(draft.token_ids)
+        state.settle(draft.method, num_drafts, num_accepted)
+        self.ledger.trim(state.id, state.num_computed_tokens)
+        if self.drafting is not None:
+            self.drafting.tallies.add(draft.method, num_drafts, num_accepted)
+        return state.num_computed_tokens
+
+    def _forget_drafts(self, request: RequestId) -> None:
+        if self.drafting is not None:
+            self.drafting.proposer.forget(request)
+
+    def _begin_decodes(self, speculating: Sequence[RequestState] = ()) -> Decodes:
+        """Who decodes alone joins the others; who speculates leaves them."""
+        for state in speculating:
+            if state.lockstep is not None:
+                self._step_out(state)
+            self._singles.pop(state.id, None)
         if self._singles:
             for state in self._singles.values():
                 self._lockstep.join(state)
@@ -387,7 +508,7 @@ class Scheduler:
             ahead.index += num_more
             ahead.decodes = ahead.decodes.later(num_more)
             if self.shapes is not None:
-                ahead.shape = self.shapes.plan(ahead)
+                self.shapes.place(ahead)
 
     def _complete_decodes(
         self, step: Step, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None
@@ -407,7 +528,7 @@ class Scheduler:
             if state.is_running and state.num_preemptions == turn and self._live.get(state.id) is state:
                 if self.ledger.enable_prefix_cache:
                     self._publish(state, num_computed)
-                reason = _take_token(state, sampled, now_us)
+                reason = _take_tokens(state, sampled, now_us)
                 if reason is not None:
                     ended[state.id] = (state, reason)
         self._owed.clear()
@@ -431,7 +552,7 @@ class Scheduler:
         ended: list[tuple[RequestState, FinishReason]] = []
         for state in self._due:
             if not state.is_running and self._live.get(state.id) is state:
-                if reason := _take_token(state, sampled, now_us):
+                if reason := _take_tokens(state, sampled, now_us):
                     ended.append((state, reason))
                 state.recount()
         self._due.clear()
@@ -454,6 +575,7 @@ class Scheduler:
 
     def _preempt(self, state: RequestState) -> None:
         self._stop(state)
+        self._forget_drafts(state.id)
         if self._foresees_length and state.num_drawn > state.record.output_tokens:
             self._due.append(state)
         self.ledger.release(state.id)
@@ -542,6 +664,7 @@ class Scheduler:
         state.is_draining = False
 
     def _end(self, state: RequestState, now_us: int, reason: FinishReason) -> None:
+        self._forget_drafts(state.id)
         self.ledger.release(state.id)
         del self._live[state.id]
         _fill_placeholders(state)
@@ -568,12 +691,19 @@ def _by_admission(
     return sorted(ended.values(), key=lambda end: end[0].admission_order) if len(ended) > 1 else list(ended.values())
 
 
-def _take_token(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> FinishReason | None:
-    state.record.token_times_us.append(now_us)
+def _take_tokens(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> FinishReason | None:
+    record = state.record
     if sampled is not None:
-        state.record.output_token_ids.append(sampled[state.id].token_id)
-        if sampled[state.id].is_stop:
+        token_id, is_stop, accepted = sampled[state.id]
+        for token in accepted:
+            record.token_times_us.append(now_us)
+            record.output_token_ids.append(token)
+        record.output_token_ids.append(token_id)
+        record.token_times_us.append(now_us)
+        if is_stop:
             return FinishReason.STOP
+    else:
+        record.token_times_us.append(now_us)
     return FinishReason.LENGTH if state.record.output_tokens == state.request.output_tokens else None
 
 

@@ -21,6 +21,20 @@ class ScheduledChunk(NamedTuple):
     samples: bool  # reaches the end of the known tokens, so the next one is drawn
 
 
+class Draft(NamedTuple):
+    """What one request drafted for a step.
+
+    Attributes:
+        num_asked: as many as its policy asked for.
+        token_ids: guesses at what follows its last known token; in a simulated run placeholders. Maybe none.
+    """
+
+    id: RequestId
+    method: str
+    num_asked: int
+    token_ids: tuple[int, ...]
+
+
 class Work(NamedTuple):
     """What a step was for host and device, microseconds.
 
@@ -28,7 +42,7 @@ class Work(NamedTuple):
         device                 |---- device -----|     gap     |---- device ----|
 
     Attributes:
-        host_us: planning it and preparing its inputs.
+        host_us: planning it and preparing its inputs, drafting included.
         device_us: running it, its tokens drawn.
         gap_us: the device had nothing to do before it, since the step before; None after an idle host.
     """
@@ -69,11 +83,15 @@ class Step:
         index: 0, 1, 2, ... of its instance, without gaps.
         start_us: when it starts; a step that was planned ahead gets it late.
         decodes: requests that compute one token, kept as a whole.
-        others: the rest, after the decodes in packing order.
+        others: the rest, after the decodes in packing order; those with drafts first, which compute them, too.
         turns: per chunk of `others`, how often its request had lost its KV when the step was planned.
         holds_for, keeps_free_blocks: for how many further steps the policy would plan the same, see `BatchPlan`.
         num_waiting, num_used_blocks, num_idle_blocks: after the plan; blocks of requests that end meanwhile included.
         shape: the captured graph that it runs in, or that it runs eagerly; so do its repeats.
+        drafts: of everyone who asked for some.
+        rows_apart: in its graph each row of drafts is a sequence of its own, that shares its request's blocks.
+        draft_us: what drafting took, where it was measured.
+        num_accepted: once it is over: of each of `drafts`, how many tokens were kept.
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
         used_blocks, idle_blocks: then, `num_used_blocks` and `num_idle_blocks` of each.
@@ -95,6 +113,10 @@ class Step:
     num_idle_blocks: int
     instance: int
     shape: ShapePlan = EAGERLY
+    drafts: tuple[Draft, ...] = ()
+    rows_apart: bool = False
+    draft_us: int | None = None
+    num_accepted: tuple[int, ...] = ()
     num_repeats: int = 0
     ends_us: Sequence[int] = ()
     used_blocks: Sequence[int] = ()
@@ -111,4 +133,5 @@ class Step:
 
     @property
     def num_logits(self) -> int:
-        return len(self.decodes.ids) + sum(c.samples for c in self.others)
+        num_drafts = sum(len(d.token_ids) for d in self.drafts)
+        return len(self.decodes.ids) + sum(c.samples for c in self.others) + num_drafts

@@ -35,13 +35,26 @@ def shape_of(step: Step, config: InstanceConfig, num_repeats: int = 0) -> StepSh
     contexts = [c.num_computed_tokens + c.num_tokens * num_times for c in others]
     if step.decodes.ids:
         contexts.append(step.decodes.max_kv_tokens + num_times)
+    num_tokens = len(step.decodes.ids) + sum(c.num_tokens for c in others)
+    is_decode = all(c.num_tokens == 1 for c in others) or decodes_row_by_row(step, num_tokens, config)
     return StepShape(
-        num_tokens=len(step.decodes.ids) + sum(c.num_tokens for c in others),
-        num_seqs=len(step.decodes.ids) + len(others),
-        is_decode=all(c.num_tokens == 1 for c in others),
+        num_tokens=num_tokens,
+        num_seqs=num_tokens if is_decode else len(step.decodes.ids) + len(others),
+        is_decode=is_decode,
         max_context_tokens=max(contexts),
         **_limits(config),
     )
+
+
+def decodes_row_by_row(step: Step, num_tokens: int, config: InstanceConfig) -> bool:
+    """Whether each row of a step with drafts may be a sequence of its own, so that a decoding graph holds it.
+
+    xLLM's (`adaptive_speculative_controller.cpp` and its callers): rows of drafts are decoding rows over one KV.
+    """
+    drafting = {d.id for d in step.drafts if d.token_ids}
+    if not drafting or num_tokens > min(config.max_seqs_per_batch, config.max_tokens_per_batch):
+        return False
+    return all(c.num_tokens == 1 or c.id in drafting for c in step.others)
 
 
 def decide_shape(policy: ShapesPolicy, shape: StepShape) -> ShapePlan:
@@ -87,9 +100,11 @@ class Shapes:
         self.policy, self._config = policy, config
         self.counts = ShapeCounts()
 
-    def plan(self, step: Step) -> ShapePlan:
-        """Where a planned step runs. PolicyError if the policy plans something illegal."""
-        return decide_shape(self.policy, shape_of(step, self._config))
+    def place(self, step: Step) -> None:
+        """Say of a planned step where it runs. PolicyError if the policy plans something illegal."""
+        shape = shape_of(step, self._config)
+        step.shape = decide_shape(self.policy, shape)
+        step.rows_apart = shape.is_decode and bool(step.drafts) and step.shape.num_tokens is not None
 
     def num_alike(self, step: Step, most: int) -> int:
         """How many repeats of a step, up to `most`, run where it does: their contexts grow.

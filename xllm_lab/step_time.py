@@ -136,6 +136,22 @@ class StepTime:
         skip = TERMS.index("token_us")
         return sum(w * f for w, f in zip(self.weights[skip:], alone[skip:], strict=True))
 
+    def load_us(self, num_tokens: int, num_seqs: int, num_logits: int, attention: float, kv_read: int) -> float:
+        """Of an eager step with these sums.
+
+        Args:
+            attention, kv_read: the factors of `attention_us` and `kv_read_us`.
+        """
+        small = (min(num_tokens, m) for m in SMALL_BATCHES)
+        factors = (1.0, 0.0, *small, num_tokens, num_seqs, num_logits, attention, kv_read)
+        return sum(w * f for w, f in zip(self.weights, factors, strict=True))
+
+    def row_us(self, num_tokens: int, num_computed_tokens: int) -> float:
+        """What one more row, with its logits, adds to a request with so many tokens in KV in a step of `num_tokens`."""
+        small = (float(num_tokens < m) for m in SMALL_BATCHES)
+        added = (0.0, 0.0, *small, 1.0, 0.0, 1.0, num_computed_tokens + 0.5, 1.0)
+        return sum(w * f for w, f in zip(self.weights, added, strict=True))
+
     def step_us(self, chunks: Iterable[Chunk], num_logits: int, graph_tokens: int | None = None) -> float:
         """Predicted time of one step; arguments as of `features`."""
         return sum(w * f for w, f in zip(self.weights, features(chunks, num_logits, graph_tokens), strict=True))

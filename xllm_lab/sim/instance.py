@@ -19,9 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from xllm_lab.draft_time import DraftTime
+from xllm_lab.drafting import Proposer
+from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
 from xllm_lab.sim.cost import Batch, CostModel
+from xllm_lab.sim.drafts import SimulatedDrafts, draft_loads
 from xllm_lab.step import Step
 from xllm_lab.step_time import Chunk
 from xllm_lab.workload import RequestId
@@ -52,6 +56,11 @@ class Stretch:
 class Timing(Protocol):
     """What a simulated host answers."""
 
+    @property
+    def proposer(self) -> Proposer | None:
+        """What makes drafts; `sampled` says which are kept."""
+        ...
+
     def wake_us(self, until_us: int) -> int:
         """When an instance that has nothing to do before `until_us` looks again."""
         ...
@@ -65,20 +74,33 @@ class Timing(Protocol):
         ...
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
-        """A token for each chunk that samples; None for placeholders."""
+        """A token for each chunk that samples; None for placeholders, of a step without drafts."""
         ...
 
 
 class Predicted:
     """A cost model's times. Tokens are placeholders that no other request shares, so no output is a prefix hit.
 
+    Args:
+        draft_time: of making drafts, before the step that verifies them.
+
     Attributes:
+        proposer: of drafts, if there is speculation.
         num_steps: steps run so far.
         num_extrapolated: those outside what the cost model was calibrated on.
     """
 
-    def __init__(self, cost: CostModel, *, fast_forward: bool = True) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        fast_forward: bool = True,
+        proposer: SimulatedDrafts | None = None,
+        draft_time: DraftTime | None = None,
+    ) -> None:
         self._cost = cost
+        self.proposer = proposer
+        self._draft_time = draft_time or DraftTime()
         self._most_steps = _MOST_STEPS if fast_forward else 1
         self.num_steps = 0
         self.num_extrapolated = 0
@@ -95,6 +117,10 @@ class Predicted:
         num_steps = min(step.num_repeats + 1, self._most_steps)
         if num_steps == 1:
             us, is_extrapolated = self._cost.step(batch)[:2]
+            if step.drafts:
+                draft_us = sum([self._draft_time.us(*load) for load in draft_loads(step)])
+                step.draft_us = round(draft_us)
+                us += draft_us
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
         if num_steps < _FEWEST_STEPS or step.others:
             return self._one_by_one(step.start_us, batch, num_steps)
@@ -122,7 +148,12 @@ class Predicted:
             self.num_extrapolated += bool(stretch.is_extrapolated[0])
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled] | None:
-        return None
+        if not step.drafts:
+            return None
+        assert self.proposer is not None, f"step {step.index} has drafts that nobody made"
+        kept = {d.id: self.proposer.num_kept(d.id) for d in step.drafts}
+        tokens = {c.id: placeholder(c.id) for c in step.chunks if c.samples}
+        return {i: Sampled(token, accepted=(token,) * kept.get(i, 0)) for i, token in tokens.items()}
 
 
 def batch_of_step(step: Step) -> Batch:
@@ -134,6 +165,7 @@ def batch_of_step(step: Step) -> Batch:
     if not step.others:
         return Batch((), num_decodes, kv_tokens, max_kv_tokens, num_logits, graph_tokens)
     prefills: list[Chunk] = []
+    num_logits += sum([len(d.token_ids) for d in step.drafts])
     for _, num_tokens, num_computed, samples in step.others:
         num_logits += samples
         if num_tokens > 1:

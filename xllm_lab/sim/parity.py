@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from xllm_lab.drafting import Asked
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.draft import METHODS
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
+from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled
 from xllm_lab.sim.instance import Stretch
@@ -26,6 +29,7 @@ class Decision(NamedTuple):
     preempted: tuple[int, ...]
     reason: str
     graph_tokens: int | None = None
+    drafts: tuple[tuple[int, str, int, int], ...] = ()  # (id, method, asked for, made)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +51,32 @@ class _DifferenceError(Exception):
 
 
 class Recorded:
-    """An engine run's times and tokens as a simulated host's answers; stops at the first decision that differs."""
+    """An engine run's times, drafts and tokens as a simulated host's answers; stops at the first decision that differs.
+
+    Attributes:
+        methods: of drafting, all that the engine may have had.
+    """
+
+    methods = METHODS
 
     def __init__(self, records: Records) -> None:
         self._steps = records.steps
         self._requests = {r.id: r for r in records.requests}
         self._over_us = max((r.finish_us or 0 for r in records.requests), default=0)
         self._next = 0
+
+    @property
+    def proposer(self) -> Recorded:
+        return self
+
+    def propose(self, asked: Sequence[Asked]) -> list[Sequence[int]]:
+        """As many as the engine had; none where it did not ask, which the decision will show."""
+        step = self._steps[self._next] if self._next < len(self._steps) else None
+        made = {} if step is None else dict(zip(step.draft_ids, step.num_drafted, strict=True))
+        return [(placeholder(a.state.id),) * min(made.get(a.state.id, 0), a.depth) for a in asked]
+
+    def forget(self, request: RequestId) -> None:
+        """Nothing is kept of it."""
 
     @property
     def num_replayed(self) -> int:
@@ -77,8 +100,17 @@ class Recorded:
         """Recorded times extrapolate nothing."""
 
     def sampled(self, step: Step) -> Mapping[RequestId, Sampled]:
+        record = self._steps[step.index]
+        kept = dict(zip(record.draft_ids, record.num_accepted, strict=True))
+        rejected = {d.id: len(d.token_ids) - kept[d.id] for d in step.drafts}
         return {
-            c.id: _drawn(self._requests[c.id], c.num_computed_tokens + c.num_tokens) for c in step.chunks if c.samples
+            c.id: _drawn(
+                self._requests[c.id],
+                c.num_computed_tokens + c.num_tokens - rejected.get(c.id, 0),
+                kept.get(c.id, 0),
+            )
+            for c in step.chunks
+            if c.samples
         }
 
 
@@ -117,14 +149,15 @@ def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
     return Parity(num_steps=len(records.steps))
 
 
-def _drawn(request: RequestRecord, num_tokens: int) -> Sampled:
-    """What followed the first `num_tokens` tokens of a request."""
+def _drawn(request: RequestRecord, num_tokens: int, num_accepted: int) -> Sampled:
+    """What followed the first `num_tokens` tokens of a request, of which the last `num_accepted` were drafts."""
     position = num_tokens - request.prompt_tokens
     # A request that ended or was cancelled while its step ran drew a token that nobody kept.
     if position >= request.output_tokens:
-        return Sampled(-1)
+        return Sampled(-1, accepted=(-1,) * num_accepted)
     is_last = position == request.output_tokens - 1
-    return Sampled(request.output_token_ids[position], is_last and request.finish_reason is FinishReason.STOP)
+    accepted = request.output_token_ids[position - num_accepted : position]
+    return Sampled(request.output_token_ids[position], is_last and request.finish_reason is FinishReason.STOP, accepted)
 
 
 def _as_it_arrived(workload: Workload, records: Records) -> Workload:
@@ -138,9 +171,14 @@ def _as_it_arrived(workload: Workload, records: Records) -> Workload:
 def _decision_of_step(step: Step) -> Decision:
     tokens = tuple((int(c.id), c.num_tokens, c.num_computed_tokens) for c in step.chunks)
     graph_tokens = step.shape.num_tokens
-    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, graph_tokens)
+    drafts = tuple((int(d.id), d.method, d.num_asked, len(d.token_ids)) for d in step.drafts)
+    return Decision(
+        step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, graph_tokens, drafts
+    )
 
 
 def _decision_of_record(step: StepRecord) -> Decision:
     tokens = tuple(zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True))
-    return Decision(step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, step.graph_tokens)
+    admitted, preempted, graph_tokens = tuple(step.admitted), tuple(step.preempted), step.graph_tokens
+    drafts = tuple(zip(step.draft_ids, step.draft_methods, step.num_asked, step.num_drafted, strict=True))
+    return Decision(step.start_us, tokens, admitted, preempted, step.reason, graph_tokens, drafts)

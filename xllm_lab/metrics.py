@@ -144,6 +144,9 @@ class Summary:
         slo_attainment_frac: requests that met every promise / all requests.
         prefix_hit_frac: prompt tokens supplied by the prefix cache at first admission / prompt tokens of admitted
             requests.
+        acceptance_length: mean tokens that a step with drafts draws for a request, as vLLM and xLLM count it; at least
+            1. What speculation saves in steps; None without it.
+        num_drafted_tokens, num_wasted_tokens: drafts that were verified, and those of them in vain.
     """
 
     num_requests: int
@@ -160,6 +163,9 @@ class Summary:
     slo_attainment_frac: float
     prefix_hit_frac: float
     num_preemptions: int
+    acceptance_length: float | None
+    num_drafted_tokens: int | None
+    num_wasted_tokens: int | None
     ttft_us: Distribution | None
     tpot_us: Distribution | None
     itl_us: Distribution | None
@@ -196,6 +202,9 @@ class Tally:
             prompt_tokens=int(requests.prompt_tokens[admitted].sum()),
             cached_tokens=int(requests.cached_tokens[admitted].sum()),
             preemptions=int(requests.num_preemptions.sum()),
+            verifications=requests.num_verifications,
+            drafted=requests.num_drafted_tokens,
+            accepted=requests.num_accepted_tokens,
         )
         self._itl_us.add(itl_us(requests, served))
         for name, values in (
@@ -230,6 +239,9 @@ class Tally:
             slo_attainment_frac=sums["good"] / sums["requests"],
             prefix_hit_frac=_ratio(sums["cached_tokens"], sums["prompt_tokens"]),
             num_preemptions=sums["preemptions"],
+            acceptance_length=1 + sums["accepted"] / sums["verifications"] if sums["verifications"] else None,
+            num_drafted_tokens=sums["drafted"] if sums["verifications"] else None,
+            num_wasted_tokens=sums["drafted"] - sums["accepted"] if sums["verifications"] else None,
             itl_us=self._itl(),
             **{name: self._distribution(parts) for name, parts in self._latencies.items()},
         )

@@ -22,6 +22,7 @@ Flags = npt.NDArray[np.bool_]
 NAMES = (
     *("arrival_us", "prompt_tokens", "ttft_slo_us", "tpot_slo_us", "e2e_slo_us", "cached_tokens"),
     *("first_scheduled_us", "token_times_us", "num_preemptions", "finish_us", "finish_reason"),
+    *("num_drafted", "num_accepted"),
 )
 
 
@@ -33,6 +34,7 @@ class RequestColumns:
         finish_reason: the empty text where a record has None.
         token_times_us: of all requests, one after the other, shape [tokens].
         output_tokens: how many of them each request has.
+        num_verifications: of drafts, of all requests together; so the next two.
     """
 
     arrival_us: Floats
@@ -47,6 +49,9 @@ class RequestColumns:
     finish_reason: npt.NDArray[np.str_]
     token_times_us: Ints
     output_tokens: Ints
+    num_verifications: int
+    num_drafted_tokens: int
+    num_accepted_tokens: int
 
     @property
     def first_token_us(self) -> Floats:
@@ -79,10 +84,20 @@ def columns_from(batch: Mapping[str, Any]) -> RequestColumns:
     whole = ("prompt_tokens", "cached_tokens", "num_preemptions")
     others = [n for n in NAMES if n.endswith("_us") and n != "token_times_us"]
     columns: dict[str, Any] = {name: ints(batch[name]) for name in whole}
+    drafted = batch["num_drafted"]
     columns |= {name: batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in others}
     return RequestColumns(
         **columns,
         finish_reason=np.asarray(batch["finish_reason"].fill_null("").to_pylist(), dtype=np.str_),
         token_times_us=ints(token_times_us.flatten()),
         output_tokens=ints(pc.list_value_length(token_times_us)),
+        # Every verification has a draft at the first position.
+        num_verifications=int(_firsts(drafted).sum()),
+        num_drafted_tokens=int(ints(drafted.flatten()).sum()),
+        num_accepted_tokens=int(ints(batch["num_accepted"].flatten()).sum()),
     )
+
+
+def _firsts(lists: Any) -> Ints:
+    """The first elements of the lists that have any."""
+    return ints(pc.list_element(lists.filter(pc.greater(pc.list_value_length(lists), 0)), 0))

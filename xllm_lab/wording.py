@@ -18,6 +18,9 @@ _OTHERS = {
     "prefix_hit_frac": "Prefix hits, %",
     "num_preemptions": "Preemptions",
     "num_steps": "Steps",
+    "acceptance_length": "Tokens a verification",
+    "num_drafted_tokens": "Drafted tokens",
+    "num_wasted_tokens": "Drafted in vain",
 }
 
 

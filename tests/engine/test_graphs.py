@@ -120,9 +120,9 @@ class Story:
     blocks: tuple[int, ...]
     computed: int = 0
 
-    def chunk(self, num_tokens: int, wants_logits: bool) -> SequenceChunk:
+    def chunk(self, num_tokens: int, num_logits: bool) -> SequenceChunk:
         tokens = [(7 * (self.computed + i) + self.blocks[0]) % VOCAB_SIZE for i in range(num_tokens)]
-        made = SequenceChunk(tokens, self.computed, self.blocks, wants_logits)
+        made = SequenceChunk(tokens, self.computed, self.blocks, num_logits)
         self.computed += num_tokens
         return made
 

@@ -87,7 +87,7 @@ def test_any_mixture_of_chunks_gives_the_same_logits(data: st.DataObject) -> Non
         logits_RV = subject.run(chunks)
         for sequence, chunk in zip(batch, chunks, strict=True):
             sequence.computed += len(chunk.token_ids)
-        wanted = [s for s, chunk in zip(batch, chunks, strict=True) if chunk.wants_logits]
+        wanted = [s for s, chunk in zip(batch, chunks, strict=True) if chunk.num_logits]
         assert logits_RV.shape == (len(wanted), VOCAB)
         for logits_V, s in zip(logits_RV, wanted, strict=True):
             expected_V = reference_logits(reference, s.tokens)[s.computed - 1]
@@ -95,9 +95,9 @@ def test_any_mixture_of_chunks_gives_the_same_logits(data: st.DataObject) -> Non
         _maybe_fork(sequences, batch[0], block_size, data)
 
 
-def _next_chunk(sequence: Sequence_, count: int, wants_logits: bool) -> SequenceChunk:
+def _next_chunk(sequence: Sequence_, count: int, num_logits: bool) -> SequenceChunk:
     start = sequence.computed
-    return SequenceChunk(sequence.tokens[start : start + count], start, sequence.table, wants_logits)
+    return SequenceChunk(sequence.tokens[start : start + count], start, sequence.table, num_logits)
 
 
 def _maybe_fork(sequences: list[Sequence_], parent: Sequence_, block_size: int, data: st.DataObject) -> None:
@@ -118,7 +118,7 @@ def _tables(lengths: list[int], block_size: int, shuffle: object) -> list[list[i
     return [blocks[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
 
 
-def test_nobody_wants_logits() -> None:
+def test_nobody_num_logits() -> None:
     """The first piece of a long prompt: computed, written, nothing returned."""
     logits_RV = runner("llama", num_blocks=2, block_size=4).run([SequenceChunk([5, 6], 0, [1], False)])
     assert logits_RV.shape == (0, VOCAB)

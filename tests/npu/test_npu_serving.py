@@ -128,7 +128,7 @@ def test_a_step_that_draws_nothing_is_done_before_the_next_is_written(seed: int)
     with control.order("shuffled", seed=seed):
         for one, talk in zip((subject, expected), talks, strict=True):
             for length in (40, 56, 24):
-                silent = [talk.chunk(row, length)._replace(wants_logits=False) for row in (0, 1)]
+                silent = [talk.chunk(row, length)._replace(num_logits=0) for row in (0, 1)]
                 one.draw(silent, [], [], 2 * length if one.graphs else None)
             both = [request(row, 0, prompt=120, output=9) for row in (0, 1)]
             tokens.append([one.draw(talk.decode(), both, [step] * 2, 2 if one.graphs else None) for step in range(4)])

@@ -48,7 +48,7 @@ def _obey(engine: Engine, ranks: Ranks) -> None:
             assert runner.graphs is not None, "graphs to warm"
             runner.graphs.warm()
         elif message["draws"]:
-            runner.follow_draw(chunks_of(message), message["graph_tokens"])
+            runner.follow_draw(chunks_of(message), message["graph_tokens"], tells=message["tells"])
         else:
             runner.run(chunks_of(message), message["graph_tokens"])
         # Rank 0 waits for what it draws; nothing else keeps this rank from writing the next inputs over these.

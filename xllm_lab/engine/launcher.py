@@ -2,7 +2,7 @@
 
 Planned ahead, a step follows tokens that are still being drawn. They stand in its inputs as `-1 - row`, the row of the
 step before that draws them, and the device puts the real ones there when the step starts, so the host never waits for
-them (so does xLLM at 3906f5a, `worker_impl.cpp`).
+them (so does xLLM at 3906f5a, `worker_impl.cpp`). A step with drafts is planned when all is known.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
+from torch import Tensor
+
 from xllm_lab.engine.clock import Clock
+from xllm_lab.engine.drafts.engine_drafts import EngineDrafts
+from xllm_lab.engine.drafts.verify import Row
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.lead import Lead
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.request_state import RequestState
 from xllm_lab.scheduler import Scheduler
-from xllm_lab.step import ScheduledChunk, Step
+from xllm_lab.step import Draft, ScheduledChunk, Step
 from xllm_lab.workload import Request, RequestId
 
 
@@ -28,44 +32,58 @@ class Inputs(NamedTuple):
     Attributes:
         chunks: in packing order.
         drawing: requests that draw a token, in that order.
-        positions: which output token of theirs it becomes, 0 first.
+        rows: how each of them does.
         graph_tokens: the size of the graph that it runs in; None: eagerly.
+        has_drafts: some verify drafts.
     """
 
     chunks: list[SequenceChunk]
     drawing: list[Request]
-    positions: list[int]
+    rows: list[Row]
     graph_tokens: int | None
+    has_drafts: bool
 
 
 class Launched(NamedTuple):
     """A step that is with the device. `host_us` is the time it took the host to get there."""
 
     inputs: Inputs
-    future: Future[Done[list[int]]]
+    future: Future[Done[list[list[int]]]]
     host_us: int
 
 
 class Launcher:
     """Hands the steps of one run to the device."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, lane: Lane, clock: Clock, lead: Lead) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        lane: Lane,
+        clock: Clock,
+        lead: Lead,
+        *,
+        drafts: EngineDrafts | None = None,
+    ) -> None:
         self._runner, self._scheduler, self._lane, self._clock, self._lead = runner, scheduler, lane, clock, lead
+        self._drafts = drafts
         self._launched: dict[int, Launched] = {}
         self._rows: dict[RequestId, int] = {}  # of the tokens that the step launched last draws
         self._working_since_us = clock.now_us()  # on the step to be launched next, without the time it waited
 
     def launch(self, step: Step) -> None:
         """Write down what the step reads, and queue it."""
+        if step.drafts and self._drafts is not None:
+            step.draft_us = self._drafts.draft_us
         inputs = self._inputs(step)
         self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
-        self._lead.step(inputs.chunks, inputs.graph_tokens, draws=True)
+        self._lead.step(inputs.chunks, inputs.graph_tokens, draws=True, tells=not inputs.has_drafts)
         host_us = self._clock.now_us() - self._working_since_us
         future = self._lane.launch(partial(_compute, self._runner, inputs))
         self._launched[step.index] = Launched(inputs, future, host_us)
         self._working_since_us = self._clock.now_us() if self._lane.is_beside else future.result().end_us
 
-    def wait_for(self, step: Step) -> tuple[Launched, Done[list[int]]]:
+    def wait_for(self, step: Step) -> tuple[Launched, Done[list[list[int]]]]:
         """A launched step and what came of it."""
         launched = self._launched.pop(step.index)
         before_us = self._clock.now_us()
@@ -82,18 +100,32 @@ class Launcher:
     def _inputs(self, step: Step) -> Inputs:
         chunks: list[SequenceChunk] = []
         drawing: list[Request] = []
-        positions: list[int] = []
+        rows: list[Row] = []
+        drafts = {d.id: d for d in step.drafts if d.token_ids}
         for chunk in step.chunks:
-            state = self._scheduler.state(chunk.id)
+            state, draft = self._scheduler.state(chunk.id), drafts.get(chunk.id)
+            behind = () if draft is None else draft.token_ids
             table = tuple(self._scheduler.ledger.block_table(chunk.id))
-            chunks.append(SequenceChunk(self._tokens(state, chunk), chunk.num_computed_tokens, table, chunk.samples))
+            tokens = [*self._tokens(state, chunk, len(behind)), *behind]
+            computed = chunk.num_computed_tokens
+            if behind and step.rows_apart:
+                chunks += [SequenceChunk([token], computed + k, table, 1) for k, token in enumerate(tokens)]
+            else:
+                chunks.append(SequenceChunk(tokens, computed, table, (1 + len(behind)) * chunk.samples))
             if chunk.samples:
+                position = computed + chunk.num_tokens - len(behind) - state.num_prompt_tokens
                 drawing.append(state.request)
-                positions.append(chunk.num_computed_tokens + chunk.num_tokens - state.num_prompt_tokens)
-        return Inputs(chunks, drawing, positions, step.shape.num_tokens)
+                rows.append(Row(state.request.sampling, state.id, position, behind, self._proposal(draft)))
+        return Inputs(chunks, drawing, rows, step.shape.num_tokens, bool(drafts))
 
-    def _tokens(self, state: RequestState, chunk: ScheduledChunk) -> Sequence[int]:
-        start, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_tokens
+    def _proposal(self, draft: Draft | None) -> Tensor | None:
+        if draft is None or self._drafts is None:
+            return None
+        return self._drafts.probabilities(draft.id, draft.method)
+
+    def _tokens(self, state: RequestState, chunk: ScheduledChunk, num_drafts: int) -> Sequence[int]:
+        """Known ones."""
+        start, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_tokens - num_drafts
         tokens: list[int] = state.token_ids(start, end).tolist()
         # Of a request's tokens only the last can be on its way: the step before draws one.
         if tokens[-1] < 0:
@@ -102,5 +134,5 @@ class Launcher:
         return tokens
 
 
-def _compute(runner: Runner, inputs: Inputs) -> list[int]:
-    return runner.draw(inputs.chunks, inputs.drawing, inputs.positions, inputs.graph_tokens)
+def _compute(runner: Runner, inputs: Inputs) -> list[list[int]]:
+    return runner.draw(inputs.chunks, inputs.rows, inputs.graph_tokens, tells=not inputs.has_drafts)

@@ -33,11 +33,19 @@ class Lead:
             described = {"name": policy_name(shapes), "values": values_of(shapes)}
             self._ranks.tell({"do": "open", "config": asdict(config), "shapes": described})
 
-    def step(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None, *, draws: bool = False) -> None:
-        """A step was launched. `draws`: it goes by `Runner.draw`, not by `Runner.run`."""
+    def step(
+        self,
+        chunks: Sequence[SequenceChunk],
+        graph_tokens: int | None = None,
+        *,
+        draws: bool = False,
+        tells: bool = True,
+    ) -> None:
+        """A step was launched. `draws`: it goes by `Runner.draw`, not by `Runner.run`; `tells` as there."""
         if self._ranks is not None:
-            packed = [[list(c.token_ids), c.num_computed_tokens, list(c.block_table), c.wants_logits] for c in chunks]
-            self._ranks.tell({"do": "step", "chunks": packed, "graph_tokens": graph_tokens, "draws": draws})
+            packed = [[list(c.token_ids), c.num_computed_tokens, list(c.block_table), c.num_logits] for c in chunks]
+            how = {"graph_tokens": graph_tokens, "draws": draws, "tells": tells}
+            self._ranks.tell({"do": "step", "chunks": packed, **how})
 
     def warm(self) -> None:
         """The graphs are captured."""

@@ -1,27 +1,26 @@
 """One engine step: chunks of sequences in, logits out."""
 
-# Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary
+# Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xllm_lab.engine.device import Device
+from xllm_lab.engine.drafts.verify import Row, verify
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.batch import paged_batch
 from xllm_lab.engine.ops.collectives import Group
-from xllm_lab.engine.sampler import sample
-from xllm_lab.workload import Request
 
 
 class SequenceChunk(NamedTuple):
-    """What one sequence computes in a step: a prompt, a piece of one, or the last token drawn.
+    """What one sequence computes in a step: a prompt, a piece of one, or the last token drawn and drafts behind it.
 
         tokens    0 ........... num_computed_tokens ........... num_computed_tokens + len(token_ids)
                   in the pool already | computed now, then in the pool too
@@ -30,13 +29,27 @@ class SequenceChunk(NamedTuple):
         token_ids: the tokens to compute now, at least 1; -1 - row is the token that row drew in the step before.
         num_computed_tokens: tokens of this sequence that are in the pool.
         block_table: blocks of the pool that hold the sequence, covering both parts; may be longer.
-        wants_logits: whether the last of these tokens' logits are wanted.
+        num_logits: of how many of these tokens, the last ones, logits are wanted.
     """
 
     token_ids: Sequence[int]
     num_computed_tokens: int
     block_table: Sequence[int]
-    wants_logits: bool
+    num_logits: int
+
+
+class _Computed(NamedTuple):
+    """What a step left in memory, until the next one.
+
+    Attributes:
+        normed_TD: what the head reads, of all tokens.
+        logits_TV: of the same tokens, if its graph had the head in it.
+        wanted: the tokens whose logits are.
+    """
+
+    normed_TD: Tensor
+    logits_TV: Tensor | None
+    wanted: list[int]
 
 
 class Runner:
@@ -48,12 +61,17 @@ class Runner:
     Attributes:
         workspace: the memory of a step.
         graphs: captured steps over that memory, if there are to be any.
+        most_logits: rows that the head computes at once when tokens are drawn; a sequence's stay together.
+        observer: told of each step, when it is computed: its chunks, and what the head reads of all their tokens, shape
+            [T, D], which stands until the next step.
     """
 
     def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device, *, told: Group | None = None) -> None:
         self._model, self._kv_pool, self._device, self._told = model, kv_pool, device, told
         self.workspace = model.workspace()
         self.graphs: Graphs | None = None
+        self.most_logits = 1 << 30
+        self.observer: Callable[[Sequence[SequenceChunk], Tensor], None] | None = None
         self._drawn: list[int] = []
 
     def run(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None) -> Tensor:
@@ -65,78 +83,113 @@ class Runner:
             graph_tokens: the size of the graph to run it in; None: eagerly.
 
         Returns:
-            Logits of the chunks that want them, in their order: shape [R, V], float32. They stand until the next step,
-            which writes its own into the same memory.
+            Logits of the tokens of which they are wanted, in their order: shape [R, V], float32. They stand until the
+            next step, which writes its own into the same memory.
         """
+        done = self._compute(chunks, graph_tokens)
+        return self._logits(done, done.wanted)
+
+    def draw(
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Sequence[Row],
+        graph_tokens: int | None = None,
+        *,
+        tells: bool = True,
+    ) -> list[list[int]]:
+        """Computes one step and draws its tokens, the last of which the next step may follow before anybody has seen it.
+
+        Args:
+            rows: of the requests that draw, in order of their chunks: how, and behind which drafts.
+            graph_tokens: as `run`.
+            tells: the other ranks, if there are any; they need not know behind drafts, which no step is ahead of.
+
+        Returns:
+            Of each of `rows` the drafts that are kept, and one token more.
+        """
+        done = self._compute(chunks, graph_tokens)
+        if not rows:
+            self._device.synchronize()  # otherwise reading the tokens is what waits for the step
+        tokens: list[list[int]] = []
+        left = list(rows)
+        for wanted in _parts([1 + len(row.drafts) for row in rows], done.wanted, self.most_logits):
+            part: list[Row] = []
+            while sum(1 + len(row.drafts) for row in part) < len(wanted):
+                part.append(left.pop(0))
+            tokens += verify(self._logits(done, wanted), part, argmax=self._model.ops.argmax)
+        self._drawn = [drawn[-1] for drawn in tokens]
+        if self._told is not None and tokens and tells:
+            self._told.broadcast(torch.tensor(self._drawn, device=self._device.torch_device))
+        return tokens
+
+    def follow_draw(
+        self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None, *, tells: bool = True
+    ) -> None:
+        """`draw` on a rank other than 0, which computes its part and may be told the tokens."""
+        done = self._compute(chunks, graph_tokens)
+        for wanted in _parts([c.num_logits for c in chunks if c.num_logits], done.wanted, self.most_logits):
+            self._logits(done, wanted)
+        count = sum(chunk.num_logits > 0 for chunk in chunks)
+        if self._told is not None and count and tells:
+            drawn_R = torch.empty(count, dtype=torch.int64, device=self._device.torch_device)
+            self._told.broadcast(drawn_R)
+            self._drawn = drawn_R.tolist()
+
+    def _compute(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None) -> _Computed:
         assert chunks, "a step of no chunks"
         tokens: list[int] = []
         wanted: list[int] = []
         for chunk in chunks:
             assert len(chunk.token_ids), "a chunk of no tokens"
             tokens += chunk.token_ids
-            if chunk.wants_logits:
-                wanted.append(len(tokens) - 1)
+            wanted += range(len(tokens) - chunk.num_logits, len(tokens))
         if min(tokens) < 0:
             tokens = [self._drawn[-1 - token] if token < 0 else token for token in tokens]
-        if graph_tokens is not None:
-            return self._replay(chunks, tokens, wanted, graph_tokens)
+        with torch.inference_mode():
+            if graph_tokens is None:
+                normed_TD, logits_TV = self._run_eagerly(chunks, tokens), None
+            else:
+                assert self.graphs is not None, f"a graph of {graph_tokens} tokens, and no graphs"
+                normed_TD, logits_TV = self.graphs.run(graph_tokens, tokens, chunks)
+            if self.observer is not None:
+                self.observer(chunks, normed_TD[: len(tokens)])
+        return _Computed(normed_TD, logits_TV, wanted)
+
+    def _run_eagerly(self, chunks: Sequence[SequenceChunk], tokens: Sequence[int]) -> Tensor:
         positions = [p for c in chunks for p in range(c.num_computed_tokens, c.num_computed_tokens + len(c.token_ids))]
         device = self._device.torch_device
+        batch = paged_batch(
+            [len(chunk.token_ids) for chunk in chunks],
+            [chunk.num_computed_tokens for chunk in chunks],
+            [chunk.block_table for chunk in chunks],
+            self._kv_pool.layers[0].k_BPKH,
+        )
+        return self._model.run_layers(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            batch=batch,
+            kv=self._kv_pool.layers,
+            workspace=self.workspace,
+        )
+
+    def _logits(self, done: _Computed, wanted: Sequence[int]) -> Tensor:
+        """Shape [R, V] of some of the tokens, in ascending order."""
         with torch.inference_mode():
-            batch = paged_batch(
-                [len(chunk.token_ids) for chunk in chunks],
-                [chunk.num_computed_tokens for chunk in chunks],
-                [chunk.block_table for chunk in chunks],
-                self._kv_pool.layers[0].k_BPKH,
-            )
-            return self._model.forward(
-                torch.tensor(tokens, device=device),
-                torch.tensor(positions, device=device),
-                torch.tensor(wanted, dtype=torch.int64, device=device),
-                batch=batch,
-                kv=self._kv_pool.layers,
-                workspace=self.workspace,
-            )
+            if done.logits_TV is None:
+                wanted_R = torch.tensor(wanted, dtype=torch.int64, device=self._device.torch_device)
+                return self._model.logits(done.normed_TD[wanted_R], self.workspace)
+            if wanted and wanted[-1] - wanted[0] == len(wanted) - 1:
+                return done.logits_TV[wanted[0] : wanted[-1] + 1]
+            return done.logits_TV[wanted]
 
-    def _replay(
-        self, chunks: Sequence[SequenceChunk], tokens: Sequence[int], wanted: Sequence[int], graph_tokens: int
-    ) -> Tensor:
-        assert self.graphs is not None, f"a graph of {graph_tokens} tokens, and no graphs"
-        with torch.inference_mode():
-            normed_TD, logits_TV = self.graphs.run(graph_tokens, tokens, chunks)
-            if logits_TV is None:
-                return self._model.logits(normed_TD[wanted], self.workspace)
-            return logits_TV[: len(wanted)] if len(wanted) == len(tokens) else logits_TV[wanted]
 
-    def draw(
-        self,
-        chunks: Sequence[SequenceChunk],
-        requests: Sequence[Request],
-        positions: Sequence[int],
-        graph_tokens: int | None = None,
-    ) -> list[int]:
-        """Computes one step and draws its tokens, which the next step may follow before anybody has seen them.
-
-        Args:
-            requests, positions: of the chunks that want logits, in their order: whose token is drawn, and which
-                output token of theirs it becomes (0 first).
-            graph_tokens: as `run`.
-        """
-        logits_RV = self.run(chunks, graph_tokens)
-        if not requests:
-            self._device.synchronize()  # otherwise reading the tokens is what waits for the step
-        sampling, ids = [r.sampling for r in requests], [r.id for r in requests]
-        tokens = sample(logits_RV, sampling, ids, positions, argmax=self._model.ops.argmax)
-        if self._told is not None and tokens:
-            self._told.broadcast(torch.tensor(tokens, device=self._device.torch_device))
-        self._drawn = tokens
-        return tokens
-
-    def follow_draw(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None) -> None:
-        """`draw` on a rank other than 0, which computes its part and is told the tokens."""
-        self.run(chunks, graph_tokens)
-        count = sum(chunk.wants_logits for chunk in chunks)
-        if self._told is not None and count:
-            drawn_R = torch.empty(count, dtype=torch.int64, device=self._device.torch_device)
-            self._told.broadcast(drawn_R)
-            self._drawn = drawn_R.tolist()
+def _parts(sizes: Sequence[int], wanted: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """`wanted` in parts of at most so many rows, or of one sequence; nothing is a part, too, for ranks to meet in."""
+    assert sum(sizes) == len(wanted), f"{len(wanted)} rows of logits for sequences of {list(sizes)}"
+    start = end = 0
+    for size in sizes:
+        if end > start and end + size - start > most:
+            yield wanted[start:end]
+            start = end
+        end += size
+    yield wanted[start:end]

@@ -1,0 +1,59 @@
+"""Every method of drafting that one run of the engine has, as one `Proposer`."""
+
+# Shapes: d drafts of a request, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from xllm_lab.drafting import Asked, Proposer
+from xllm_lab.engine.clock import Clock
+from xllm_lab.workload import RequestId
+
+
+class OneMethod(Proposer, Protocol):
+    """A proposer by one method."""
+
+    def probabilities(self, request: RequestId) -> Tensor | None:
+        """What a request's drafts made last were drawn from, shape [d, V]; None if they were not drawn by chance."""
+        ...
+
+
+class EngineDrafts:
+    """Asks each method for its requests, and takes the time.
+
+    Args:
+        clock: the run's.
+
+    Attributes:
+        draft_us: of the drafts made last.
+    """
+
+    def __init__(self, proposers: Sequence[OneMethod], clock: Clock) -> None:
+        self._by_method = {method: proposer for proposer in proposers for method in proposer.methods}
+        self._clock = clock
+        self.draft_us = 0
+
+    @property
+    def methods(self) -> Sequence[str]:
+        return tuple(self._by_method)
+
+    def propose(self, asked: Sequence[Asked]) -> list[Sequence[int]]:
+        started_us = self._clock.now_us()
+        made: dict[RequestId, Sequence[int]] = {}
+        for method, proposer in self._by_method.items():
+            if mine := [a for a in asked if a.method == method]:
+                made |= zip([a.state.id for a in mine], proposer.propose(mine), strict=True)
+        self.draft_us = self._clock.now_us() - started_us
+        return [made[a.state.id] for a in asked]
+
+    def probabilities(self, request: RequestId, method: str) -> Tensor | None:
+        """As `OneMethod`."""
+        return self._by_method[method].probabilities(request)
+
+    def forget(self, request: RequestId) -> None:
+        for proposer in self._by_method.values():
+            proposer.forget(request)

@@ -140,3 +140,18 @@ def _error_text(error_frac: float, is_fitted: bool) -> str:
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
     first, *rest = zip(line, widths, strict=True)
     return "  ".join((first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest))).rstrip()
+
+
+def policies_page(catalogue: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Every policy and knob (`verbs.catalogue`) in Markdown, for `docs/policies.md`."""
+    lines = ["# Policies", "", "As `xllm-lab policies --markdown` finds them; a test keeps this page so."]
+    for decides, entries in catalogue.items():
+        lines += ["", f"## {decides}", "", "| policy | knob | default; range | |", "|---|---|---|---|"]
+        for name, entry in entries.items():
+            lines.append(f"| `{name}` | | | {_cell(entry['what'])} |")
+            lines += [f"| | `{knob}` | {_cell(note)} | |" for knob, note in entry["knobs"].items()]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from xllm_lab.errors import ConfigError, PolicyError
-from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled
@@ -82,11 +82,11 @@ class Recorded:
         }
 
 
-def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
+def parity(run: Run, *, policies: Policies | None = None) -> Parity:
     """Compare an engine run's decisions with the simulator's on the same arrivals, step times and tokens.
 
     Args:
-        policy: decides in the simulator instead of the run's own, to see where it would part ways.
+        policies: decide in the simulator instead of the run's own, to see where they would part ways.
 
     Raises:
         ConfigError: the run is not an engine's.
@@ -99,11 +99,10 @@ def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
         run_simulation(
             _as_it_arrived(run.workload, records),
             run.manifest.instance_config(),
-            policy or run.manifest.batch_policy(),
+            policies or run.manifest.instance_policies(),
             recorded,
             vocab_size=run.manifest.model["vocab_size"],
             step_time=run.manifest.step_time_model(),
-            shapes=run.manifest.shapes_policy(),
         )
     except _DifferenceError as difference:
         step, simulator = difference.args

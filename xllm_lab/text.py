@@ -144,14 +144,13 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
 
 def policies_page(catalogue: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Every policy and knob (`verbs.catalogue`) in Markdown, for `docs/policies.md`."""
-    lines = ["# Policies", "", "As `xllm-lab policies --markdown` finds them; a test keeps this page so."]
+    lines = ["# Policies", "", "Written by `xllm-lab policies --markdown`; a test keeps this page so."]
     for decides, entries in catalogue.items():
-        lines += ["", f"## {decides}", "", "| policy | knob | default; range | |", "|---|---|---|---|"]
+        lines += ["", f"## {decides}", "", "| policy | knob | what it does; default and range |", "|---|---|---|"]
         for name, entry in entries.items():
-            lines.append(f"| `{name}` | | | {_cell(entry['what'])} |")
-            lines += [f"| | `{knob}` | {_cell(note)} | |" for knob, note in entry["knobs"].items()]
+            rows = [
+                (f"`{name}`", "", entry["what"]),
+                *(("", f"`{knob}`", told) for knob, told in entry["knobs"].items()),
+            ]
+            lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

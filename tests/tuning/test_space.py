@@ -18,9 +18,11 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies import catalog
 from xllm_lab.policies.api import Choice
 from xllm_lab.policies.catalog import knobs, make_policy
-from xllm_lab.policies.of_instance import Policies
+from xllm_lab.policies.of_instance import DECISIONS, Policies
 from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
+from xllm_lab.tuning import space as space_module
 from xllm_lab.tuning.space import Space
 
 NUM_DRAWS = 60
@@ -146,6 +148,29 @@ def test_only_the_drawn_policys_knobs_are_drawn() -> None:
     for params, _ in found:
         owners = {name.partition(".")[0] for name in params if "." in name}
         assert owners == {params["policy"]}
+
+
+def test_policies_of_any_decision_are_chosen_from() -> None:
+    """Each with knobs of its own, as two may have one of the same name; nothing else changes."""
+    space = Space(default(), ["powers-of-two", "shapes.xllm-buckets"])
+    found = drawn(space)
+    assert {params["shapes"] for params, _ in found} == {"eager", "powers-of-two", "xllm-buckets"}
+    for params, made in found:
+        assert made.as_dict()["policies"]["shapes"]["name"] == params["shapes"]
+        owners = {name.split(".")[1] for name in params if name.startswith("shapes.")}
+        assert owners == {params["shapes"]} - {"eager"}
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()  # type: ignore[arg-type]
+    others = [with_shapes(one).policies for one in (PowersOfTwo(), XllmBuckets())]
+    assert list(space.alternatives()) == [default().policies, *others]
+
+
+def test_a_name_of_several_decisions_must_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could tell which of them was meant."""
+    monkeypatch.setattr(space_module, "policies", lambda decides: {"namesake": PowersOfTwo})
+    with pytest.raises(ConfigError) as refused:
+        Space(default(), ["namesake"])
+    accepted = str(refused.value).partition("policy 'namesake' is ambiguous; accepted: ")[2].split(" or ")
+    assert accepted == [f"{decides}.namesake" for decides in DECISIONS]
 
 
 def test_an_unknown_policy_is_refused() -> None:

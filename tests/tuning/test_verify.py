@@ -39,7 +39,7 @@ class Watched(Engine):
         self.asked: list[tuple[str, str]] = []
 
     def replay(self, *args: Any, out: Path, **kwargs: Any) -> Run:
-        self.asked.append((out.name, type(args[2]).__name__))
+        self.asked.append((out.name, type(args[2].batch).__name__))
         return super().replay(*args, out=out, **kwargs)
 
 

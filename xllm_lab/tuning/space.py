@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import optuna
 
@@ -128,7 +128,7 @@ def _found(said: str) -> tuple[str, str]:
 
 
 def _draw(trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    hints = cls.__annotations__
+    hints = get_type_hints(cls)
     for name, note in knobs(cls).items():
         if isinstance(note, Choice):
             yield name, trial.suggest_categorical(prefix + name, note.values)

@@ -25,6 +25,7 @@ from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.machine_profile import Grid, num_shapes, write_machine_profile
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records, StepRecord
 from xllm_lab.sim.cost import CostModel, batch_of
 from xllm_lab.sim.machine import profiled_machine
@@ -91,7 +92,7 @@ def main() -> None:
             took_s = time.process_time() - start_s
             machine = profiled_machine(Path(folder, "bundle"))
         records = Records()
-        engine.serve(workload(o.requests), CONFIG, DecodeFirst(), records)
+        engine.serve(workload(o.requests), CONFIG, Policies(DecodeFirst()), records)
         told = {"dtype": dtype, "shapes": num_shapes(GRID), "profile_cpu_s": round(took_s, 1)}
         print(json.dumps(told | errors(records.steps, machine.cost)), flush=True)
 

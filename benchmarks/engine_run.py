@@ -192,6 +192,7 @@ def ours(inputs: Path, dtype: str, workload: list[dict[str, Any]]) -> dict[str, 
     from xllm_lab.engine.engine import EngineOptions
     from xllm_lab.instance_config import InstanceConfig
     from xllm_lab.policies.batch.decode_first import DecodeFirst
+    from xllm_lab.policies.of_instance import Policies
     from xllm_lab.records import Records
     from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
@@ -215,7 +216,7 @@ def ours(inputs: Path, dtype: str, workload: list[dict[str, Any]]) -> dict[str, 
         for n, r in enumerate(workload)
     ]
     records = Records()
-    engine.serve(Workload(requests=tuple(made)), config, DecodeFirst(), records)
+    engine.serve(Workload(requests=tuple(made)), config, Policies(DecodeFirst()), records)
     steps = []
     for step in records.steps:
         prompts = sum(

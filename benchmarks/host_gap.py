@@ -21,7 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
-from xllm_lab.policies.catalog import make_shapes_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records, StepRecord
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
@@ -62,8 +63,8 @@ def main() -> None:
     for _ in range(args.repeats):
         for mode in ASYNC_SCHEDULING:
             records = Records()
-            where, shapes = replace(CONFIG, async_scheduling=mode), make_shapes_policy(args.shapes)
-            engine.serve(sent, where, DecodeFirst(), records, shapes=shapes)
+            where, shapes = replace(CONFIG, async_scheduling=mode), make_policy("shapes", args.shapes)
+            engine.serve(sent, where, Policies(DecodeFirst(), shapes=shapes), records)
             tokens.add(tuple(tuple(r.output_token_ids) for r in records.sort().requests))
             steps = decoding(records)
             gaps_us[mode].append(statistics.mean(s.gap_us or 0 for s in steps))

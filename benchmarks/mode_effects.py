@@ -24,7 +24,8 @@ from host_gap import CONFIG, workload
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
-from xllm_lab.policies.catalog import make_shapes_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.records import Records
 from xllm_lab.sim.calibrate import Calibration, calibrate
@@ -61,7 +62,7 @@ class Mode(NamedTuple):
         return replace(CONFIG, async_scheduling=self.async_scheduling)
 
     def shapes_policy(self) -> ShapesPolicy:
-        return make_shapes_policy(self.shapes)
+        return make_policy("shapes", self.shapes)
 
 
 IN_TURNS = Mode("off", "eager")
@@ -80,10 +81,12 @@ def measured(engine: Engine, args: argparse.Namespace, folder: Path) -> tuple[di
     for repeat in range(args.repeats):
         for shapes in ("eager", *GRAPHS):
             mode, out = Mode("off", shapes), folder / f"{shapes}-{repeat}"
-            runs.append(engine.replay(learn, mode.config(), DecodeFirst(), out=out, shapes=mode.shapes_policy()))
+            runs.append(
+                engine.replay(learn, mode.config(), Policies(DecodeFirst(), shapes=mode.shapes_policy()), out=out)
+            )
         for mode in MODES:
             records = Records()
-            engine.serve(held_out, mode.config(), DecodeFirst(), records, shapes=mode.shapes_policy())
+            engine.serve(held_out, mode.config(), Policies(DecodeFirst(), shapes=mode.shapes_policy()), records)
             ends[mode].append(end_us(records))
     return ends, calibrate(runs)
 
@@ -93,7 +96,7 @@ def predicted_us(machine: Machine, mode: Mode, num_requests: int) -> int:
     vocab_size, shapes = machine.model["vocab_size"], mode.shapes_policy()
     return end_us(
         run_simulation(
-            workload(num_requests), mode.config(), DecodeFirst(), timing, vocab_size=vocab_size, shapes=shapes
+            workload(num_requests), mode.config(), Policies(DecodeFirst(), shapes=shapes), timing, vocab_size=vocab_size
         )
     )
 

@@ -34,7 +34,7 @@ from xllm_lab.arrivals import gamma_bursts
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.catalog import make_batch_policy, policies
+from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed
@@ -163,7 +163,7 @@ def rounds(engine: Engine, scale: Scale) -> Iterator[Round]:
     names = tuple(policies("batch"))
     step_time = engine.measure_step_time(scale.config(0))
     for number in count():
-        yield _round(engine, scale, number, make_batch_policy(names[number % len(names)]), step_time)
+        yield _round(engine, scale, number, make_policy("batch", names[number % len(names)]), step_time)
 
 
 def _round(engine: Engine, scale: Scale, number: int, policy: BatchPolicy, step_time: StepTime) -> Round:

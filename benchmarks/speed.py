@@ -35,6 +35,7 @@ from workloads import MAX_MODEL_LEN, azure_conversation, chat, fixed_length
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.provenance import build
 from xllm_lab.records import RequestRecord
 from xllm_lab.run_writer import RunWriter
@@ -162,7 +163,7 @@ def serve(workload: Workload, num_instances: int, setup: Setup, *, keep: str, wa
                 workload,
                 FleetConfig(num_instances=num_instances, heartbeat_us=0),
                 setup.config,
-                setup.policy,
+                Policies(setup.policy),
                 timing,
                 recorder=recorder,
                 vocab_size=32_000,

@@ -44,6 +44,7 @@ def start(dtype: str, kv_tokens: int, began_s: float) -> dict[str, Any]:
     from xllm_lab.engine.weights import expected_shapes
     from xllm_lab.instance_config import InstanceConfig
     from xllm_lab.policies.batch.decode_first import DecodeFirst
+    from xllm_lab.policies.of_instance import Policies
     from xllm_lab.records import Records
     from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
@@ -58,7 +59,7 @@ def start(dtype: str, kv_tokens: int, began_s: float) -> dict[str, Any]:
         max_model_len=1024,
     )
     one = Request(id=RequestId(0), arrival_us=0, prompt=Prompt(num_tokens=64), output_tokens=1)
-    engine.serve(Workload(requests=(one,)), config, DecodeFirst(), Records())
+    engine.serve(Workload(requests=(one,)), config, Policies(DecodeFirst()), Records())
     ends("first token")
     model = engine.model.config
     num_weights = sum(math.prod(shape) for shape in expected_shapes(model).values())

@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.prefill_first import PrefillFirst
-from xllm_lab.policies.catalog import make_shapes_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
@@ -62,7 +63,7 @@ def main() -> None:
             with Engine(options) as engine:
                 processes = (os.getpid(), *(() if engine.ranks is None else engine.ranks.process_ids))
                 before, start_s, records = [cpu_s(p) for p in processes], time.perf_counter(), Records()
-                engine.serve(SENT, CONFIG, PrefillFirst(), records, shapes=make_shapes_policy(args.shapes))
+                engine.serve(SENT, CONFIG, Policies(PrefillFirst(), shapes=make_policy("shapes", args.shapes)), records)
                 took_s = time.perf_counter() - start_s
                 spent = [cpu_s(p) - b for p, b in zip(processes, before, strict=True)]
             tokens.add(tuple(tuple(r.output_token_ids.tolist()) for r in records.sort().requests))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run, write_json, write_run
 from xllm_lab.sim.calibrate import Calibration, Residual
@@ -19,7 +20,7 @@ from xllm_lab.workload import Prompt, Request, RequestId, Slo, Workload
 HOSTILE = "<script>alert('a trace')</script>"
 # Few enough blocks for preemptions; every field that the page reads differs from its neighbour.
 CONFIG = InstanceConfig(block_size=16, num_kv_blocks=24, max_tokens_per_batch=128, enable_prefix_cache=False)
-POLICY = make_batch_policy("prefill-first", {"watermark_frac": 1.0})
+POLICY = make_policy("batch", "prefill-first", {"watermark_frac": 1.0})
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -100,8 +101,8 @@ def as_engine(run: Run, out: Path) -> Run:
 
 def verification(folder: Path, tuned_per_s: list[float], *, tuned: InstanceConfig | None = None) -> Path:
     """A folder as `verify` leaves it, but for the runs."""
-    default = Candidate(instance=CONFIG, policy=POLICY)
-    other = Candidate(instance=tuned or dataclasses.replace(CONFIG, num_kv_blocks=64), policy=POLICY)
+    default = Candidate(instance=CONFIG, policies=Policies(POLICY))
+    other = Candidate(instance=tuned or dataclasses.replace(CONFIG, num_kv_blocks=64), policies=Policies(POLICY))
     folder.mkdir(parents=True)
     value = {
         "default": default.as_dict(),

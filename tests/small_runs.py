@@ -16,8 +16,9 @@ from xllm_lab.drafting import Drafting
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, Choice, Knob, ceil_div
 from xllm_lab.policies.batch.fcfs import Fcfs
-from xllm_lab.policies.catalog import knobs, make_batch_policy, policies
+from xllm_lab.policies.catalog import knobs, make_policy, policies
 from xllm_lab.policies.draft import DraftPlan, DraftPolicy, DraftView, Room, drafting_key
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
@@ -140,7 +141,9 @@ def instance_config(**changes: Any) -> InstanceConfig:
 
 def run(workload: Workload, config: InstanceConfig, policy: BatchPolicy, timing: EqualSteps | None = None) -> Records:
     """Records of the workload served in simulated time."""
-    return run_simulation(workload, config, policy, timing or EqualSteps(), vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
+    return run_simulation(
+        workload, config, Policies(policy), timing or EqualSteps(), vocab_size=VOCAB_SIZE, step_time=STEP_TIME
+    )
 
 
 def run_audited(
@@ -162,7 +165,9 @@ def run_audited(
         config, policy, records, step_time=STEP_TIME, shapes=shapes_of(shapes, config), drafting=drafting
     )
     conversation = serve(
-        scheduler, WorkloadFeed(workload), lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed)
+        scheduler,
+        WorkloadFeed(workload),
+        lambda r: prompt_token_ids(r, vocab_size=VOCAB_SIZE, seed=workload.seed),
     )
     answer: Completion | Woke | None = None
     while True:
@@ -289,7 +294,8 @@ def batch_policies(draw: st.DrawFn) -> BatchPolicy:
     """Any catalogued policy with any values of its knobs."""
     name = draw(st.sampled_from(sorted(policies("batch"))))
     cls = policies("batch")[name]
-    return make_batch_policy(name, {field: draw(_values(knob)) for field, knob in knobs(cls).items()})
+    policy: BatchPolicy = make_policy("batch", name, {field: draw(_values(knob)) for field, knob in knobs(cls).items()})
+    return policy
 
 
 @st.composite

@@ -13,6 +13,7 @@ from tests.sim.cost.profile_bundles import write_bundle
 from tests.test_bad_input import NOT_THERE, Words, refused
 from xllm_lab.formats import own
 from xllm_lab.hardware import BUILT_IN
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import write_calibration
 from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
@@ -27,7 +28,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own.write(workload(), folder / "trace.jsonl")
     write_calibration(calibration(), folder / "machine.json")
     write_bundle(folder / "bundle")
-    simulate(workload(), CONFIG, POLICY, fitted_machine(calibration()), out=folder / "run")
+    simulate(workload(), CONFIG, Policies(POLICY), fitted_machine(calibration()), out=folder / "run")
     return folder
 
 

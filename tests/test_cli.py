@@ -90,7 +90,7 @@ def test_a_replay_in_graphs_keeps_their_policy_and_counts(loop: TinyLoop, tmp_pa
     assert "unknown shapes policy 'round'; accepted: eager, powers-of-two, vllm-buckets, xllm-buckets" in refused.err
     assert said(*chosen, "xllm-buckets").status == 0
     manifest = read_run(tmp_path / "run").manifest
-    assert manifest.shapes_policy() == XllmBuckets(acl_graph_decode_batch_size_limit=9)
+    assert manifest.instance_policies().shapes == XllmBuckets(acl_graph_decode_batch_size_limit=9)
     assert manifest.graphs is not None
     assert manifest.graphs["replays"] > 0
 
@@ -109,7 +109,7 @@ def test_graphs_are_calibrated_simulated_and_tuned(loop: TinyLoop, tmp_path: Pat
     told = said("simulate", "--like", tmp_path / "run", "--calibration", both, "--out", tmp_path / "simulated")
     assert told.status == 0
     simulated = read_run(tmp_path / "simulated")
-    assert simulated.manifest.shapes == read_run(tmp_path / "run").manifest.shapes
+    assert simulated.manifest.policies == read_run(tmp_path / "run").manifest.policies
     assert simulated.manifest.graphs is not None
     assert simulated.manifest.graphs["replays"] == sum(s.graph_tokens is not None for s in simulated.records.steps) > 0
     search = ("tune", loop / "learn.jsonl", *SETTINGS, "--shapes", "powers-of-two", "--trials", 3, "--quiet")
@@ -259,7 +259,7 @@ def test_a_run_like_another_takes_what_is_not_said(loop: TinyLoop, tmp_path: Pat
     assert got.status == 0
     own, was = read_run(tmp_path / "run").manifest, read_run(loop / "paced").manifest
     assert own.instance == was.instance
-    assert own.policy == {**was.policy, "max_tokens_per_chunk": 40}
+    assert own.policies == {**was.policies, "batch": {**was.policies["batch"], "max_tokens_per_chunk": 40}}
 
 
 def test_leaving_the_calibrated_range_is_said(loop: TinyLoop, tmp_path: Path) -> None:

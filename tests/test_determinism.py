@@ -13,7 +13,8 @@ import pytest
 from tests.laws import VOCAB_SIZE
 from tests.small_runs import STEP_TIME, request
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.catalog import make_batch_policy, policies
+from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import Calibration, Residual
 from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
@@ -55,7 +56,13 @@ def write_runs(folder: Path) -> None:
     """One run of each policy, in folders named after them."""
     config = InstanceConfig(max_tokens_per_batch=24, max_seqs_per_batch=6, block_size=4, num_kv_blocks=20)
     for name in policies("batch"):
-        simulate(busy_workload(), config, make_batch_policy(name), fitted_machine(CALIBRATION), out=folder / name)
+        simulate(
+            busy_workload(),
+            config,
+            Policies(make_policy("batch", name)),
+            fitted_machine(CALIBRATION),
+            out=folder / name,
+        )
 
 
 def in_process(hash_seed: int, program: str, *arguments: str) -> str:

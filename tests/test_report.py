@@ -13,6 +13,7 @@ import pytest
 from tests.report_inputs import CONFIG, HOSTILE, POLICY, as_engine, calibration, read, verification, workload
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.report import write_report
 from xllm_lab.report.series import NUM_CDF_POINTS, NUM_SLICES, Timeline, cumulative, step_tokens
 from xllm_lab.runs import Run, read_run, write_run
@@ -30,9 +31,13 @@ from xllm_lab.wording import compact, metric_label, metric_text, percent, signed
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Three engine runs that spread a little, and a simulated one that is somewhat slow."""
     tmp = tmp_path_factory.mktemp("runs")
-    made = {"simulated": simulate(workload(), CONFIG, POLICY, fitted_machine(calibration(1.05)), out=tmp / "simulated")}
+    made = {
+        "simulated": simulate(
+            workload(), CONFIG, Policies(POLICY), fitted_machine(calibration(1.05)), out=tmp / "simulated"
+        )
+    }
     for k, factor in enumerate((1.0, 1.04, 0.97)):
-        raw = simulate(workload(), CONFIG, POLICY, fitted_machine(calibration(factor)), out=tmp / f"raw-{k}")
+        raw = simulate(workload(), CONFIG, Policies(POLICY), fitted_machine(calibration(factor)), out=tmp / f"raw-{k}")
         made[f"engine-{k}"] = as_engine(raw, tmp / f"engine-{k}")
     return made
 
@@ -54,7 +59,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     changes: tuple[dict[str, Any], ...] = ({}, {"num_kv_blocks": 64}, {"max_model_len": 16})
     trials = []
     for number, change in enumerate(changes):
-        one = Candidate(instance=dataclasses.replace(CONFIG, **change), policy=POLICY)
+        one = Candidate(instance=dataclasses.replace(CONFIG, **change), policies=Policies(POLICY))
         job = {"workloads": [str(tmp / "workload-0.jsonl")], "calibration": str(tmp / "calibration.json")}
         report = evaluate({**job, "min_slo_attainment_frac": 0.0, "candidate": one.as_dict()})
         trials.append(Trial(number=number, candidate=one, report=report))
@@ -176,7 +181,9 @@ def test_broken_parity_is_said(runs: dict[str, Run], tmp_path: Path) -> None:
 
 
 def test_extrapolation_earns_a_warning(runs: dict[str, Run], tmp_path: Path) -> None:
-    far = simulate(workload(), CONFIG, POLICY, fitted_machine(calibration(highest=60.0)), out=tmp_path / "far")
+    far = simulate(
+        workload(), CONFIG, Policies(POLICY), fitted_machine(calibration(highest=60.0)), out=tmp_path / "far"
+    )
     assert far.manifest.timing["extrapolated_frac"] > 0.05
     page = read(write_report(tmp_path / "page.html", engine=[runs["engine-0"]], simulated=far))
     said = percent(far.manifest.timing["extrapolated_frac"])
@@ -208,7 +215,7 @@ def test_run_that_serves_nothing_has_a_page(runs: dict[str, Run], tmp_path: Path
     empty = simulate(
         dataclasses.replace(run.workload, requests=gone),
         CONFIG,
-        POLICY,
+        Policies(POLICY),
         fitted_machine(calibration()),
         out=tmp_path / "e",
     )
@@ -226,8 +233,10 @@ def test_provenance_names_where_numbers_come_from(runs: dict[str, Run], whole: P
 
 def test_names_are_text_never_markup(tmp_path: Path) -> None:
     config, odd = CONFIG, dataclasses.replace(calibration(), model={**calibration().model, "name": HOSTILE})
-    raw = simulate(workload(6, source=HOSTILE), config, POLICY, fitted_machine(odd), out=tmp_path / "raw")
-    manifest = dataclasses.replace(raw.manifest, policy={**raw.manifest.policy, "note": HOSTILE}, commit=HOSTILE)
+    raw = simulate(workload(6, source=HOSTILE), config, Policies(POLICY), fitted_machine(odd), out=tmp_path / "raw")
+    manifest = dataclasses.replace(
+        raw.manifest, policies={"batch": {**raw.manifest.policies["batch"], "note": HOSTILE}}, commit=HOSTILE
+    )
     run = write_run(tmp_path / HOSTILE.replace("/", ""), manifest, raw.workload, raw.records)
     page = read(write_report(tmp_path / "page.html", engine=(), simulated=run, calibration=odd))
     assert "script" not in page.tags
@@ -246,7 +255,7 @@ def test_page_about_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_runs_of_different_work_are_not_compared(engine: list[Run], tmp_path: Path) -> None:
-    other = simulate(workload(7), CONFIG, POLICY, fitted_machine(calibration()), out=tmp_path / "other")
+    other = simulate(workload(7), CONFIG, Policies(POLICY), fitted_machine(calibration()), out=tmp_path / "other")
     with pytest.raises(ConfigError, match="workload differs"):
         write_report(tmp_path / "page.html", engine=engine, simulated=other)
     assert not (tmp_path / "page.html").exists()
@@ -267,7 +276,7 @@ def test_timeline_keeps_the_mean_over_time(engine: list[Run]) -> None:
 def test_prompts_and_outputs_are_told_apart(tmp_path: Path) -> None:
     """Decoded tokens are all output tokens but each request's first, which its prompt's last chunk draws."""
     roomy = dataclasses.replace(CONFIG, num_kv_blocks=1000)
-    records = simulate(workload(), roomy, POLICY, fitted_machine(calibration()), out=tmp_path / "run").records
+    records = simulate(workload(), roomy, Policies(POLICY), fitted_machine(calibration()), out=tmp_path / "run").records
     prompts = {int(r.id): r.prompt_tokens for r in records.requests}
     tokens = [step_tokens(s, prompts) for s in records.steps]
     assert sum(t.prompt for t in tokens) == sum(prompts.values())
@@ -296,7 +305,7 @@ def test_numbers_are_worded_with_three_digits_and_a_unit() -> None:
 
 @pytest.mark.slow
 def test_study_that_tune_wrote_has_a_page(tmp_path: Path) -> None:
-    space = Space(Candidate(instance=dataclasses.replace(CONFIG, num_kv_blocks=64), policy=POLICY))
+    space = Space(Candidate(instance=dataclasses.replace(CONFIG, num_kv_blocks=64), policies=Policies(POLICY)))
     done = tune([workload()], calibration(), space, num_trials=3, seed=1, out=tmp_path / "study", num_workers=1)
     page = read(write_report(tmp_path / "page.html", engine=(), study=done))
     assert "3 simulated trials" in page.text

@@ -26,6 +26,7 @@ from xllm_lab.outages import Outage
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.failover.requeue import Requeue
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.records import REQUEST_SCHEMA
 from xllm_lab.run_writer import RunWriter
@@ -57,12 +58,12 @@ def served(folder: Path, workload: Workload, config: InstanceConfig, policy: Bat
     with RunWriter(folder) as writer:
         known: dict[str, Any] = {"recorder": writer, "vocab_size": VOCAB_SIZE, "step_time": STEP_TIME}
         if chosen is None:
-            serve_alone(workload, config, policy, timing, **known)
+            serve_alone(workload, config, Policies(policy), timing, **known)
         else:
-            instances = Fleet(workload, chosen, config, policy, timing, on_transfer=writer.transfer, **known)
+            instances = Fleet(workload, chosen, config, Policies(policy), timing, on_transfer=writer.transfer, **known)
             writer.low_water_us = instances.low_water_us
             instances.run()
-    told = describe(config, policy, STEP_TIME, workload)
+    told = describe(config, Policies(policy), STEP_TIME, workload)
     return Run(folder, Manifest(host="simulator", timing={}, model={"vocab_size": VOCAB_SIZE}, **told))
 
 

@@ -28,6 +28,7 @@ from xllm_lab.lives import lanes
 from xllm_lab.perfetto import Fields, Label, TraceWriter, encode
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import (
     REQUEST_SCHEMA,
     STEP_SCHEMA,
@@ -47,7 +48,7 @@ US = 1000
 def ran(folder: Path, workload: Workload, config: InstanceConfig, policy: BatchPolicy) -> Run:
     """A run folder of the workload, served in simulated time."""
     records = run(workload, config, policy)
-    told = describe(config, policy, STEP_TIME, workload)
+    told = describe(config, Policies(policy), STEP_TIME, workload)
     manifest = Manifest(host="simulator", timing={}, model={"vocab_size": 1000}, **told)
     return write_run(folder / "run", manifest, workload, records)
 

@@ -16,10 +16,11 @@ from tests.laws import (
 )
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Recorder, Records, RequestRecord
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.step import Step
+from xllm_lab.step_shape import Shapes
 from xllm_lab.workload import Workload
 
 # Steps times requests: the laws look at every request in every step, which in larger runs takes longer than the run.
@@ -46,19 +47,20 @@ class Listening:
         return sum(len(span.ends_us) for span in self.heard.spans) * len(self.heard.requests) > MOST_LOOKS
 
 
-def watched_alone(original: Callable[..., None]) -> Callable[..., None]:
+def watched_alone(original: Callable[..., Shapes | None]) -> Callable[..., Shapes | None]:
     """`serve_alone`, and the laws when it is over."""
 
     def serve_alone(
-        work: Workload, config: InstanceConfig, policy: BatchPolicy, timing: Any, *, recorder: Recorder, **others: Any
-    ) -> None:
+        work: Workload, config: InstanceConfig, policies: Policies, timing: Any, *, recorder: Recorder, **others: Any
+    ) -> Shapes | None:
         listening = Listening(recorder)
-        original(work, config, policy, timing, recorder=listening, **others)
+        shapes = original(work, config, policies, timing, recorder=listening, **others)
         if listening.is_long:
             every_request_has_one_record(work, listening.heard)
             every_request_ends_as_it_should(work, config, listening.heard)
         else:
             obey_the_laws(work, config, listening.heard.sort(), vocab_size=others["vocab_size"])
+        return shapes
 
     return serve_alone
 

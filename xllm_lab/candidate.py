@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.catalog import configured, make_batch_policy, make_shapes_policy, policy_name, values_of
-from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.catalog import configured, values_of
+from xllm_lab.policies.of_instance import Policies, policies_from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,32 +15,23 @@ class Candidate:
     """One full configuration of an instance."""
 
     instance: InstanceConfig
-    policy: BatchPolicy
-    shapes: ShapesPolicy = field(default_factory=lambda: EAGER)
+    policies: Policies
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `candidate` turns it back."""
-        return {
-            "instance": values_of(self.instance),
-            "policy": {"name": policy_name(self.policy), **values_of(self.policy)},
-            "shapes": {"name": policy_name(self.shapes), **values_of(self.shapes)},
-        }
+        return {"instance": values_of(self.instance), "policies": self.policies.as_dict()}
 
 
 def candidate(value: dict[str, Any]) -> Candidate:
     """Inverse of `Candidate.as_dict`; ConfigError for unknown fields or values."""
-    policy, shapes = dict(value["policy"]), dict(value.get("shapes", {"name": "eager"}))
     return Candidate(
         instance=configured(InstanceConfig, value["instance"]),
-        policy=make_batch_policy(policy.pop("name"), policy),
-        shapes=make_shapes_policy(shapes.pop("name"), shapes),
+        policies=policies_from(value["policies"]),
     )
 
 
 def num_changes(one: Candidate, other: Candidate) -> int:
     """Fields in which two configurations differ; another policy counts as one."""
     a, b = one.as_dict(), other.as_dict()
-    differing = sum(int(a["instance"][k] != b["instance"][k]) for k in a["instance"])
-    for x, y in ((a["policy"], b["policy"]), (a["shapes"], b["shapes"])):
-        differing += sum(int(x[k] != y[k]) for k in x) if x["name"] == y["name"] else 1
-    return differing
+    parts = [(a["instance"], b["instance"]), *((mine, b["policies"][d]) for d, mine in a["policies"].items())]
+    return sum(sum(x[k] != y[k] for k in x) if x.get("name") == y.get("name") else 1 for x, y in parts)

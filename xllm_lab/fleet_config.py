@@ -8,7 +8,7 @@ from typing import Any
 
 from xllm_lab.errors import ConfigError
 from xllm_lab.outages import Outage, in_order, refuse_impossible
-from xllm_lab.policies.catalog import configured, make_failover_policy, make_route_policy, policy_name, values_of
+from xllm_lab.policies.catalog import configured, make_policy, policy_name, values_of
 from xllm_lab.policies.failover import FailoverPolicy
 from xllm_lab.policies.failover.cancel import Cancel
 from xllm_lab.policies.route.round_robin import RoundRobin
@@ -89,6 +89,6 @@ def fleet_config(value: Mapping[str, Any]) -> FleetConfig:
         heartbeat_us=value["heartbeat_us"],
         link=configured(LinkConfig, value["link"]),
         outages=tuple(configured(Outage, o) for o in value["outages"]),
-        route=make_route_policy(route.pop("policy"), route),
-        failover=make_failover_policy(failover.pop("policy"), failover),
+        route=make_policy("route", route.pop("policy"), route),
+        failover=make_policy("failover", failover.pop("policy"), failover),
     )

@@ -19,10 +19,8 @@ from xllm_lab import provenance
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.catalog import configured, make_batch_policy, make_shapes_policy, policy_name, values_of
-from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.catalog import configured, values_of
+from xllm_lab.policies.of_instance import Policies, policies_from
 from xllm_lab.records import (
     REQUEST_SCHEMA,
     STEP_SCHEMA,
@@ -35,7 +33,7 @@ from xllm_lab.records import (
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
-FORMAT = 4
+FORMAT = 5
 _FINISHED = "a Parquet file of a finished run"
 
 
@@ -46,27 +44,25 @@ class Manifest:
     Attributes:
         host: "engine" or "simulator".
         instance: fields of `InstanceConfig`.
-        policy: {"name": ..., and its fields}.
+        policies: by decision, {"name": ..., and its fields}.
         step_time: weights the policy saw, or None.
         timing: how time was had: the engine's clock, or the simulator's cost model and its error.
         model: what was served: name, dtype, kv_bytes_per_token (on each device), vocab_size; an engine also says over
             how many devices, tensor_parallel. A simulated run has its calibration's.
         workload: source, checksum, seed, number of requests.
         fleet: fields of `FleetConfig`; None is a single instance.
-        shapes: as `policy`, of the policy that says in which graph a step runs.
         graphs: what became of steps, see `step_shape.ShapeCounts`; of an engine, with its captures and their memory.
             None if every step was eager.
     """
 
     host: str
     instance: dict[str, Any]
-    policy: dict[str, Any]
+    policies: dict[str, dict[str, Any]]
     step_time: list[float] | None
     timing: dict[str, Any]
     model: dict[str, Any]
     workload: dict[str, Any]
     fleet: dict[str, Any] | None = None
-    shapes: dict[str, Any] = field(default_factory=lambda: {"name": "eager"})
     graphs: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=provenance.versions)
     commit: str = field(default_factory=provenance.commit)
@@ -76,30 +72,20 @@ class Manifest:
     def instance_config(self) -> InstanceConfig:
         return configured(InstanceConfig, self.instance)
 
-    def batch_policy(self) -> BatchPolicy:
-        values = dict(self.policy)
-        return make_batch_policy(values.pop("name"), values)
-
-    def shapes_policy(self) -> ShapesPolicy:
-        values = dict(self.shapes)
-        return make_shapes_policy(values.pop("name"), values)
+    def instance_policies(self) -> Policies:
+        return policies_from(self.policies)
 
     def step_time_model(self) -> StepTime | None:
         return None if self.step_time is None else StepTime(tuple(self.step_time))
 
 
 def describe(
-    config: InstanceConfig,
-    policy: BatchPolicy,
-    step_time: StepTime | None,
-    workload: Workload,
-    shapes: ShapesPolicy = EAGER,
+    config: InstanceConfig, policies: Policies, step_time: StepTime | None, workload: Workload
 ) -> dict[str, Any]:
     """The part of a manifest that both hosts fill in the same way."""
     return {
         "instance": values_of(config),
-        "policy": {"name": policy_name(policy), **values_of(policy)},
-        "shapes": {"name": policy_name(shapes), **values_of(shapes)},
+        "policies": policies.as_dict(),
         "step_time": None if step_time is None else list(step_time.weights),
         "workload": {
             "source": workload.source,
@@ -175,17 +161,17 @@ def _refuse_other_manifests(manifest: Manifest) -> None:
     """TypeError unless what the readers of a run look up is there."""
     if manifest.format != FORMAT:
         raise TypeError(f"format is {manifest.format}")
-    needed = (
-        ("policy", "name", str),
-        ("shapes", "name", str),
-        ("model", "vocab_size", int),
-        ("workload", "num_requests", int),
-    )
-    for part in ("instance", "timing", "hardware"):
+    for part in ("instance", "policies", "timing", "hardware"):
         if not isinstance(getattr(manifest, part), dict):
             raise TypeError(f"{part} is no object")
-    for part, name, kind in needed:
-        value = getattr(manifest, part)
+    if "batch" not in manifest.policies:
+        raise TypeError("policies has no batch")
+    needed: list[tuple[str, Any, str, type]] = [
+        *((f"policies.{decides}", value, "name", str) for decides, value in manifest.policies.items()),
+        ("model", manifest.model, "vocab_size", int),
+        ("workload", manifest.workload, "num_requests", int),
+    ]
+    for part, value, name, kind in needed:
         if not isinstance(value, dict) or not isinstance(value.get(name), kind):
             raise TypeError(f"{part} has no {name}")
 

@@ -140,3 +140,17 @@ def _error_text(error_frac: float, is_fitted: bool) -> str:
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
     first, *rest = zip(line, widths, strict=True)
     return "  ".join((first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest))).rstrip()
+
+
+def policies_page(catalogue: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Every policy and knob (`verbs.catalogue`) in Markdown, for `docs/policies.md`."""
+    lines = ["# Policies", "", "Written by `xllm-lab policies --markdown`; a test keeps this page so."]
+    for decides, entries in catalogue.items():
+        lines += ["", f"## {decides}", "", "| policy | knob | what it does; default and range |", "|---|---|---|"]
+        for name, entry in entries.items():
+            rows = [
+                (f"`{name}`", "", entry["what"]),
+                *(("", f"`{knob}`", told) for knob, told in entry["knobs"].items()),
+            ]
+            lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join(lines)

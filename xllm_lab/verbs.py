@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.formats import read_trace
-from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
-from xllm_lab.policies.catalog import (
-    configured,
-    make_batch_policy,
-    make_shapes_policy,
-    policies,
-    policy_name,
-    values_of,
-)
+from xllm_lab.policies.catalog import policies
+from xllm_lab.policies.of_instance import BESIDE, refuse_other_decisions
 from xllm_lab.profiles import is_profile, read_profile
 from xllm_lab.profiles.imported import Imported, is_import, read_import, write_import
 from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
+from xllm_lab.settings import DEFAULT, changed
 from xllm_lab.workload import Workload
 
 if TYPE_CHECKING:
@@ -44,63 +37,47 @@ if TYPE_CHECKING:
     from xllm_lab.tuning.verify import Verification
 
 PathLike = Path | str
-DEFAULT_POLICY = "decode-first"
-DEFAULT_SHAPES = "eager"
 
 
-def configure(
-    policy: str = DEFAULT_POLICY, settings: Mapping[str, Any] | None = None, shapes: str = DEFAULT_SHAPES
-) -> Candidate:
+def configure(policy: str | None = None, settings: Mapping[str, Any] | None = None, **beside: str | None) -> Candidate:
     """A configuration from names of policies and any knobs, the instance's and the policies' together.
 
+    Args:
+        policy: the batch policy; None is decode-first.
+        settings: by the knob's name; where several have one of that name, "draft.depth".
+        beside: policies of the other decisions, by decision: `shapes="xllm-buckets"`. They do nothing unless named.
+
     Raises:
-        ConfigError: an unknown policy, an unknown knob, or a value that is not accepted.
+        ConfigError: an unknown decision, policy or knob, or a value that is not accepted.
     """
-    instance, own, of_shapes = split_settings(policy, settings or {}, shapes)
-    return Candidate(
-        instance=configured(InstanceConfig, instance),
-        policy=make_batch_policy(policy, own),
-        shapes=make_shapes_policy(shapes, of_shapes),
-    )
+    return changed(DEFAULT, _names(policy, beside), settings or {})
 
 
-def split_settings(
-    policy: str, settings: Mapping[str, Any], shapes: str = DEFAULT_SHAPES
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(fields of `InstanceConfig`, of the policy, of the shapes policy); ConfigError for a name that none has."""
-    parts = (
-        [f.name for f in fields(InstanceConfig)],
-        list(values_of(make_batch_policy(policy))),
-        list(values_of(make_shapes_policy(shapes))),
-    )
-    for name in settings:
-        if not any(name in names for names in parts):
-            accepted = ", ".join(name for names in parts for name in names)
-            raise ConfigError(f"unknown setting {name!r} for policy {policy}; accepted: {accepted}")
-    instance, own, of_shapes = ({k: v for k, v in settings.items() if k in names} for names in parts)
-    return instance, own, of_shapes
+def _names(policy: str | None, beside: Mapping[str, str | None]) -> dict[str, str | None]:
+    refuse_other_decisions(beside, BESIDE)
+    return {"batch": policy, **beside}
 
 
 def replay(
     trace: Workload | PathLike,
     *,
     out: PathLike,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    shapes: str = DEFAULT_SHAPES,
     engine: Engine | EngineOptions | None = None,
     calibration: Calibration | PathLike | None = None,
     progress: bool = True,
+    **beside: str | None,
 ) -> Run:
     """Serve a trace on the engine; see `Engine.replay`.
 
     Args:
-        shapes: which steps run in captured graphs; its knobs are among `settings`.
         engine: an open engine, or the options to open one with.
         calibration: step times for policies that need them; without it they are measured first.
+        beside: policies beside the batch policy, see `configure`.
     """
     workload = _workload(trace)
-    chosen = configure(policy, settings, shapes)
+    chosen = configure(policy, settings, **beside)
     fitted = None if calibration is None else _calibration(calibration).step_time_with_host()
     with _opened(engine) as host:
         records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
@@ -108,11 +85,10 @@ def replay(
             return host.replay(
                 workload,
                 chosen.instance,
-                chosen.policy,
+                chosen.policies,
                 out=Path(out),
                 step_time=fitted,
                 recorder=records,
-                shapes=chosen.shapes,
             )
 
 
@@ -155,30 +131,28 @@ def simulate(
     out: PathLike,
     policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    shapes: str | None = None,
     fleet: FleetConfig | PathLike | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
+    **beside: str | None,
 ) -> Run:
     """Serve a trace in simulated time. Given a run, whatever is not overridden is taken from it.
 
     Args:
         machine: what prices steps; a calibration, or the file of one, is the machine it was fitted to.
-        shapes: which steps run in captured graphs; its knobs are among `settings`.
         fleet: a fleet, or the cluster file of one; None is a single instance.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
+        beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
     from xllm_lab.fleet_file import read_fleet
     from xllm_lab.sim.machine import Machine, fitted_machine
     from xllm_lab.sim.simulator import simulate as run_simulator
 
-    if isinstance(trace, Run):
-        chosen = _like(trace, policy, settings or {}, shapes)
-    else:
-        chosen = configure(policy or DEFAULT_POLICY, settings, shapes or DEFAULT_SHAPES)
+    own = _configuration(trace) if isinstance(trace, Run) else DEFAULT
+    chosen = changed(own, _names(policy, beside), settings or {})
     workload = trace.workload if isinstance(trace, Run) else _workload(trace)
     priced = machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine))
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
@@ -188,11 +162,10 @@ def simulate(
         return run_simulator(
             workload,
             chosen.instance,
-            chosen.policy,
+            chosen.policies,
             priced,
             out=Path(out),
             fleet=read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet,
-            shapes=chosen.shapes,
             fast_forward=fast_forward,
             keep_steps=keep_steps,
             progress=ended.update,
@@ -206,14 +179,22 @@ def compare(simulated: Run | PathLike, engine: Iterable[Run | PathLike]) -> list
     return compare_runs(_run(simulated), [_run(run) for run in engine])
 
 
-def parity(run: Run | PathLike, *, policy: str | None = None, settings: Mapping[str, Any] | None = None) -> Parity:
-    """Whether the simulator decides as the engine did; with another policy, where it would part ways."""
+def parity(
+    run: Run | PathLike, *, policy: str | None = None, settings: Mapping[str, Any] | None = None, **beside: str | None
+) -> Parity:
+    """Whether the simulator decides as the engine did; with other policies, where it would part ways.
+
+    Raises:
+        ConfigError: as `configure`, or for another instance: what was recorded happened on this one.
+    """
     from xllm_lab.sim.parity import parity as check
 
     opened = _run(run)
-    if policy is None and not settings:
-        return check(opened)
-    return check(opened, policy=_like(opened, policy, settings or {}).policy)
+    own = _configuration(opened)
+    other = changed(own, _names(policy, beside), settings or {})
+    if other.instance != own.instance:
+        raise ConfigError(f"{opened.path}: was recorded on its own instance; accepted: knobs of policies")
+    return check(opened, policies=other.policies)
 
 
 def tune(
@@ -221,26 +202,26 @@ def tune(
     calibration: Calibration | PathLike,
     *,
     out: PathLike,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    shapes: str = DEFAULT_SHAPES,
     also: Sequence[str] = (),
     trials: int = 100,
     seed: int = 0,
     min_slo_attainment_frac: float = 0.0,
     workers: int = 2,
     progress: bool = True,
+    **beside: str | None,
 ) -> Study:
     """Search policy and instance knobs in the simulator for the most goodput, starting from `policy` and `settings`.
 
     Args:
-        shapes: the shapes policy, whose knobs are searched, too.
-        also: further policies to choose from.
+        also: further policies to choose from, of any decision.
+        beside: policies beside the batch policy, see `configure`; their knobs are searched, too.
     """
     from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
 
-    space = Space(configure(policy, settings, shapes), also)
+    space = Space(configure(policy, settings, **beside), also)
     with bar(trials, "tune", show=progress) as drawn:
         return search(
             [_workload(trace) for trace in traces],
@@ -350,18 +331,8 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _like(run: Run, policy: str | None, settings: Mapping[str, Any], shapes: str | None = None) -> Candidate:
-    """A run's configuration, but for what is overridden; another policy starts from its own defaults."""
-    own, own_shapes = run.manifest.batch_policy(), run.manifest.shapes_policy()
-    name, of = policy or policy_name(own), shapes or policy_name(own_shapes)
-    instance, values, of_shapes = split_settings(name, settings, of)
-    held = values_of(own) if name == policy_name(own) else {}
-    held_by_shapes = values_of(own_shapes) if of == policy_name(own_shapes) else {}
-    return Candidate(
-        instance=configured(InstanceConfig, {**run.manifest.instance, **instance}),
-        policy=make_batch_policy(name, {**held, **values}),
-        shapes=make_shapes_policy(of, {**held_by_shapes, **of_shapes}),
-    )
+def _configuration(run: Run) -> Candidate:
+    return Candidate(instance=run.manifest.instance_config(), policies=run.manifest.instance_policies())
 
 
 def _workload(trace: Workload | PathLike) -> Workload:

@@ -23,7 +23,8 @@ from xllm_lab.errors import ConfigError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
-from xllm_lab.policies.catalog import make_batch_policy, policies
+from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.runs import Run
 from xllm_lab.sim.calibrate import calibrate
@@ -73,7 +74,7 @@ def crowd(num_requests: int = 10, *, output: int = 8, sampling: Sampling | None 
 def served(workload: Workload, where: InstanceConfig, policy: BatchPolicy, *, host: Engine | None = None) -> Records:
     """Records of the workload served by the engine, which obey the laws."""
     records = Records()
-    (host or engine()).serve(workload, where, policy, records, step_time=STEP_TIME)
+    (host or engine()).serve(workload, where, Policies(policy), records, step_time=STEP_TIME)
     obey_the_laws(workload, where, records.sort(), vocab_size=VOCAB_SIZE)
     return records
 
@@ -166,7 +167,7 @@ def played(scene: str, policy: str, folder: Path) -> Run:
     s = SCENES[scene]
     out = folder / f"{scene} {policy}".replace(" ", "-")
     host = engine(s.clock, s.timer)
-    return host.replay(s.workload(), s.where, make_batch_policy(policy), out=out, step_time=STEP_TIME)
+    return host.replay(s.workload(), s.where, Policies(make_policy("batch", policy)), out=out, step_time=STEP_TIME)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def test_any_run_obeys_the_laws_and_the_simulator_agrees(
     drawing = Sampling(temperature=1.0, seed=seed, ignore_eos=False)
     short = tuple(replace(r, sampling=drawing if r.id % 2 else Sampling()) for r in workload.requests)
     out = tmp_path_factory.mktemp("any") / "run"
-    run = engine().replay(replace(workload, requests=short), where, policy, out=out, step_time=STEP_TIME)
+    run = engine().replay(replace(workload, requests=short), where, Policies(policy), out=out, step_time=STEP_TIME)
     obey_the_laws(run.workload, where, run.records, vocab_size=VOCAB_SIZE)
     assert parity(run).is_identical
 
@@ -250,21 +251,21 @@ ELSEWHERE = {
 def test_tokens_do_not_depend_on_how_they_were_batched(sampling: Sampling, where: InstanceConfig) -> None:
     """Chunking, preemption, sharing and batching move KV about; in float32 no token notices."""
     workload = crowd(6, output=24, sampling=sampling)
-    expected = outputs(served(workload, config(), make_batch_policy("fcfs")))
-    assert outputs(served(workload, where, make_batch_policy("fcfs"))) == expected
+    expected = outputs(served(workload, config(), make_policy("batch", "fcfs")))
+    assert outputs(served(workload, where, make_policy("batch", "fcfs"))) == expected
 
 
 def test_every_policy_serves_the_same_tokens() -> None:
     """A policy decides when a token is computed, never which."""
     where = config(block_size=4, num_kv_blocks=24, max_tokens_per_batch=24)
-    found = [outputs(served(crowd(output=20), where, make_batch_policy(name))) for name in POLICIES]
+    found = [outputs(served(crowd(output=20), where, make_policy("batch", name))) for name in POLICIES]
     assert all(tokens == found[0] for tokens in found)
 
 
 def test_generation_ends_after_an_end_of_text() -> None:
     """The checkpoint names its ends of text; without `ignore_eos` the first one is the last token, and it is kept."""
     drawing = Sampling(temperature=1.0, ignore_eos=False)
-    records = served(crowd(output=40, sampling=drawing), config(), make_batch_policy("fcfs"))
+    records = served(crowd(output=40, sampling=drawing), config(), make_policy("batch", "fcfs"))
     for record in records.requests:
         is_end = [token in EOS_TOKEN_IDS for token in record.output_token_ids]
         assert not any(is_end[:-1])
@@ -274,16 +275,16 @@ def test_generation_ends_after_an_end_of_text() -> None:
 def test_a_stop_token_of_the_request_ends_it() -> None:
     """The third token of a greedy run, asked for as a stop token, ends the same run after three."""
     plain = crowd(1, output=9)
-    third = outputs(served(plain, config(), make_batch_policy("fcfs")))[0][2]
+    third = outputs(served(plain, config(), make_policy("batch", "fcfs")))[0][2]
     stopping = crowd(1, output=9, sampling=Sampling(stop_token_ids=(third,), ignore_eos=False))
-    (record,) = served(stopping, config(), make_batch_policy("fcfs")).requests
+    (record,) = served(stopping, config(), make_policy("batch", "fcfs")).requests
     assert record.output_token_ids[-1] == third
     assert record.output_tokens <= 3
 
 
 def test_replay_mode_runs_through_ends_of_text() -> None:
     """`ignore_eos` is what makes a trace's output lengths come true."""
-    drawn = served(crowd(output=40, sampling=Sampling(temperature=1.0)), config(), make_batch_policy("fcfs"))
+    drawn = served(crowd(output=40, sampling=Sampling(temperature=1.0)), config(), make_policy("batch", "fcfs"))
     assert any(token in EOS_TOKEN_IDS for tokens in outputs(drawn).values() for token in tokens)
     assert {r.output_tokens for r in drawn.requests} == {40}
 
@@ -293,12 +294,12 @@ def one_by_one(folder: Path) -> Run:
     """A short prompt, a long one, a short one, all there at the start, served one after the other, four steps each."""
     workload = Workload(requests=tuple(request(i, prompt=p, output=4) for i, p in enumerate((10, 30, 20))))
     where = config(max_seqs_per_batch=1)
-    return engine().replay(workload, where, make_batch_policy("decode-first"), out=folder / "one-by-one")
+    return engine().replay(workload, where, Policies(make_policy("batch", "decode-first")), out=folder / "one-by-one")
 
 
 def test_parity_tells_the_first_decision_that_a_knob_changes(one_by_one: Run) -> None:
     """The shortest job first: as in order of arrival for the first request, and then the short prompt overtakes."""
-    found = parity(one_by_one, policy=make_batch_policy("decode-first", {"order": "sjf"}))
+    found = parity(one_by_one, policies=Policies(make_policy("batch", "decode-first", {"order": "sjf"})))
     assert found.step == 4
     assert found.engine is not None
     assert found.engine.tokens == ((1, 30, 0),)
@@ -319,7 +320,7 @@ class LastWord:
 
 def test_parity_compares_reasons_too(one_by_one: Run) -> None:
     """A policy that comes to the same tokens on other grounds is another policy."""
-    assert parity(one_by_one, policy=LastWord(own=make_batch_policy("decode-first"))).step == 0
+    assert parity(one_by_one, policies=Policies(LastWord(own=make_policy("batch", "decode-first")))).step == 0
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +336,7 @@ def test_measured_step_times_are_usable(measured: StepTime) -> None:
 
 def test_a_policy_that_needs_step_times_gets_this_machines(folder: Path) -> None:
     """Nobody calibrated: the engine measures before it serves, and the manifest keeps what the policy saw."""
-    run = engine().replay(_ranked(), config(), make_batch_policy("unified-slo"), out=folder / "unmeasured")
+    run = engine().replay(_ranked(), config(), Policies(make_policy("batch", "unified-slo")), out=folder / "unmeasured")
     assert run.manifest.step_time_model() is not None
     assert parity(run).is_identical
 
@@ -345,7 +346,7 @@ def test_step_times_are_measured_within_a_short_context(tmp_path: Path) -> None:
     short = Engine(EngineOptions(model=str(write_tiny_model(tmp_path / "short", max_position_embeddings=64))))
     where = config(max_model_len=64)
     workload = Workload(requests=(request(0, prompt=30, output=4),))
-    run = short.replay(workload, where, make_batch_policy("unified-slo"), out=tmp_path / "run")
+    run = short.replay(workload, where, Policies(make_policy("batch", "unified-slo")), out=tmp_path / "run")
     obey_the_laws(run.workload, where, run.records, vocab_size=VOCAB_SIZE)
 
 
@@ -353,7 +354,9 @@ def test_a_context_beyond_the_models_is_refused_before_anything_is_measured(tmp_
     """The refusal names both lengths, whether or not step times are wanted."""
     for policy in ("fcfs", "unified-slo"):
         with pytest.raises(ConfigError, match=r"max_model_len is 8192.* accepts 512"):
-            engine().replay(crowd(), config(max_model_len=8192), make_batch_policy(policy), out=tmp_path / "run")
+            engine().replay(
+                crowd(), config(max_model_len=8192), Policies(make_policy("batch", policy)), out=tmp_path / "run"
+            )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -361,7 +364,9 @@ def test_a_context_beyond_the_models_is_refused_before_anything_is_measured(tmp_
 def test_every_step_says_what_it_was_for_host_and_device(mode: str, folder: Path) -> None:
     """In turns, host and device together make a step; side by side, a step is no shorter than the device's part."""
     where = config(max_seqs_per_batch=3, async_scheduling=mode)
-    run = engine(timer="cpu").replay(crowd(), where, make_batch_policy("fcfs"), out=folder / f"work-{mode}")
+    run = engine(timer="cpu").replay(
+        crowd(), where, Policies(make_policy("batch", "fcfs")), out=folder / f"work-{mode}"
+    )
     for step in run.records.steps:
         assert step.host_us is not None
         assert step.device_us is not None
@@ -372,7 +377,7 @@ def test_every_step_says_what_it_was_for_host_and_device(mode: str, folder: Path
 
 def test_calibrating_tells_the_host_from_the_device(folder: Path) -> None:
     """What a calibration says of a whole step is what the steps took: the two parts are both there, and once."""
-    run = engine(timer="cpu").replay(crowd(30), config(), make_batch_policy("fcfs"), out=folder / "apart")
+    run = engine(timer="cpu").replay(crowd(30), config(), Policies(make_policy("batch", "fcfs")), out=folder / "apart")
     learnt = calibrate([run])
     assert learnt.host.us(1) > 0
     whole = [s for s in run.records.steps if s.gap_us is not None]
@@ -387,15 +392,15 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
         id=request(0).id, arrival_us=0, prompt=replace(request(0, prompt=2).prompt, token_ids=(5, 256)), output_tokens=1
     )
     with pytest.raises(ConfigError, match="request 0: token id 256; the vocabulary accepts 0 to 255"):
-        engine().serve(Workload(requests=(other,)), config(), make_batch_policy("fcfs"), Records())
+        engine().serve(Workload(requests=(other,)), config(), Policies(make_policy("batch", "fcfs")), Records())
 
 
 def test_a_request_that_can_never_run_is_rejected_and_the_others_served(tmp_path: Path) -> None:
     """A server answers one client so; a trace to be replayed is refused, before its run folder is made."""
     large = request(4, prompt=900, output=4)
     workload = Workload(requests=(*crowd(4).requests, large), seed=3)
-    records = served(workload, config(), make_batch_policy("fcfs"))
+    records = served(workload, config(), make_policy("batch", "fcfs"))
     assert [str(r.finish_reason) for r in records.requests] == ["length"] * 4 + ["rejected"]
     with pytest.raises(RequestTooLargeError, match="request 4: 900 prompt and 4 output tokens"):
-        engine().replay(workload, config(), make_batch_policy("fcfs"), out=tmp_path / "run")
+        engine().replay(workload, config(), Policies(make_policy("batch", "fcfs")), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -34,7 +34,8 @@ from xllm_lab.engine.weights import read_safetensors
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.catalog import make_batch_policy, make_shapes_policy, policies
+from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
@@ -328,7 +329,7 @@ def outputs(
     workload: Workload, where: InstanceConfig, policy: BatchPolicy, shapes: ShapesPolicy
 ) -> dict[int, list[int]]:
     records = Records()
-    engine().serve(workload, where, policy, records, step_time=STEP_TIME, shapes=shapes)
+    engine().serve(workload, where, Policies(policy, shapes=shapes), records, step_time=STEP_TIME)
     obey_the_laws(workload, where, records.sort(), vocab_size=VOCAB_SIZE)
     return {r.id: r.output_token_ids.tolist() for r in records.requests}
 
@@ -337,9 +338,9 @@ def outputs(
 @pytest.mark.parametrize("name", policies("shapes"))
 def test_whatever_the_shapes_the_tokens_are_the_same(name: str, mode: str) -> None:
     """With steps planned ahead on tokens that are still being drawn, too."""
-    where, fcfs = config(async_scheduling=mode, max_seqs_per_batch=6), make_batch_policy("fcfs")
-    expected = outputs(crowd(), config(max_seqs_per_batch=6), fcfs, make_shapes_policy("eager"))
-    assert outputs(crowd(), where, fcfs, make_shapes_policy(name)) == expected
+    where, fcfs = config(async_scheduling=mode, max_seqs_per_batch=6), make_policy("batch", "fcfs")
+    expected = outputs(crowd(), config(max_seqs_per_batch=6), fcfs, make_policy("shapes", "eager"))
+    assert outputs(crowd(), where, fcfs, make_policy("shapes", name)) == expected
 
 
 @settings(max_examples=12, deadline=None)
@@ -356,7 +357,7 @@ def test_any_run_keeps_the_laws_and_the_tokens(
     """Preemptions, cancellations, tight pools. Who is cancelled keeps as many tokens as there was time for."""
     num_blocks = max(where.num_kv_blocks, -(-60 // where.block_size) + 1)
     where = replace(where, max_model_len=60, num_kv_blocks=num_blocks, async_scheduling=mode)
-    replayed, expected = (outputs(workload, where, policy, one) for one in (shapes, make_shapes_policy("eager")))
+    replayed, expected = (outputs(workload, where, policy, one) for one in (shapes, make_policy("shapes", "eager")))
     assert replayed.keys() == expected.keys()
     for request, tokens in replayed.items():
         both = min(len(tokens), len(expected[request]))
@@ -369,10 +370,12 @@ def test_a_run_tells_of_its_graphs(mode: str, kernels: bool, tmp_path: Path) -> 
     """Counts in the manifest, sizes in the records, as the policy in the manifest says again; and parity holds."""
     where = config(async_scheduling=mode, max_seqs_per_batch=6, max_tokens_per_batch=64)
     shapes = XllmBuckets(acl_graph_decode_batch_size_limit=4, enable_prefill_piecewise_graph=True)
-    engine(kernels).replay(crowd(), where, make_batch_policy("decode-first"), out=tmp_path / "run", shapes=shapes)
+    engine(kernels).replay(
+        crowd(), where, Policies(make_policy("batch", "decode-first"), shapes=shapes), out=tmp_path / "run"
+    )
     run = read_run(tmp_path / "run")
     assert parity(run).is_identical
-    assert run.manifest.shapes_policy() == shapes
+    assert run.manifest.instance_policies().shapes == shapes
     counts, padded, eager = run.manifest.graphs, 0, Counter[str]()
     assert counts is not None
     for step in run.records.steps:
@@ -399,9 +402,9 @@ def test_a_run_tells_of_its_graphs(mode: str, kernels: bool, tmp_path: Path) -> 
 
 def test_eager_runs_have_no_graphs(tmp_path: Path) -> None:
     """Nothing is captured, counted, or padded."""
-    run = engine().replay(crowd(3), config(), make_batch_policy("fcfs"), out=tmp_path / "run")
+    run = engine().replay(crowd(3), config(), Policies(make_policy("batch", "fcfs")), out=tmp_path / "run")
     assert run.manifest.graphs is None
-    assert run.manifest.shapes == {"name": "eager"}
+    assert run.manifest.policies["shapes"] == {"name": "eager"}
     assert {s.graph_tokens for s in run.records.steps} == {None}
 
 
@@ -409,8 +412,8 @@ def test_an_engine_refuses_graphs_that_do_not_fit() -> None:
     """Before it serves anybody."""
     small = Engine(EngineOptions(model=str(tiny_model()), device="cpu", graph_pool_bytes=1000))
     with pytest.raises(ConfigError, match=r"accepted: 1000 \(graph_pool_bytes\)"):
-        small.serve(crowd(), config(), make_batch_policy("fcfs"), Records(), shapes=XllmBuckets())
-    small.serve(crowd(2), config(), make_batch_policy("fcfs"), Records())
+        small.serve(crowd(), config(), Policies(make_policy("batch", "fcfs"), shapes=XllmBuckets()), Records())
+    small.serve(crowd(2), config(), Policies(make_policy("batch", "fcfs")), Records())
     with pytest.raises(ConfigError, match="graph_pool_bytes is -1, at least 0 is accepted"):
         Engine(EngineOptions(model=str(tiny_model()), device="cpu", graph_pool_bytes=-1))
 
@@ -428,4 +431,4 @@ class Shrinks:
 def test_an_illegal_plan_ends_the_run() -> None:
     """Rather than computing a part of a step."""
     with pytest.raises(PolicyError, match="shrinks runs a step of 2 tokens, 1 sequences, in a graph of 1"):
-        engine().serve(crowd(), config(), make_batch_policy("fcfs"), Records(), shapes=Shrinks())
+        engine().serve(crowd(), config(), Policies(make_policy("batch", "fcfs"), shapes=Shrinks()), Records())

@@ -11,7 +11,8 @@ from tests.laws import obey_the_laws
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import summarize
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
@@ -38,7 +39,7 @@ def served(twenty_prompts: list[list[int]]) -> tuple[Workload, Records]:
     )
     records = Records()
     engine = Engine(EngineOptions(device="cpu", dtype="float32"))
-    engine.serve(workload, WHERE, make_batch_policy("fcfs"), records)
+    engine.serve(workload, WHERE, Policies(make_policy("batch", "fcfs")), records)
     return workload, records.sort()
 
 

@@ -33,7 +33,8 @@ from xllm_lab.errors import ConfigError, RankError
 from xllm_lab.formats import own
 from xllm_lab.instance_config import ASYNC_SCHEDULING
 from xllm_lab.metrics import summarize
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView, eagerly
 from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
@@ -43,7 +44,7 @@ from xllm_lab.sim.calibrate import calibrate
 from xllm_lab.sim.parity import parity
 from xllm_lab.step import Step
 
-POLICY = make_batch_policy("decode-first")
+POLICY = make_policy("batch", "decode-first")
 
 
 def options(**changes: object) -> EngineOptions:
@@ -60,7 +61,7 @@ def two() -> Iterator[Engine]:
 
 def served(host: Engine, scene: Scene, shapes: ShapesPolicy) -> Records:
     records, workload = Records(), scene.workload()
-    host.serve(workload, scene.where, POLICY, records, step_time=STEP_TIME, shapes=shapes)
+    host.serve(workload, scene.where, Policies(POLICY, shapes=shapes), records, step_time=STEP_TIME)
     obey_the_laws(workload, scene.where, records.sort(), vocab_size=VOCAB_SIZE)
     assert scene.shows(records)
     return records
@@ -137,12 +138,12 @@ def test_a_run_says_that_it_was_divided(two: Engine, tmp_path: Path) -> None:
     """In its manifest; what a token takes of KV is each rank's own. It is no run of the undivided model."""
     where = config()
     step_time = two.measure_step_time(where)
-    run = two.replay(crowd(), where, POLICY, out=tmp_path / "two", step_time=step_time, shapes=VllmBuckets())
+    run = two.replay(crowd(), where, Policies(POLICY, shapes=VllmBuckets()), out=tmp_path / "two", step_time=step_time)
     model = read_run(run.path).manifest.model
     assert model["tensor_parallel"] == 2
     assert model["kv_bytes_per_token"] == KV_BYTES_PER_TOKEN // 2
     assert model["ops"]["all_reduce"]["by"] == "gloo"
-    alone = engine().replay(crowd(), where, POLICY, out=tmp_path / "one", step_time=step_time)
+    alone = engine().replay(crowd(), where, Policies(POLICY), out=tmp_path / "one", step_time=step_time)
     assert alone.manifest.model["tensor_parallel"] == 1
     with pytest.raises(ConfigError, match="model differs"):
         calibrate([run, alone])
@@ -162,9 +163,9 @@ class Unheard:
 def test_what_another_rank_cannot_do_is_told(two: Engine) -> None:
     """It ends for a reason of its own, which the run ends with; the last test that `two` serves."""
     with pytest.raises(RankError, match="rank 1 of 2: unknown shapes policy 'unheard'"):
-        two.serve(crowd(), config(), POLICY, Records(), shapes=Unheard())
+        two.serve(crowd(), config(), Policies(POLICY, shapes=Unheard()), Records())
     with pytest.raises(RankError, match="accepted: a new engine"):
-        two.serve(crowd(), config(), POLICY, Records())
+        two.serve(crowd(), config(), Policies(POLICY), Records())
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_ranks_that_torchrun_started_serve_as_one(tmp_path: Path) -> None:
     assert nothing == ("", "")
     run = read_run(tmp_path / "run")
     records = Records()
-    engine().serve(workload, run.manifest.instance_config(), run.manifest.batch_policy(), records)
+    engine().serve(workload, run.manifest.instance_config(), run.manifest.instance_policies(), records)
     assert outputs(run.records) == outputs(records)
     assert parity(run).is_identical
 

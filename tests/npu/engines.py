@@ -20,7 +20,8 @@ from xllm_lab.engine.ops.npu import calls, limits  # noqa: F401  (`calls` declar
 from xllm_lab.engine.ops.npu.operators import OPERATORS, check_calls
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.catalog import make_batch_policy, make_shapes_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.records import Records
 from xllm_lab.workload import Workload
@@ -70,7 +71,9 @@ def served(
 ) -> tuple[dict[int, list[int]], dict[str, Any] | None]:
     """Output tokens by request, and what became of graphs."""
     records = Records()
-    graphs = host.serve(workload, where, make_batch_policy(policy), records, shapes=make_shapes_policy(shapes, knobs))
+    graphs = host.serve(
+        workload, where, Policies(make_policy("batch", policy), shapes=make_policy("shapes", shapes, knobs)), records
+    )
     return {r.id: r.output_token_ids.tolist() for r in records.requests}, graphs
 
 

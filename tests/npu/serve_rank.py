@@ -19,7 +19,8 @@ from tests.npu.test_npu_serving import crowd  # noqa: E402
 from xllm_lab.engine.engine import Engine, EngineOptions  # noqa: E402
 from xllm_lab.engine.follow import follow  # noqa: E402
 from xllm_lab.engine.rank_place import place_in_environment  # noqa: E402
-from xllm_lab.policies.catalog import make_batch_policy, make_shapes_policy  # noqa: E402
+from xllm_lab.policies.catalog import make_policy  # noqa: E402
+from xllm_lab.policies.of_instance import Policies  # noqa: E402
 from xllm_lab.records import Records  # noqa: E402
 
 CASES = (("eager", "off"), ("eager", "on"), ("xllm-buckets", "off"), ("xllm-buckets", "length_aware"))
@@ -42,8 +43,8 @@ def main(model: str) -> None:
 
 def tokens_and_graphs(engine: Engine, shapes: str, mode: str) -> tuple[dict[int, list[int]], dict[str, Any] | None]:
     """Output tokens by request, and what became of graphs."""
-    records, where, policy = Records(), replace(WHERE, async_scheduling=mode), make_batch_policy("decode-first")
-    graphs = engine.serve(crowd(), where, policy, records, shapes=make_shapes_policy(shapes))
+    records, where, policy = Records(), replace(WHERE, async_scheduling=mode), make_policy("batch", "decode-first")
+    graphs = engine.serve(crowd(), where, Policies(policy, shapes=make_policy("shapes", shapes)), records)
     return {r.id: r.output_token_ids.tolist() for r in records.requests}, graphs
 
 

@@ -167,10 +167,13 @@ def test_padding_writes_nobodys_block() -> None:
 
 def test_a_run_tells_of_its_device(tmp_path: Any) -> None:
     """The manifest has what the runtime says, and what serves each operator; the hosts decide alike."""
-    from xllm_lab.policies.catalog import make_batch_policy
+    from xllm_lab.policies.catalog import make_policy
+    from xllm_lab.policies.of_instance import Policies
     from xllm_lab.runs import read_run
 
-    engine("npu").replay(crowd(4), WHERE, make_batch_policy("fcfs"), out=tmp_path / "run", shapes=XllmBuckets())
+    engine("npu").replay(
+        crowd(4), WHERE, Policies(make_policy("batch", "fcfs"), shapes=XllmBuckets()), out=tmp_path / "run"
+    )
     manifest = read_run(tmp_path / "run").manifest
     assert manifest.model is not None
     assert "Ascend910B2, 24 cube and 48 vector cores" in manifest.model["device"]

@@ -20,7 +20,8 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, by_admission
 from xllm_lab.policies.batch.decode_first import DecodeFirst
-from xllm_lab.policies.catalog import make_batch_policy, policies
+from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import FinishReason, Records, StepRecord
 from xllm_lab.runs import Manifest, Run, describe, read_run, write_run
 from xllm_lab.scheduler import Sampled
@@ -48,7 +49,7 @@ class PretendedEngine(EqualSteps):
 
 
 def manifest(workload: Workload, config: InstanceConfig, policy: BatchPolicy) -> Manifest:
-    told = describe(config, policy, STEP_TIME, workload)
+    told = describe(config, Policies(policy), STEP_TIME, workload)
     return Manifest(host="engine", timing={}, model={"vocab_size": VOCAB_SIZE}, versions={}, commit="", **told)
 
 
@@ -75,7 +76,7 @@ def first_difference(one: Records, other: Records) -> int:
 @pytest.mark.parametrize("loop", [None, ClosedLoop(num_clients=7, think_us=4)], ids=["open", "closed"])
 def test_a_run_replayed_with_its_own_policy_is_identical(name: str, loop: ClosedLoop | None, tmp_path: Path) -> None:
     """Through a run folder, with every kind of event in it."""
-    policy = make_batch_policy(name)
+    policy = make_policy("batch", name)
     workload = replace(busy_workload(), closed_loop=loop)
     records = run(workload, CONFIG, policy, PretendedEngine())
     write_run(tmp_path / "run", manifest(workload, CONFIG, policy), workload, records)
@@ -108,7 +109,7 @@ def test_another_knob_is_found_at_the_first_step_it_changes() -> None:
     ours, theirs = DecodeFirst(max_tokens_per_chunk=1000), DecodeFirst(footprint_margin=2.0, watermark_frac=0.5)
     presented = engine_run(busy_workload(), CONFIG, ours)
     step = first_difference(presented.records, run(busy_workload(), CONFIG, theirs, PretendedEngine()))
-    outcome = parity(presented, policy=theirs)
+    outcome = parity(presented, policies=Policies(theirs))
     assert (outcome.is_identical, outcome.step) == (False, step)
     assert step > 0
     assert outcome.engine is not None
@@ -146,7 +147,7 @@ def test_the_same_tokens_in_another_order_are_another_decision() -> None:
     """A batch's order decides which rows are computed where, and so, in the end, its numbers."""
     presented = engine_run(busy_workload(), CONFIG, DecodeFirst())
     step = crowded_step(presented.records)
-    outcome = parity(presented, policy=Changed(at_us=step.start_us))
+    outcome = parity(presented, policies=Policies(Changed(at_us=step.start_us)))
     assert outcome.step == step.step
     assert outcome.engine is not None
     assert outcome.simulator is not None
@@ -157,7 +158,7 @@ def test_a_policy_that_gives_up_is_found_where_it_does() -> None:
     """It decided nothing where the engine's decided something."""
     presented = engine_run(busy_workload(), CONFIG, DecodeFirst())
     step = crowded_step(presented.records)
-    outcome = parity(presented, policy=Changed(at_us=step.start_us, gives_up=True))
+    outcome = parity(presented, policies=Policies(Changed(at_us=step.start_us, gives_up=True)))
     assert (outcome.step, outcome.simulator) == (step.step, None)
     assert outcome.engine is not None
     assert outcome.engine.start_us == step.start_us

@@ -21,7 +21,7 @@ from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, ceil_div, num_missing_tokens
 from xllm_lab.policies.batch.fcfs import Fcfs
-from xllm_lab.policies.catalog import decisions, knobs, make_batch_policy, make_policy, policies
+from xllm_lab.policies.catalog import decisions, knobs, make_policy, policies
 from xllm_lab.policy_kinds import KINDS
 
 NAMES = [(decides, name) for decides in decisions() for name in policies(decides)]
@@ -55,7 +55,7 @@ def test_every_catalogued_policy_keeps_it_with_any_values(decides: str, name: st
 @pytest.mark.parametrize("budget_us", [1, 12, 40])
 def test_time_budgets_keep_the_contract(name: str, budget_us: int) -> None:
     """However little time a step is given, somebody is served."""
-    policy = make_batch_policy(name, {"max_ttft_us": budget_us, "max_tpot_us": budget_us})
+    policy = make_policy("batch", name, {"max_ttft_us": budget_us, "max_tpot_us": budget_us})
     assert [s for law in IN_PROCESS for s in law(policy, 60)] == []
     assert contract.live(policy, 10) == []
 

@@ -23,6 +23,7 @@ from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.admission import ORDERS
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView, eagerly, replayed
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, request_table, step_table
@@ -72,7 +73,9 @@ def simulated(
     shapes: ShapesPolicy = EAGER,
 ) -> tuple[Records, Counting]:
     timing = Counting(cost, fast_forward=fast_forward)
-    records = run_simulation(work, config, policy, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME, shapes=shapes)
+    records = run_simulation(
+        work, config, Policies(policy, shapes=shapes), timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME
+    )
     return records, timing
 
 

@@ -20,6 +20,7 @@ from tests.tiny_loop import said
 from xllm_lab.columns import step_feature_rows
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.runs import Run, read_run
 from xllm_lab.sim.calibrate import (
     FORMAT,
@@ -157,7 +158,8 @@ def test_files_of_other_forms_are_refused(change: dict[str, object], words: tupl
 def engine_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("engine")
     return as_engine(
-        simulate(workload(), CONFIG, POLICY, fitted_machine(calibration()), out=folder / "raw"), folder / "engine"
+        simulate(workload(), CONFIG, Policies(POLICY), fitted_machine(calibration()), out=folder / "raw"),
+        folder / "engine",
     )
 
 

@@ -21,6 +21,7 @@ from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.failover.requeue import Requeue
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.route.prefix_affinity import PrefixAffinity
 from xllm_lab.policies.routing import InstanceId, RoutePlan, RouteView
 from xllm_lab.records import FinishReason, Records, RequestRecord
@@ -48,7 +49,7 @@ def served(
         work,
         fleet,
         config,
-        policy,
+        Policies(policy),
         timing,
         recorder=records,
         vocab_size=VOCAB_SIZE,
@@ -108,7 +109,7 @@ def test_a_fleet_of_one_is_that_one(work: Workload, config: InstanceConfig, poli
     config = replace(config, async_scheduling=mode)
     records, _ = served(work, FleetConfig(num_instances=1, heartbeat_us=0), config, policy)
     timing = Predicted(Uneven())
-    assert records == run_simulation(work, config, policy, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
+    assert records == run_simulation(work, config, Policies(policy), timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
 
 
 def test_requests_take_turns() -> None:
@@ -243,7 +244,7 @@ def test_what_ended_is_not_held() -> None:
         Workload(requests=sent),
         fleet,
         instance_config(),
-        Fcfs(),
+        Policies(Fcfs()),
         Predicted(Uneven()),
         recorder=forgetful,
         vocab_size=VOCAB_SIZE,

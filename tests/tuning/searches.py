@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from tests.small_runs import request
 from xllm_lab.candidate import Candidate
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import Calibration, Residual
 from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.tuning.search import tune
@@ -34,7 +35,7 @@ CALIBRATION = Calibration(
 def default(**instance: Any) -> Candidate:
     """xLLM's default policy on 64 blocks of 16 tokens."""
     own: dict[str, Any] = {"block_size": 16, "num_kv_blocks": 64, "max_seqs_per_batch": 8, **instance}
-    return Candidate(instance=InstanceConfig(**own), policy=make_batch_policy("decode-first"))
+    return Candidate(instance=InstanceConfig(**own), policies=Policies(make_policy("batch", "decode-first")))
 
 
 def workload(*, slo: Slo | None = None) -> Workload:

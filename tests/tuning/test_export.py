@@ -11,7 +11,8 @@ from tests.tuning.searches import default
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.catalog import flags, make_batch_policy, policies
+from xllm_lab.policies.catalog import flags, make_policy, policies
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
 from xllm_lab.tuning.export import export, targets
@@ -21,7 +22,7 @@ EXPORTABLE = [name for name, cls in policies("batch").items() if hasattr(cls, "x
 
 
 def candidate(policy: str, **values: object) -> Candidate:
-    return Candidate(instance=default().instance, policy=make_batch_policy(policy, values))
+    return Candidate(instance=default().instance, policies=Policies(make_policy("batch", policy, values)))
 
 
 def test_decode_first_as_xllm_reads_it() -> None:
@@ -69,11 +70,12 @@ def test_an_export_holds_flags_and_nothing_else(policy: str) -> None:
 
 def test_graphs_are_told_as_xllm_has_them() -> None:
     """Its buckets by its flags; other buckets are no flags of its, and are listed."""
-    buckets = replace(candidate("fcfs"), policy=make_batch_policy("decode-first"), shapes=XllmBuckets())
+    own = candidate("decode-first")
+    buckets = replace(own, policies=replace(own.policies, shapes=XllmBuckets()))
     made = export(buckets, "xllm", kv_bytes_per_token=1)
     assert made.config.items() >= {"enable_graph": True, "acl_graph_decode_batch_size_limit": 16}.items()
     assert "shapes" not in made.left_out
-    other = export(replace(buckets, shapes=PowersOfTwo()), "xllm", kv_bytes_per_token=1)
+    other = export(replace(own, policies=replace(own.policies, shapes=PowersOfTwo())), "xllm", kv_bytes_per_token=1)
     assert other.left_out["shapes"] == "powers-of-two"
     assert "enable_graph" not in other.config
 

@@ -17,8 +17,12 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies import catalog
 from xllm_lab.policies.api import Choice
-from xllm_lab.policies.catalog import knobs, make_batch_policy
+from xllm_lab.policies.catalog import knobs, make_policy
+from xllm_lab.policies.of_instance import DECISIONS, Policies
+from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
+from xllm_lab.tuning import space as space_module
 from xllm_lab.tuning.space import Space
 
 NUM_DRAWS = 60
@@ -47,6 +51,11 @@ def drawn(space: Space) -> list[tuple[dict[str, Any], Candidate]]:
     return found
 
 
+def with_shapes(shapes: ShapesPolicy) -> Candidate:
+    """The default with another shapes policy."""
+    return replace(default(), policies=replace(default().policies, shapes=shapes))
+
+
 def test_a_policy_of_another_package_brings_its_own_space(outside_policy: str) -> None:
     """Nobody listed its knobs, nor its name."""
     space = Space(default(), [outside_policy])
@@ -60,7 +69,7 @@ def test_a_policy_of_another_package_brings_its_own_space(outside_policy: str) -
 
 def test_a_policy_of_another_package_is_drawn_with_its_knobs(outside_policy: str) -> None:
     """Candidates are made of it, of several values each, and a field without a range keeps its default."""
-    found = [c.as_dict()["policy"] for _, c in drawn(Space(default(), [outside_policy]))]
+    found = [c.as_dict()["policies"]["batch"] for _, c in drawn(Space(default(), [outside_policy]))]
     own = [values for values in found if values["name"] == outside_policy]
     assert len({values["appetite"] for values in own}) > 5
     assert {values["mood"] for values in own} == {"calm", "eager"}
@@ -69,23 +78,23 @@ def test_a_policy_of_another_package_is_drawn_with_its_knobs(outside_policy: str
 
 def test_every_annotated_field_of_instance_and_policy_is_searched() -> None:
     """The space is those fields, each under its own name."""
-    expected = {*knobs(InstanceConfig), *(f"decode-first.{name}" for name in knobs(type(default().policy)))}
+    expected = {*knobs(InstanceConfig), *(f"decode-first.{name}" for name in knobs(type(default().policies.batch)))}
     assert set(Space(default()).describe()["knobs"]) == expected
     assert all(set(params) == expected for params, _ in drawn(Space(default())))
 
 
 def test_knobs_of_the_shapes_policy_are_searched() -> None:
     """Those of the default's own; eager steps have none."""
-    space = Space(replace(default(), shapes=XllmBuckets()))
+    space = Space(with_shapes(XllmBuckets()))
     assert {k for k in space.describe()["knobs"] if k.startswith("shapes.")} == {
         f"shapes.{name}" for name in knobs(XllmBuckets)
     }
-    limits = {c.shapes.acl_graph_decode_batch_size_limit for _, c in drawn(space) if isinstance(c.shapes, XllmBuckets)}
+    limits = {c.as_dict()["policies"]["shapes"]["acl_graph_decode_batch_size_limit"] for _, c in drawn(space)}
     assert len(limits) > 5
     assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == space.default  # type: ignore[arg-type]
     assert candidate_of(space.default.as_dict()) == space.default
     assert num_changes(space.default, default()) == 1
-    assert num_changes(space.default, replace(default(), shapes=XllmBuckets(max_tokens_for_graph_mode=1))) == 1
+    assert num_changes(space.default, with_shapes(XllmBuckets(max_tokens_for_graph_mode=1))) == 1
 
 
 def test_the_default_is_a_point_of_its_space() -> None:
@@ -97,7 +106,7 @@ def test_the_default_is_a_point_of_its_space() -> None:
 def test_no_draw_leaves_the_annotated_range() -> None:
     """Both ends included; whole numbers stay whole."""
     for _, candidate in drawn(Space(default())):
-        for part in (candidate.instance, candidate.policy):
+        for part in (candidate.instance, *(policy for _, policy in candidate.policies)):
             for name, note in knobs(type(part)).items():
                 value = getattr(part, name)
                 if isinstance(note, Choice):
@@ -125,11 +134,11 @@ def test_memory_is_cut_in_whole_blocks() -> None:
 
 def test_fields_without_a_range_keep_the_defaults_values() -> None:
     """The context and the time budgets are promises, not knobs."""
-    policy = make_batch_policy("decode-first", {"max_tpot_us": 30_000})
-    start = Candidate(instance=default(max_model_len=777).instance, policy=policy)
+    policy = make_policy("batch", "decode-first", {"max_tpot_us": 30_000})
+    start = Candidate(instance=default(max_model_len=777).instance, policies=Policies(policy))
     found = drawn(Space(start))
     assert {c.instance.max_model_len for _, c in found} == {777}
-    assert {c.as_dict()["policy"]["max_tpot_us"] for _, c in found} == {30_000}
+    assert {c.as_dict()["policies"]["batch"]["max_tpot_us"] for _, c in found} == {30_000}
 
 
 def test_only_the_drawn_policys_knobs_are_drawn() -> None:
@@ -141,9 +150,32 @@ def test_only_the_drawn_policys_knobs_are_drawn() -> None:
         assert owners == {params["policy"]}
 
 
+def test_policies_of_any_decision_are_chosen_from() -> None:
+    """Each with knobs of its own, as two may have one of the same name; nothing else changes."""
+    space = Space(default(), ["powers-of-two", "shapes.xllm-buckets"])
+    found = drawn(space)
+    assert {params["shapes"] for params, _ in found} == {"eager", "powers-of-two", "xllm-buckets"}
+    for params, made in found:
+        assert made.as_dict()["policies"]["shapes"]["name"] == params["shapes"]
+        owners = {name.split(".")[1] for name in params if name.startswith("shapes.")}
+        assert owners == {params["shapes"]} - {"eager"}
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()  # type: ignore[arg-type]
+    others = [with_shapes(one).policies for one in (PowersOfTwo(), XllmBuckets())]
+    assert list(space.alternatives()) == [default().policies, *others]
+
+
+def test_a_name_of_several_decisions_must_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could tell which of them was meant."""
+    monkeypatch.setattr(space_module, "policies", lambda decides: {"namesake": PowersOfTwo})
+    with pytest.raises(ConfigError) as refused:
+        Space(default(), ["namesake"])
+    accepted = str(refused.value).partition("policy 'namesake' is ambiguous; accepted: ")[2].split(" or ")
+    assert accepted == [f"{decides}.namesake" for decides in DECISIONS]
+
+
 def test_an_unknown_policy_is_refused() -> None:
     """With the names that are known."""
-    with pytest.raises(ConfigError, match="'magic'; accepted: decode-first, fcfs"):
+    with pytest.raises(ConfigError, match=r"'magic'; accepted: batch: decode-first, fcfs.*; shapes: eager"):
         Space(default(), ["magic"])
 
 

@@ -22,7 +22,8 @@ from tests.tuning.searches import CALIBRATION, WorkersHere, default, search, wor
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import write_calibration
 from xllm_lab.tuning import workers
 from xllm_lab.tuning.objective import evaluate
@@ -287,7 +288,7 @@ def test_among_equals_the_fewest_changes_win() -> None:
     one = default(max_seqs_per_batch=9)
     three = Candidate(
         instance=replace(one.instance, max_tokens_per_batch=512),
-        policy=make_batch_policy("decode-first", {"order": "sjf"}),
+        policies=Policies(make_policy("batch", "decode-first", {"order": "sjf"})),
     )
     worse = trial(0, 50.0, default())
     assert study_of(worse, trial(1, 100.0, three), trial(2, 99.5, one)).best.number == 2

@@ -17,14 +17,15 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError
 from xllm_lab.metrics import summarize
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.runs import Run, read_run
 from xllm_lab.tuning.study import Study
 from xllm_lab.tuning.verify import Gain, Verification, paired_gain, read_verification, runs_of, verify
 from xllm_lab.workload import Slo, Workload
 
 DEFAULT = default(max_model_len=MAX_POSITION)
-TUNED = Candidate(instance=DEFAULT.instance, policy=make_batch_policy("fcfs"))
+TUNED = Candidate(instance=DEFAULT.instance, policies=Policies(make_policy("batch", "fcfs")))
 WORKLOAD = Workload(
     requests=tuple(replace(request(i, 500 * i, prompt=12 + i, output=4), slo=Slo(ttft_us=10**9)) for i in range(4))
 )
@@ -38,7 +39,7 @@ class Watched(Engine):
         self.asked: list[tuple[str, str]] = []
 
     def replay(self, *args: Any, out: Path, **kwargs: Any) -> Run:
-        self.asked.append((out.name, type(args[2]).__name__))
+        self.asked.append((out.name, type(args[2].batch).__name__))
         return super().replay(*args, out=out, **kwargs)
 
 
@@ -74,7 +75,7 @@ def test_the_runs_behind_a_gain_are_kept(verified: tuple[Path, Verification]) ->
         runs = [read_run(path) for path in runs_of(out, name)]
         assert [summarize(run.records).goodput_per_s for run in runs] == list(goodput)
         assert all(run.workload.requests == WORKLOAD.requests for run in runs)
-        assert all(run.manifest.batch_policy() == candidate.policy for run in runs)
+        assert all(run.manifest.instance_policies() == candidate.policies for run in runs)
 
 
 def test_what_is_read_is_what_was_measured(verified: tuple[Path, Verification]) -> None:

@@ -9,6 +9,7 @@ from xllm_lab.acceptance.machine import MachineUnderTest
 from xllm_lab.engine.machine_profile import Grid, write_machine_profile
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
@@ -68,7 +69,8 @@ def simulation(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
 
 
 def _replay(machine: MachineUnderTest, name: str, workload: Workload, shapes: ShapesPolicy = EAGER) -> tuple[bool, str]:
-    run = machine.engine.replay(workload, machine.config(), DecodeFirst(), out=machine.folder / name, shapes=shapes)
+    policies = Policies(DecodeFirst(), shapes=shapes)
+    run = machine.engine.replay(workload, machine.config(), policies, out=machine.folder / name)
     machine.runs[name] = run
     summary = summarize(run.records)
     told = (

@@ -17,6 +17,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import MOST_KV_BLOCKS, InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
@@ -134,5 +135,5 @@ def _tokens(
     """(Output tokens of each request, what became of graphs)."""
     records = Records()
     config = replace(machine.config(), async_scheduling=mode)
-    counts = machine.engine.serve(workload, config, DecodeFirst(), records, shapes=shapes)
+    counts = machine.engine.serve(workload, config, Policies(DecodeFirst(), shapes=shapes), records)
     return [list(r.output_token_ids) for r in records.sort().requests], counts

@@ -13,13 +13,12 @@ from xllm_lab import verbs
 from xllm_lab.cli import accept, imports, profile
 from xllm_lab.cli.machine import fleet, fleet_options, machine, machine_options
 from xllm_lab.cli.options import (
+    configuration,
     configuration_options,
     engine,
     engine_options,
     followed,
     refuse_transforms,
-    settings,
-    shapes_option,
     trace_options,
     transform_options,
     workload,
@@ -34,6 +33,7 @@ from xllm_lab.text import (
     left_out_line,
     measured_validation_table,
     npu_validation_table,
+    policies_page,
     summary_table,
 )
 
@@ -49,7 +49,6 @@ class Command(NamedTuple):
 def _replay_options(parser: argparse.ArgumentParser) -> None:
     trace_options(parser)
     configuration_options(parser)
-    shapes_option(parser)
     engine_options(parser)
     parser.add_argument("--calibration", type=Path, help="step times for policies that need them; else measured")
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
@@ -61,9 +60,7 @@ def _replay(o: argparse.Namespace) -> int:
     run = verbs.replay(
         workload(o.trace, o),
         out=o.out,
-        policy=o.policy,
-        settings=settings(o),
-        shapes=o.shapes,
+        **configuration(o),
         engine=engine(o),
         calibration=o.calibration,
         progress=not o.quiet,
@@ -90,8 +87,7 @@ def _calibrate(o: argparse.Namespace) -> int:
 def _simulate_options(parser: argparse.ArgumentParser) -> None:
     trace_options(parser, nargs="?")
     parser.add_argument("--like", type=Path, help="take workload and configuration from this run")
-    configuration_options(parser, default_policy=None)
-    shapes_option(parser, default=None)
+    configuration_options(parser, of_a_run=True)
     machine_options(parser)
     fleet_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
@@ -109,9 +105,7 @@ def _simulate(o: argparse.Namespace) -> int:
         source,
         machine(o),
         out=o.out,
-        policy=o.policy,
-        settings=settings(o),
-        shapes=o.shapes,
+        **configuration(o),
         fleet=fleet(o),
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
@@ -134,11 +128,11 @@ def _compare(o: argparse.Namespace) -> int:
 
 def _parity_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path)
-    configuration_options(parser, default_policy=None)
+    configuration_options(parser, of_a_run=True)
 
 
 def _parity(o: argparse.Namespace) -> int:
-    found = verbs.parity(o.run, policy=o.policy, settings=settings(o))
+    found = verbs.parity(o.run, **configuration(o))
     if found.is_identical:
         line = f"identical: {found.num_steps} decisions"
     else:
@@ -151,8 +145,9 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", nargs="+", type=Path)
     transform_options(parser)
     configuration_options(parser)
-    shapes_option(parser)
-    parser.add_argument("--also", nargs="*", default=[], metavar="POLICY", help="further policies to choose from")
+    parser.add_argument(
+        "--also", nargs="*", default=[], metavar="POLICY", help="further ones to choose from, of any kind"
+    )
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -166,9 +161,7 @@ def _tune(o: argparse.Namespace) -> int:
         [workload(path, o) for path in o.traces],
         o.calibration,
         out=o.out,
-        policy=o.policy,
-        settings=settings(o),
-        shapes=o.shapes,
+        **configuration(o),
         also=o.also,
         trials=o.trials,
         seed=o.seed,
@@ -260,8 +253,14 @@ def _timeline(o: argparse.Namespace) -> int:
     return _print(o, {"timeline": str(path)}, str(path))
 
 
+def _policies_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="as the page of a manual")
+
+
 def _policies(o: argparse.Namespace) -> int:
     found = verbs.catalogue()
+    if o.markdown:
+        return _print(o, found, policies_page(found))
     lines = []
     for decides, entries in found.items():
         lines.append(f"{decides} policies")
@@ -386,7 +385,7 @@ COMMANDS = {
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),
     "timeline": Command("what a run did and when, for https://ui.perfetto.dev", _timeline_options, _timeline),
-    "policies": Command("every policy and its knobs", lambda parser: None, _policies),
+    "policies": Command("every policy and its knobs", _policies_options, _policies),
     "validate": Command("the simulator beside measurements of others", _validate_options, _validate),
     "profile": Command("what a profiler recorded, or this machine's operators, measured", profile.options, _profile),
     "import": Command("keep what a profiler or a server wrote down, for `calibrate`", imports.options, _import),

@@ -6,11 +6,14 @@ import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xllm_lab import arrivals, transforms, verbs
 from xllm_lab.errors import ConfigError
 from xllm_lab.formats import read_trace
+from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.of_instance import BESIDE
+from xllm_lab.settings import DEFAULT
 from xllm_lab.workload import ClosedLoop, Slo, Workload
 
 if TYPE_CHECKING:
@@ -44,16 +47,23 @@ def transform_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--e2e-slo-ms", type=float, metavar="MS")
 
 
-def configuration_options(parser: argparse.ArgumentParser, default_policy: str | None = verbs.DEFAULT_POLICY) -> None:
+def configuration_options(parser: argparse.ArgumentParser, *, of_a_run: bool = False) -> None:
+    """Policies and knobs. `of_a_run`: those that are not given are a run's own."""
     group = parser.add_argument_group("configuration")
-    group.add_argument("--policy", default=default_policy, help="see `xllm-lab policies`")
-    group.add_argument(
-        "--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of the instance or the policy"
-    )
+    for decides, default in DEFAULT.policies:
+        name = policy_name(default)
+        option = "--policy" if decides == "batch" else f"--{decides}"
+        else_what = f"the run's, or {name}" if of_a_run else name
+        group.add_argument(
+            option, metavar="NAME", help=f"{decides} policy, one of `xllm-lab policies`; else {else_what}"
+        )
+    knob = "a knob of the instance or of a policy; DECISION.KNOB, as draft.depth, where several have one of that name"
+    group.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help=knob)
 
 
-def shapes_option(parser: argparse.ArgumentParser, default: str | None = verbs.DEFAULT_SHAPES) -> None:
-    parser.add_argument("--shapes", default=default, help="which steps run in captured graphs; see `xllm-lab policies`")
+def configuration(o: argparse.Namespace) -> dict[str, Any]:
+    """What the verbs take of `configuration_options`."""
+    return {"policy": o.policy, "settings": settings(o), **{decides: getattr(o, decides) for decides in BESIDE}}
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from xllm_lab.engine.runner import Runner
 from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.of_instance import Policies, refuse_drafts
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
 from xllm_lab.records import Recorder, Records
@@ -153,18 +153,14 @@ class Engine:
         self,
         workload: Workload,
         config: InstanceConfig,
-        policy: BatchPolicy,
+        policies: Policies,
         recorder: Recorder,
         *,
         step_time: StepTime | None = None,
-        shapes: ShapesPolicy = EAGER,
     ) -> dict[str, Any] | None:
         """Serve a workload to its end; records go to `recorder` as they come.
 
         A request that could never run on this configuration is rejected when it arrives, and the others are served.
-
-        Args:
-            shapes: which steps are captured and replayed.
 
         Returns:
             What became of steps and graphs (`ShapeCounts`, `Graphs.describe`); None if every step is eager.
@@ -174,9 +170,9 @@ class Engine:
                 in the vocabulary, or step times are missing.
             PolicyError: a policy planned something illegal, or starves a request.
         """
-        self._refuse(workload, config)
-        at_work = shapes_of(shapes, config)
-        scheduler = Scheduler(config, policy, recorder, step_time=step_time, shapes=at_work)
+        self._refuse(workload, config, policies)
+        shapes = shapes_of(policies.shapes, config)
+        scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
 
@@ -243,12 +239,11 @@ class Engine:
         self,
         workload: Workload,
         config: InstanceConfig,
-        policy: BatchPolicy,
+        policies: Policies,
         *,
         out: Path,
         step_time: StepTime | None = None,
         recorder: Records | None = None,
-        shapes: ShapesPolicy = EAGER,
     ) -> Run:
         """Serve a workload and write the run folder.
 
@@ -261,19 +256,20 @@ class Engine:
         """
         for request in workload.requests:
             config.refuse_if_too_large(request)
-        self._refuse(workload, config)  # before step times are measured on a context that the model may not have
-        if step_time is None and getattr(policy, "needs_step_time", False):
+        # Before step times are measured on a context that the model may not have.
+        self._refuse(workload, config, policies)
+        if step_time is None and any(getattr(policy, "needs_step_time", False) for _, policy in policies):
             step_time = self.measure_step_time(config)
         records = Records() if recorder is None else recorder
         with new_folder(out) as folder:
-            graphs = self.serve(workload, config, policy, records, step_time=step_time, shapes=shapes)
+            graphs = self.serve(workload, config, policies, records, step_time=step_time)
             timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
             manifest = Manifest(
                 host="engine",
                 timing=timing,
                 model=self.describe(),
                 graphs=graphs,
-                **describe(config, policy, step_time, workload, shapes),
+                **describe(config, policies, step_time, workload),
             )
             fill_run(folder, manifest, workload, records)
         return Run(out, manifest)
@@ -298,7 +294,8 @@ class Engine:
         with self._together():
             return measure_step_time(self._runner(config), config, self._lead, self.options.timer)
 
-    def _refuse(self, workload: Workload, config: InstanceConfig) -> None:
+    def _refuse(self, workload: Workload, config: InstanceConfig, policies: Policies) -> None:
+        refuse_drafts(policies)
         if config.max_model_len > self.model.config.max_position:
             raise ConfigError(
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "

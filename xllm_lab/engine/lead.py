@@ -17,7 +17,7 @@ from typing import Any
 from xllm_lab.engine.ranks import Ranks
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.catalog import make_shapes_policy, policy_name, values_of
+from xllm_lab.policies.catalog import make_policy, policy_name, values_of
 from xllm_lab.policies.shapes import ShapesPolicy
 
 
@@ -56,7 +56,7 @@ class Lead:
 def opened(message: Mapping[str, Any]) -> tuple[InstanceConfig, ShapesPolicy]:
     """What `Lead.open` told."""
     shapes = message["shapes"]
-    return InstanceConfig(**message["config"]), make_shapes_policy(shapes["name"], shapes["values"])
+    return InstanceConfig(**message["config"]), make_policy("shapes", shapes["name"], shapes["values"])
 
 
 def chunks_of(message: Mapping[str, Any]) -> list[SequenceChunk]:

@@ -21,10 +21,7 @@ from typing import Any
 
 import xllm_lab.policies as package
 from xllm_lab.errors import ConfigError
-from xllm_lab.policies.api import BatchPolicy, Choice, Flag, Knob
-from xllm_lab.policies.failover import FailoverPolicy
-from xllm_lab.policies.routing import RoutePolicy
-from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.api import Choice, Flag, Knob
 
 ENTRY_POINT_GROUP = "xllm_lab.policies"
 
@@ -48,34 +45,15 @@ def policy_name(policy: type[Any] | object) -> str:
 
 def make_policy(decides: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
     """Build a policy for one decision; ConfigError names an unknown policy or knob and what is accepted."""
+    return configured(policy_class(decides, name), values or {})
+
+
+def policy_class(decides: str, name: str) -> type[Any]:
+    """The policy of that name; ConfigError if there is none."""
     known = policies(decides)
     if name not in known:
         raise ConfigError(f"unknown {decides} policy {name!r}; accepted: {', '.join(known)}")
-    return configured(known[name], values or {})
-
-
-def make_batch_policy(name: str, values: Mapping[str, Any] | None = None) -> BatchPolicy:
-    """`make_policy` for batches."""
-    policy: BatchPolicy = make_policy("batch", name, values)
-    return policy
-
-
-def make_route_policy(name: str, values: Mapping[str, Any] | None = None) -> RoutePolicy:
-    """`make_policy` for routing."""
-    policy: RoutePolicy = make_policy("route", name, values)
-    return policy
-
-
-def make_failover_policy(name: str, values: Mapping[str, Any] | None = None) -> FailoverPolicy:
-    """`make_policy` for failover."""
-    policy: FailoverPolicy = make_policy("failover", name, values)
-    return policy
-
-
-def make_shapes_policy(name: str, values: Mapping[str, Any] | None = None) -> ShapesPolicy:
-    """`make_policy` for shapes."""
-    policy: ShapesPolicy = make_policy("shapes", name, values)
-    return policy
+    return known[name]
 
 
 T = typing.TypeVar("T")
@@ -98,6 +76,11 @@ def configured(cls: type[T], values: Mapping[str, Any]) -> T:
         return cls(**ready)
     except ValueError as error:
         raise ConfigError(f"{policy_name(cls)}: {error}") from None
+
+
+def fields_of(cls: type[Any]) -> tuple[str, ...]:
+    """The fields of a dataclass that a value can be given for, in order of definition."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.init)
 
 
 def knobs(cls: type[Any]) -> dict[str, Knob | Choice]:

@@ -19,12 +19,20 @@ _ABSENT = "–"
 def configurations(default: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
     """Every field of two candidates (`Candidate.as_dict`), those that differ marked."""
     rows = []
-    for part in ("instance", "policy"):
-        for name in dict.fromkeys((*default[part], *tuned[part])):
-            label = "policy" if (part, name) == ("policy", "name") else name
-            before, after = (side[part].get(name, _ABSENT) for side in (default, tuned))
-            rows.append(_row((label, _plain(before), _plain(after)), "changed" if before != after else ""))
+    before, after = _labelled(default), _labelled(tuned)
+    for label in dict.fromkeys((*before, *after)):
+        sides = (before.get(label, _ABSENT), after.get(label, _ABSENT))
+        rows.append(_row((label, *map(_plain, sides)), "changed" if sides[0] != sides[1] else ""))
     return _table(("", "default", "tuned"), rows, "configurations")
+
+
+def _labelled(side: Mapping[str, Any]) -> dict[str, Any]:
+    """A candidate's fields under the names that they have in the table."""
+    labelled = dict(side["instance"])
+    for decides, values in side["policies"].items():
+        what, prefix = ("policy", "") if decides == "batch" else (decides, f"{decides}.")
+        labelled |= {what if name == "name" else prefix + name: value for name, value in values.items()}
+    return labelled
 
 
 def comparison(rows: Sequence[Row]) -> str:
@@ -85,7 +93,6 @@ def provenance(manifests: Mapping[str, Manifest]) -> str:
 
 def _facts(manifest: Manifest) -> dict[str, str]:
     """A manifest as labelled text, the same labels in the same order for every host."""
-    policy = dict(manifest.policy)
     return {
         "host": manifest.host,
         "commit": manifest.commit,
@@ -94,12 +101,17 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "checksum": str(manifest.workload.get("checksum") or _ABSENT),
         "seed": str(manifest.workload.get("seed", _ABSENT)),
         "requests": str(manifest.workload.get("num_requests", _ABSENT)),
-        "policy": str(policy.pop("name", _ABSENT)) + (f": {_listed(policy)}" if policy else ""),
+        "policies": "; ".join(f"{decides} {_policy(values)}" for decides, values in manifest.policies.items()),
         "instance": _listed(manifest.instance),
         "timing": _listed(manifest.timing) or _ABSENT,
         "hardware": _listed(_with_gib(manifest.hardware)) or _ABSENT,
         "versions": _listed(manifest.versions) or _ABSENT,
     }
+
+
+def _policy(described: Mapping[str, Any]) -> str:
+    values = {k: v for k, v in described.items() if k != "name"}
+    return str(described.get("name", _ABSENT)) + (f": {_listed(values)}" if values else "")
 
 
 def _with_gib(hardware: Mapping[str, Any]) -> dict[str, Any]:

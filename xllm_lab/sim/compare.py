@@ -58,7 +58,7 @@ def compare(simulated: Run, engine: Sequence[Run]) -> list[Row]:
     for run, host in ((simulated, "simulator"), *((r, "engine") for r in engine)):
         if run.manifest.host != host:
             raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted here: a {host} run")
-        for part in ("instance", "policy"):
+        for part in ("instance", "policies"):
             if getattr(run.manifest, part) != getattr(simulated.manifest, part):
                 raise ConfigError(f"{run.path}: {part} differs from that of {simulated.path}; accepted: the same")
         if run.workload.requests != simulated.workload.requests:

@@ -24,9 +24,10 @@ from xllm_lab.fleet_config import TOKEN_ID_BYTES, FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import BlockKey, block_key
 from xllm_lab.outages import Outage
-from xllm_lab.policies.api import BatchPolicy, StepTimeView
+from xllm_lab.policies.api import StepTimeView
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.fleet_checks import failover_violations, route_violations
+from xllm_lab.policies.of_instance import Policies, refuse_drafts
 from xllm_lab.policies.routing import ById, InstanceId
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import new_record
@@ -35,7 +36,7 @@ from xllm_lab.serving import Event, WorkloadFeed, serve
 from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.instance import FROM_OUTSIDE, Instance, Timing, at
 from xllm_lab.sim.links import Link, Transfer
-from xllm_lab.step_shape import Shapes
+from xllm_lab.step_shape import shapes_of
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 # Before what comes from clients, at equal times.
@@ -227,6 +228,7 @@ class Fleet:
     Attributes:
         num_routed: routing decisions so far.
         needs_index: whether the routing policy asks for cached prefixes.
+        shapes: the shapes policy at work, which counts for all instances; None if every step is eager.
     """
 
     def __init__(
@@ -234,16 +236,17 @@ class Fleet:
         workload: Workload,
         config: FleetConfig,
         instance: InstanceConfig,
-        policy: BatchPolicy,
+        policies: Policies,
         timing: Timing,
         *,
         recorder: Recorder,
         vocab_size: int,
         step_time: StepTimeView | None = None,
-        shapes: Shapes | None = None,
         on_transfer: Callable[[Transfer], None] | None = None,
     ) -> None:
+        refuse_drafts(policies)
         self.config = config
+        self.shapes = shapes_of(policies.shapes, instance)
         self.num_routed = 0
         self.needs_index = instance.enable_prefix_cache and getattr(config.route, "needs_prefix_index", True)
         self._env = simpy.Environment(initial_time=0)
@@ -261,7 +264,7 @@ class Fleet:
         self._held: deque[tuple[Request, RequestRecord]] = deque()
         links = [Link(self._env, config.link, InstanceId(k), on_transfer) for k in range(config.num_instances)]
         schedulers = (
-            Scheduler(instance, policy, recorder, step_time=step_time, shapes=shapes, instance=k)
+            Scheduler(instance, policies.batch, recorder, step_time=step_time, shapes=self.shapes, instance=k)
             for k in range(config.num_instances)
         )
         self._members = [Member(self, s, link) for s, link in zip(schedulers, links, strict=True)]

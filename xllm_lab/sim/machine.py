@@ -14,7 +14,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spec
 from xllm_lab.policies.catalog import policy_name
-from xllm_lab.policies.shapes import ShapesPolicy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.cost import CostModel, batch_of
@@ -56,17 +56,17 @@ class Machine:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
         return Hosted(self.cost, self.host, plans_ahead=config.async_scheduling != "off")
 
-    def refuse_if_not_priced(self, shapes: ShapesPolicy) -> None:
+    def refuse_if_not_priced(self, policies: Policies) -> None:
         """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one."""
         if self.calibration is None:
             return
         has_eager, has_replayed = (self.calibration.highest[TERMS.index(t)] > 0 for t in ("eager_us", "replay_us"))
-        if isinstance(shapes, Eager) and not has_eager:
+        if isinstance(policies.shapes, Eager) and not has_eager:
             raise ConfigError(f"every step calibrated on ran in a graph: what an eager one costs is not known; {_RUNS}")
-        if not isinstance(shapes, Eager) and not has_replayed:
+        if not isinstance(policies.shapes, Eager) and not has_replayed:
             raise ConfigError(
-                f"shapes is {policy_name(shapes)!r}, and no step calibrated on ran in a graph: what one costs is not "
-                f"known; {_RUNS}"
+                f"shapes is {policy_name(policies.shapes)!r}, and no step calibrated on ran in a graph: what one costs "
+                f"is not known; {_RUNS}"
             )
 
     def refuse_if_too_large(self, config: InstanceConfig) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from xllm_lab.drafting import Asked
 from xllm_lab.errors import ConfigError, PolicyError
-from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.draft import METHODS
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
@@ -114,11 +114,11 @@ class Recorded:
         }
 
 
-def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
+def parity(run: Run, *, policies: Policies | None = None) -> Parity:
     """Compare an engine run's decisions with the simulator's on the same arrivals, step times and tokens.
 
     Args:
-        policy: decides in the simulator instead of the run's own, to see where it would part ways.
+        policies: decide in the simulator instead of the run's own, to see where they would part ways.
 
     Raises:
         ConfigError: the run is not an engine's.
@@ -131,11 +131,10 @@ def parity(run: Run, *, policy: BatchPolicy | None = None) -> Parity:
         run_simulation(
             _as_it_arrived(run.workload, records),
             run.manifest.instance_config(),
-            policy or run.manifest.batch_policy(),
+            policies or run.manifest.instance_policies(),
             recorded,
             vocab_size=run.manifest.model["vocab_size"],
             step_time=run.manifest.step_time_model(),
-            shapes=run.manifest.shapes_policy(),
         )
     except _DifferenceError as difference:
         step, simulator = difference.args

@@ -29,6 +29,7 @@ from xllm_lab.arrivals import poisson, with_arrivals
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import e2e_us, queue_us
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records
 from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
 from xllm_lab.sim.instance import Predicted
@@ -181,7 +182,7 @@ def served(workload: Workload, cost: CostModel, *, max_seqs_per_batch: int) -> R
         enable_prefix_cache=False,
         max_model_len=2**40,
     )
-    return run_simulation(workload, config, Fcfs(), Predicted(cost), vocab_size=1000)
+    return run_simulation(workload, config, Policies(Fcfs()), Predicted(cost), vocab_size=1000)
 
 
 def waits_us(records: Records) -> Ints:

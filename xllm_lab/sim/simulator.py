@@ -13,9 +13,7 @@ from xllm_lab.columns import step_feature_rows
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.of_instance import Policies, refuse_drafts
 from xllm_lab.records import Recorder, Records
 from xllm_lab.run_writer import STEPS_FILE, RunWriter
 from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
@@ -38,75 +36,67 @@ _NO_TOKENS = np.empty(0, dtype=np.int32)
 def run_simulation(
     workload: Workload,
     config: InstanceConfig,
-    policy: BatchPolicy,
+    policies: Policies,
     timing: Timing,
     *,
     vocab_size: int,
     step_time: StepTime | None = None,
-    shapes: ShapesPolicy = EAGER,
 ) -> Records:
     """Records of one instance that serves `workload`, in memory.
-
-    Args:
-        shapes: which steps run in captured graphs.
 
     Raises:
         as `serve_alone`.
     """
     records = Records()
-    serve_alone(
-        workload,
-        config,
-        policy,
-        timing,
-        recorder=records,
-        vocab_size=vocab_size,
-        step_time=step_time,
-        shapes=shapes_of(shapes, config),
-    )
+    serve_alone(workload, config, policies, timing, recorder=records, vocab_size=vocab_size, step_time=step_time)
     return records.sort()
 
 
 def serve_alone(
     workload: Workload,
     config: InstanceConfig,
-    policy: BatchPolicy,
+    policies: Policies,
     timing: Timing,
     *,
     recorder: Recorder,
     vocab_size: int,
     step_time: StepTime | None = None,
-    shapes: Shapes | None = None,
-) -> None:
+) -> Shapes | None:
     """One instance serves `workload`, without a router.
 
+    Returns:
+        The shapes policy at work, which has counted; None if every step was eager.
+
     Raises:
-        ConfigError: the policy needs step times and has none.
+        ConfigError: a policy needs step times and has none, or drafts.
         PolicyError: the policy planned something illegal, or starves a request.
     """
+
+    refuse_drafts(policies)
 
     def prompt_ids(request: Request) -> TokenIds:
         if not config.enable_prefix_cache:
             return _NO_TOKENS  # only block keys ever read them
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
-    scheduler = Scheduler(config, policy, recorder, step_time=step_time, shapes=shapes)
+    shapes = shapes_of(policies.shapes, config)
+    scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes)
     env = simpy.Environment(initial_time=0)
     feed = WorkloadFeed(workload)
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
     with seldom_collecting():
         env.run()
+    return shapes
 
 
 def simulate(
     workload: Workload,
     config: InstanceConfig,
-    policy: BatchPolicy,
+    policies: Policies,
     machine: Machine,
     *,
     out: Path,
     fleet: FleetConfig | None = None,
-    shapes: ShapesPolicy = EAGER,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: Callable[[], object] = lambda: None,
@@ -117,7 +107,6 @@ def simulate(
 
     Args:
         fleet: equal instances behind a router; without it, one instance and no router.
-        shapes: which steps run in captured graphs.
         fast_forward: skip steps that repeat themselves; the records are the same without, and take longer.
         keep_steps: without them, steps.parquet has no rows.
         progress: called once for every request that ended.
@@ -129,25 +118,24 @@ def simulate(
         RunError: the folder exists, or cannot be written.
     """
     machine.refuse_if_too_large(config)
-    machine.refuse_if_not_priced(shapes)
+    machine.refuse_if_not_priced(policies)
     for request in workload.requests:
         config.refuse_if_too_large(request)
     timing = Predicted(machine.cost_of(config), fast_forward=fast_forward)
     with new_folder(out) as folder:
         with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
-            at_work = shapes_of(shapes, config)
             known = {
                 "recorder": writer,
                 "vocab_size": machine.model["vocab_size"],
                 "step_time": machine.step_time,
-                "shapes": at_work,
             }
             if fleet is None:
-                serve_alone(workload, config, policy, timing, **known)
+                shapes = serve_alone(workload, config, policies, timing, **known)
             else:
-                served = Fleet(workload, fleet, config, policy, timing, on_transfer=writer.transfer, **known)
+                served = Fleet(workload, fleet, config, policies, timing, on_transfer=writer.transfer, **known)
                 writer.low_water_us = served.low_water_us
                 served.run()
+                shapes = served.shapes
         told = {**machine.timing, "extrapolated_frac": timing.extrapolated_frac}
         if machine.calibration is not None and keep_steps:
             told["total_error_frac"] = _total_error_frac(machine.calibration, folder)
@@ -156,8 +144,8 @@ def simulate(
             timing=told,
             model=dict(machine.model),
             fleet=None if fleet is None else fleet.as_dict(),
-            graphs=None if at_work is None else at_work.counts.as_dict(),
-            **describe(config, policy, machine.step_time, workload, shapes),
+            graphs=None if shapes is None else shapes.counts.as_dict(),
+            **describe(config, policies, machine.step_time, workload),
         )
         write_json(folder / "manifest.json", asdict(manifest))
         own.write(workload, folder / "workload.jsonl")

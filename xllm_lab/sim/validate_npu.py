@@ -11,7 +11,8 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.metrics import summarize, tpot_us
 from xllm_lab.model_spec import PRECISIONS
-from xllm_lab.policies.catalog import make_batch_policy
+from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records
@@ -312,8 +313,8 @@ def _serve(
         Request(id=RequestId(i), arrival_us=0, prompt=prompt, output_tokens=output_tokens) for i in range(num)
     )
     workload = Workload(requests=requests, closed_loop=ClosedLoop(num_clients=clients))
-    decides, timing = make_batch_policy(policy), Predicted(cost)
-    return run_simulation(workload, config, decides, timing, vocab_size=spec.vocab_size, shapes=_shapes(row))
+    decide, timing = Policies(make_policy("batch", policy), shapes=_shapes(row)), Predicted(cost)
+    return run_simulation(workload, config, decide, timing, vocab_size=spec.vocab_size)
 
 
 def _shapes(row: _Row) -> ShapesPolicy:

@@ -35,6 +35,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
     summaries: list[dict[str, Any]] = []
     extrapolated = 0.0
     try:
+        machine.refuse_if_not_priced(chosen.policies)
         for path in spec["workloads"]:
             workload = _workload(path)
             for request in workload.requests:
@@ -43,11 +44,10 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
             records = run_simulation(
                 workload,
                 chosen.instance,
-                chosen.policy,
+                chosen.policies,
                 predicted,
                 vocab_size=machine.model["vocab_size"],
                 step_time=machine.step_time,
-                shapes=chosen.shapes,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

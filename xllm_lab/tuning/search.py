@@ -61,7 +61,9 @@ def tune(
             raise ConfigError(f"{name} is {value}, at least {least} is accepted")
     if not 0 <= min_slo_attainment_frac <= 1:
         raise ConfigError(f"min_slo_attainment_frac is {min_slo_attainment_frac}, from 0 to 1 is accepted")
-    fitted_machine(calibration).refuse_if_not_priced(space.default.shapes)
+    machine = fitted_machine(calibration)
+    for policies in space.alternatives():
+        machine.refuse_if_not_priced(policies)
     spec = _open(out, workloads, calibration, space, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
     journal = out / "trials.journal"
     # The last third asks which changes of the best candidate are needed at all, one knob at a time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import optuna
 
@@ -12,48 +12,50 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
-from xllm_lab.policies.catalog import (
-    knobs,
-    make_batch_policy,
-    make_shapes_policy,
-    policies,
-    policy_name,
-    values_of,
-)
-from xllm_lab.policies.shapes import ShapesPolicy
-
-SHAPES = "shapes."  # before the names of the shapes policy's knobs
+from xllm_lab.policies.catalog import knobs, make_policy, policies, policy_class, policy_name, values_of
+from xllm_lab.policies.of_instance import DECISIONS, Policies
 
 
 class Space:
-    """All candidates around a default one, whose shapes policy they all have.
+    """All candidates around a default one.
 
     KV memory is what the default has: more blocks than fit are cut, so a larger block means fewer of them.
 
     Args:
         default: the incumbent; fields without a knob keep its values.
-        policy_names: policies to choose from; empty means the default's own.
+        also: further policies to choose from, of any decision; "draft.NAME" where several decisions have that name.
+
+    Attributes:
+        names: of the policies to choose from, by decision; the default's own comes first.
 
     Raises:
         ConfigError: an unknown policy, or a default outside its own knobs' ranges.
     """
 
-    def __init__(self, default: Candidate, policy_names: Sequence[str] = ()) -> None:
+    def __init__(self, default: Candidate, also: Sequence[str] = ()) -> None:
         self.default = default
-        known = policies("batch")
-        for name in policy_names:
-            if name not in known:
-                raise ConfigError(f"unknown batch policy {name!r}; accepted: {', '.join(known)}")
-        own = policy_name(default.policy)
-        self.policy_names = tuple(dict.fromkeys((own, *policy_names)))
-        self._policies = {name: known[name] for name in self.policy_names}
+        further = [_found(name) for name in also]
+        self.names = {
+            decides: tuple(dict.fromkeys((policy_name(own), *(name for of, name in further if of == decides))))
+            for decides, own in default.policies
+        }
         self.default_params()  # which refuses a default outside the ranges
+
+    def alternatives(self) -> Iterator[Policies]:
+        """The default's policies, and what they are with each one to choose from in its place."""
+        yield self.default.policies
+        for decides, (_, *further) in self.names.items():
+            for name in further:
+                yield replace(self.default.policies, **{decides: make_policy(decides, name)})
 
     def default_params(self) -> dict[str, Any]:
         """The default as a trial's parameters."""
-        own = policy_name(self.default.policy)
-        params: dict[str, Any] = {"policy": own} if len(self.policy_names) > 1 else {}
-        parts = (("", self.default.instance), (f"{own}.", self.default.policy), (SHAPES, self.default.shapes))
+        params: dict[str, Any] = {}
+        parts: list[tuple[str, Any]] = [("", self.default.instance)]
+        for decides, own in self.default.policies:
+            if len(self.names[decides]) > 1:
+                params[_which(decides)] = policy_name(own)
+            parts.append((self._prefix(decides, policy_name(own)), own))
         for prefix, part in parts:
             for name, note in knobs(type(part)).items():
                 value = getattr(part, name)
@@ -63,45 +65,70 @@ class Space:
 
     def suggest(self, trial: optuna.Trial) -> Candidate:
         """Draw a candidate. Several policies make a conditional space: only the drawn one's knobs are drawn."""
-        name = self.policy_names[0]
-        if len(self.policy_names) > 1:
-            name = trial.suggest_categorical("policy", self.policy_names)
-        drawn = dict(_draw(trial, "", InstanceConfig))
-        cls = self._policies[name]
-        held = values_of(self.default.policy) if name == policy_name(self.default.policy) else {}
-        policy = make_batch_policy(name, {**held, **dict(_draw(trial, f"{name}.", cls))})
-        return Candidate(
-            instance=self._within_memory(replace(self.default.instance, **drawn)),
-            policy=policy,
-            shapes=self._draw_shapes(trial),
-        )
+        # Policies' names, the instance, policies' knobs: in an order that adding a decision does not change.
+        names = {decides: self._draw_name(trial, decides) for decides in DECISIONS}
+        instance = replace(self.default.instance, **dict(_draw(trial, "", InstanceConfig)))
+        drawn = {}
+        for decides, own in self.default.policies:
+            name = names[decides]
+            values = values_of(own) if name == policy_name(own) else {}
+            values |= _draw(trial, self._prefix(decides, name), policy_class(decides, name))
+            drawn[decides] = make_policy(decides, name, values)
+        return Candidate(instance=self._within_memory(instance), policies=Policies(**drawn))
 
     def describe(self) -> dict[str, Any]:
         """The space as plain data, for the study's manifest."""
-        parts = [
-            ("", InstanceConfig),
-            *((f"{name}.", cls) for name, cls in self._policies.items()),
-            (SHAPES, type(self.default.shapes)),
-        ]
+        parts: list[tuple[str, Any]] = [("", InstanceConfig)]
+        for decides, names in self.names.items():
+            parts += [(self._prefix(decides, name), policy_class(decides, name)) for name in names]
         ranges = {
             prefix + name: list(note.values) if isinstance(note, Choice) else [note.low, note.high, note.log]
             for prefix, cls in parts
             for name, note in knobs(cls).items()
         }
-        return {"policies": list(self.policy_names), "knobs": ranges, "default": self.default.as_dict()}
+        return {
+            "policies": {decides: list(names) for decides, names in self.names.items()},
+            "knobs": ranges,
+            "default": self.default.as_dict(),
+        }
 
-    def _draw_shapes(self, trial: optuna.Trial) -> ShapesPolicy:
-        own = self.default.shapes
-        drawn = dict(_draw(trial, SHAPES, type(own)))
-        return make_shapes_policy(policy_name(own), {**values_of(own), **drawn})
+    def _draw_name(self, trial: optuna.Trial, decides: str) -> str:
+        names = self.names[decides]
+        if len(names) == 1:
+            return names[0]
+        name: str = trial.suggest_categorical(_which(decides), names)
+        return name
+
+    def _prefix(self, decides: str, name: str) -> str:
+        """Before the names of a policy's knobs: of several to choose from, each has its own."""
+        if decides == "batch":
+            return f"{name}."
+        return f"{decides}." if len(self.names[decides]) == 1 else f"{decides}.{name}."
 
     def _within_memory(self, instance: InstanceConfig) -> InstanceConfig:
         most = self.default.instance.num_kv_tokens // instance.block_size
         return replace(instance, num_kv_blocks=min(instance.num_kv_blocks, most))
 
 
+def _which(decides: str) -> str:
+    """The parameter that says which policy decides."""
+    return "policy" if decides == "batch" else decides
+
+
+def _found(said: str) -> tuple[str, str]:
+    """(decision, name) of a policy by its name, or by "decision.name"; ConfigError unless it is one."""
+    every = [(decides, name) for decides in DECISIONS for name in policies(decides)]
+    found = [(decides, name) for decides, name in every if said in (name, f"{decides}.{name}")]
+    if not found:
+        known = "; ".join(f"{decides}: {', '.join(policies(decides))}" for decides in DECISIONS)
+        raise ConfigError(f"unknown policy {said!r}; accepted: {known}")
+    if len(found) > 1:
+        raise ConfigError(f"policy {said!r} is ambiguous; accepted: {' or '.join(map('.'.join, found))}")
+    return found[0]
+
+
 def _draw(trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    hints = cls.__annotations__
+    hints = get_type_hints(cls)
     for name, note in knobs(cls).items():
         if isinstance(note, Choice):
             yield name, trial.suggest_categorical(prefix + name, note.values)

@@ -117,11 +117,10 @@ def verify(
                 run = engine.replay(
                     workload,
                     one.instance,
-                    one.policy,
+                    one.policies,
                     out=folder / f"{name}-{repeat}",
                     step_time=step_time,
                     recorder=make_records(),
-                    shapes=one.shapes,
                 )
                 goodput[name].append(summarize(run.records).goodput_per_s)
         done = Verification(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.laws import obey_the_laws
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.cost import Batch, Price
 from xllm_lab.sim.validate.lockstep import run_lockstep
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
@@ -52,7 +53,9 @@ def test_all_are_served_on_one_clock(of_each: list[list[tuple[int, int, int]]], 
     )
     workloads = [workload(100 * k, r) for k, r in enumerate(of_each)]
     cost = OneMicrosecondAToken()
-    records, extrapolated_frac = run_lockstep(workloads, config, Vllm(), cost, lambda r: np.empty(0, np.int32))
+    records, extrapolated_frac = run_lockstep(
+        workloads, config, Policies(Vllm()), cost, lambda r: np.empty(0, np.int32)
+    )
     assert extrapolated_frac == 0
     starts = [{s.start_us: s.end_us for s in found.steps} for found in records]
     for found, asked in zip(records, workloads, strict=True):

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.api import BatchPolicy
-from xllm_lab.policies.shapes import ShapesPolicy
-from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.policies.of_instance import Policies, refuse_drafts
 from xllm_lab.records import Records
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
@@ -32,19 +30,18 @@ class GroupCost(Protocol):
 def run_lockstep(
     workloads: Sequence[Workload],
     config: InstanceConfig,
-    policy: BatchPolicy,
+    policies: Policies,
     cost: GroupCost,
     prompt_ids: Callable[[Request], TokenIds],
-    *,
-    shapes: ShapesPolicy = EAGER,
 ) -> tuple[list[Records], float]:
     """Records of each instance, which serves its workload, and the fraction of steps outside the cost model's range.
 
     All step in the graph that holds the largest batch of them, or eagerly.
     """
+    refuse_drafts(policies)
     records = [Records() for _ in workloads]
     feeds = [WorkloadFeed(w) for w in workloads]
-    schedulers = [Scheduler(config, policy, r) for r in records]
+    schedulers = [Scheduler(config, policies.batch, r) for r in records]
     talks = [serve(s, f, prompt_ids) for s, f in zip(schedulers, feeds, strict=True)]
     commands = [_answer(talk, None) for talk in talks]
     now_us = num_steps = num_extrapolated = 0
@@ -52,7 +49,7 @@ def run_lockstep(
         steps = [c for c in commands if isinstance(c, Step)]
         if steps:
             largest = max((shape_of(s, config) for s in steps), key=lambda shape: shape.num_tokens)
-            graph_tokens = decide_shape(shapes, largest).num_tokens
+            graph_tokens = decide_shape(policies.shapes, largest).num_tokens
             price = cost.together([batch_of_step(s)._replace(graph_tokens=graph_tokens) for s in steps])
             now_us += max(1, round(price.us))
             num_steps += 1

@@ -18,6 +18,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import ModelSpec, read_model_spec
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
@@ -106,7 +107,7 @@ def validate_measured(
     bundle = read_bundle(folder.profile, int(folder.engine_argument("tensor_parallel_size", 1)))
     model = known_model(bundle.model) if model_config is None else read_model_spec(model_config)
     config = instance_config(folder, model)
-    shapes = shapes_policy(folder)
+    policies = Policies(Vllm(), shapes=shapes_policy(folder))
     group = _group_size(folder, model)
     links = _collectives(folder, max(bundle.tensor_parallel, group))
     cost = ProfiledCost(bundle, model, collectives=links, expert_parallel=group)
@@ -116,14 +117,13 @@ def validate_measured(
         records, extrapolated_frac = run_lockstep(
             _dealt(requests, group),
             config,
-            Vllm(),
+            policies,
             cost,
             partial(prompt_token_ids, vocab_size=model.vocab_size, seed=0),
-            shapes=shapes,
         )
     else:
         timing = Predicted(cost)
-        records = [run_simulation(requests, config, Vllm(), timing, vocab_size=model.vocab_size, shapes=shapes)]
+        records = [run_simulation(requests, config, policies, timing, vocab_size=model.vocab_size)]
         extrapolated_frac = timing.extrapolated_frac
     return MeasuredValidation(
         folder=path,

@@ -24,19 +24,24 @@ class XllmConfig(NamedTuple):
 
 
 def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
-    """Flags for a configuration. ConfigError if xLLM has no scheduler like the policy."""
-    fixed = getattr(candidate.policy, "xllm_flags", None)
-    if fixed is None:
-        able = ", ".join(name for name, cls in policies("batch").items() if hasattr(cls, "xllm_flags"))
-        raise ConfigError(f"policy {policy_name(candidate.policy)} has no equivalent in xLLM; accepted: {able}")
+    """Flags for a configuration. ConfigError if xLLM has no scheduler like the batch policy."""
     config: dict[str, Any] = {"max_cache_size": candidate.instance.num_kv_tokens * kv_bytes_per_token}
     left_out: dict[str, Any] = {}
     # The pool's size is in max_cache_size; the context is the model's own.
     told_otherwise = {"num_kv_blocks", "max_model_len"}
-    shapes = getattr(candidate.shapes, "xllm_flags", None)
-    if shapes is None:
-        left_out["shapes"] = policy_name(candidate.shapes)
-    for part in (candidate.instance, candidate.policy, *([candidate.shapes] if shapes else [])):
+    fixed: dict[str, Any] = {}
+    parts: list[tuple[str, Any]] = [("", candidate.instance)]
+    for decides, policy in candidate.policies:
+        always = getattr(policy, "xllm_flags", None)
+        if always is not None:
+            fixed.update(always)
+            parts.append(("" if decides == "batch" else f"{decides}.", policy))
+        elif decides == "batch":
+            able = ", ".join(name for name, cls in policies(decides).items() if hasattr(cls, "xllm_flags"))
+            raise ConfigError(f"policy {policy_name(policy)} has no equivalent in xLLM; accepted: {able}")
+        else:
+            left_out[decides] = policy_name(policy)
+    for prefix, part in parts:
         named = flags(type(part))
         for field, value in values_of(part).items():
             if field == "async_scheduling":
@@ -46,8 +51,8 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
             elif field in named and value is not None:
                 config[named[field].name] = _in_units(value, named[field].divide_by)
             elif value is not None and field not in told_otherwise:
-                left_out[field] = value
-    return XllmConfig({**config, **fixed, **(shapes or {})}, left_out)
+                left_out[prefix + field] = value
+    return XllmConfig({**config, **fixed}, left_out)
 
 
 def _in_units(value: Any, divide_by: int) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.catalog import policy_name
-from xllm_lab.policies.draft import DraftPlan, DraftPolicy, Tally
+from xllm_lab.policies.draft import METHODS, DraftPlan, DraftPolicy, Tally
 from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.draft_checks import draft_violations
 from xllm_lab.request_state import RequestState
@@ -153,6 +153,27 @@ class Drafting:
         return plan
 
 
-def is_off(policy: DraftPolicy) -> bool:
-    """Whether nobody ever drafts, so that nobody needs to ask."""
-    return isinstance(policy, Off)
+def drafting_of(
+    policy: DraftPolicy,
+    proposer: Proposer | None,
+    *,
+    step_time: StepTime | None = None,
+    draft_time: DraftTime | None = None,
+) -> Drafting | None:
+    """The policy at work; None where nobody ever drafts, and nobody needs to ask.
+
+    Raises:
+        ConfigError: there is nothing to draft with, or no times for a policy that needs them.
+    """
+    if isinstance(policy, Off):
+        return None
+    if proposer is None or not proposer.methods:
+        raise ConfigError(
+            f"draft policy {policy_name(policy)}: nothing is known of what becomes of drafts here; accepted: a "
+            "calibration on runs with drafts, or a given acceptance"
+        )
+    method = getattr(policy, "method", None)
+    if method in METHODS and method not in proposer.methods:
+        known = ", ".join(proposer.methods)
+        raise ConfigError(f"draft policy {policy_name(policy)}: method is {method!r}, accepted here: {known}")
+    return Drafting(policy, proposer, step_time=step_time, draft_time=draft_time)

@@ -24,7 +24,7 @@ from xllm_lab.engine.runner import Runner
 from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.of_instance import Policies, refuse_drafts
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
 from xllm_lab.records import Recorder, Records
@@ -172,7 +172,8 @@ class Engine:
         """
         self._refuse(workload, config, policies)
         shapes = shapes_of(policies.shapes, config)
-        scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes)
+        drafting = drafting_of(policies.draft, self._proposer(policies, config), step_time=step_time)
+        scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes, drafting=drafting)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
 
@@ -198,7 +199,11 @@ class Engine:
                 warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer)
             with Lane(clock, beside=config.async_scheduling != "off") as lane:
-                launcher = Launcher(runner, scheduler, lane, clock, self._lead)
+                drafts = None if scheduler.drafting is None else scheduler.drafting.proposer
+                assert drafts is None or isinstance(drafts, EngineDrafts), "drafts are the engine's own"
+                if drafts is not None:
+                    drafts.serve(clock, runner)
+                launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts)
                 conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
                 self._answer(conversation, launcher)
         if scheduler.shapes is None or runner.graphs is None:
@@ -227,9 +232,9 @@ class Engine:
         except StopIteration:
             return
 
-    def _completion(self, step: Step, launched: Launched, done: Done[list[int]]) -> Completion:
+    def _completion(self, step: Step, launched: Launched, done: Done[list[list[int]]]) -> Completion:
         drawn = zip(launched.inputs.drawing, done.result, strict=True)
-        sampled = {r.id: Sampled(token, self._stops(r, token)) for r, token in drawn}
+        sampled = {request.id: self._sampled(request, tokens) for request, tokens in drawn}
         # A step shorter than the clock's tick would end when it started.
         end_us = max(done.end_us, step.start_us + 1)
         work = Work(launched.host_us, done.device_us, done.idle_us)
@@ -295,7 +300,6 @@ class Engine:
             return measure_step_time(self._runner(config), config, self._lead, self.options.timer)
 
     def _refuse(self, workload: Workload, config: InstanceConfig, policies: Policies) -> None:
-        refuse_drafts(policies)
         if config.max_model_len > self.model.config.max_position:
             raise ConfigError(
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
@@ -340,8 +344,17 @@ class Engine:
         runner.workspace.reserve(tokens=longest, logits=min(config.max_seqs_per_batch, longest))
         return runner
 
+    def _proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
+        """Every method that this engine can draft by."""
+        return EngineDrafts([Ngram(), Suffix()])
+
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)
+
+    def _sampled(self, request: Request, tokens: Sequence[int]) -> Sampled:
+        """Of what a request drew, up to the token that ends it."""
+        *accepted, last = kept_until_stop(tokens, lambda token: self._stops(request, token))
+        return Sampled(last, self._stops(request, last), accepted)
 
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling

@@ -19,15 +19,16 @@ from typing import NamedTuple
 import numpy as np
 import simpy
 
+from xllm_lab.draft_time import DraftTime
+from xllm_lab.drafting import drafting_of
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import TOKEN_ID_BYTES, FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import BlockKey, block_key
 from xllm_lab.outages import Outage
-from xllm_lab.policies.api import StepTimeView
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.fleet_checks import failover_violations, route_violations
-from xllm_lab.policies.of_instance import Policies, refuse_drafts
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import ById, InstanceId
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import new_record
@@ -37,6 +38,7 @@ from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.instance import FROM_OUTSIDE, Instance, Timing, at
 from xllm_lab.sim.links import Link, Transfer
 from xllm_lab.step_shape import shapes_of
+from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 # Before what comes from clients, at equal times.
@@ -241,10 +243,10 @@ class Fleet:
         *,
         recorder: Recorder,
         vocab_size: int,
-        step_time: StepTimeView | None = None,
+        step_time: StepTime | None = None,
+        draft_time: DraftTime | None = None,
         on_transfer: Callable[[Transfer], None] | None = None,
     ) -> None:
-        refuse_drafts(policies)
         self.config = config
         self.shapes = shapes_of(policies.shapes, instance)
         self.num_routed = 0
@@ -264,7 +266,15 @@ class Fleet:
         self._held: deque[tuple[Request, RequestRecord]] = deque()
         links = [Link(self._env, config.link, InstanceId(k), on_transfer) for k in range(config.num_instances)]
         schedulers = (
-            Scheduler(instance, policies.batch, recorder, step_time=step_time, shapes=self.shapes, instance=k)
+            Scheduler(
+                instance,
+                policies.batch,
+                recorder,
+                step_time=step_time,
+                shapes=self.shapes,
+                drafting=drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time),
+                instance=k,
+            )
             for k in range(config.num_instances)
         )
         self._members = [Member(self, s, link) for s, link in zip(schedulers, links, strict=True)]

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from xllm_lab.draft_time import DraftTime
 from xllm_lab.errors import ConfigError, ModelError
 from xllm_lab.hardware import Device
 from xllm_lab.instance_config import InstanceConfig
@@ -25,6 +26,7 @@ from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.cost.roofline import roofline_cost
 from xllm_lab.sim.cost.sharding import kv_blocks_that_fit
+from xllm_lab.sim.drafts import Acceptance
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
 
 _RUNS = "accepted: a calibration on runs of both kinds"
@@ -42,6 +44,8 @@ class Machine:
         step_time: what policies are told of step times.
         calibration: what they were fitted to, if they were.
         most_kv_tokens: for which the devices have room beside the weights, where that is known.
+        acceptance: what becomes of drafts, where that is known.
+        draft_time: what making them takes.
     """
 
     cost: CostModel
@@ -51,6 +55,8 @@ class Machine:
     host: HostOverhead = field(default_factory=HostOverhead)
     calibration: Calibration | None = None
     most_kv_tokens: int | None = None
+    acceptance: Acceptance | None = None
+    draft_time: DraftTime = field(default_factory=DraftTime)
 
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""

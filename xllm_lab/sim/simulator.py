@@ -10,10 +10,12 @@ import numpy as np
 import simpy
 
 from xllm_lab.columns import step_feature_rows
+from xllm_lab.draft_time import DraftTime
+from xllm_lab.drafting import drafting_of
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.of_instance import Policies, refuse_drafts
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Recorder, Records
 from xllm_lab.run_writer import STEPS_FILE, RunWriter
 from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
@@ -21,6 +23,7 @@ from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed, serve
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.collector import seldom_collecting
+from xllm_lab.sim.drafts import SimulatedDrafts
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Instance, Predicted, Timing
 from xllm_lab.sim.machine import Machine
@@ -41,6 +44,7 @@ def run_simulation(
     *,
     vocab_size: int,
     step_time: StepTime | None = None,
+    draft_time: DraftTime | None = None,
 ) -> Records:
     """Records of one instance that serves `workload`, in memory.
 
@@ -48,7 +52,16 @@ def run_simulation(
         as `serve_alone`.
     """
     records = Records()
-    serve_alone(workload, config, policies, timing, recorder=records, vocab_size=vocab_size, step_time=step_time)
+    serve_alone(
+        workload,
+        config,
+        policies,
+        timing,
+        recorder=records,
+        vocab_size=vocab_size,
+        step_time=step_time,
+        draft_time=draft_time,
+    )
     return records.sort()
 
 
@@ -61,6 +74,7 @@ def serve_alone(
     recorder: Recorder,
     vocab_size: int,
     step_time: StepTime | None = None,
+    draft_time: DraftTime | None = None,
 ) -> Shapes | None:
     """One instance serves `workload`, without a router.
 
@@ -68,11 +82,9 @@ def serve_alone(
         The shapes policy at work, which has counted; None if every step was eager.
 
     Raises:
-        ConfigError: a policy needs step times and has none, or drafts.
+        ConfigError: a policy needs step times and has none, or drafts, and nothing says what becomes of them.
         PolicyError: the policy planned something illegal, or starves a request.
     """
-
-    refuse_drafts(policies)
 
     def prompt_ids(request: Request) -> TokenIds:
         if not config.enable_prefix_cache:
@@ -80,7 +92,8 @@ def serve_alone(
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
     shapes = shapes_of(policies.shapes, config)
-    scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes)
+    drafting = drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time)
+    scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes, drafting=drafting)
     env = simpy.Environment(initial_time=0)
     feed = WorkloadFeed(workload)
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
@@ -121,13 +134,19 @@ def simulate(
     machine.refuse_if_not_priced(policies)
     for request in workload.requests:
         config.refuse_if_too_large(request)
-    timing = Predicted(machine.cost_of(config), fast_forward=fast_forward)
+    timing = Predicted(
+        machine.cost_of(config),
+        fast_forward=fast_forward,
+        proposer=None if machine.acceptance is None else SimulatedDrafts(machine.acceptance),
+        draft_time=machine.draft_time,
+    )
     with new_folder(out) as folder:
         with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
             known = {
                 "recorder": writer,
                 "vocab_size": machine.model["vocab_size"],
                 "step_time": machine.step_time,
+                "draft_time": machine.draft_time,
             }
             if fleet is None:
                 shapes = serve_alone(workload, config, policies, timing, **known)

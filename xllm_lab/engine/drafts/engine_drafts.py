@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xllm_lab.drafting import Asked, Proposer
 from xllm_lab.engine.clock import Clock
+from xllm_lab.engine.runner import Runner
 from xllm_lab.workload import RequestId
 
 
@@ -25,23 +26,25 @@ class OneMethod(Proposer, Protocol):
 class EngineDrafts:
     """Asks each method for its requests, and takes the time.
 
-    Args:
-        clock: the run's.
-
     Attributes:
         draft_us: of the drafts made last.
     """
 
-    def __init__(self, proposers: Sequence[OneMethod], clock: Clock) -> None:
+    def __init__(self, proposers: Sequence[OneMethod]) -> None:
         self._by_method = {method: proposer for proposer in proposers for method in proposer.methods}
-        self._clock = clock
+        self._clock: Clock | None = None
         self.draft_us = 0
+
+    def serve(self, clock: Clock, runner: Runner) -> None:
+        """A run begins: its clock, and what runs its steps."""
+        self._clock = clock
 
     @property
     def methods(self) -> Sequence[str]:
         return tuple(self._by_method)
 
     def propose(self, asked: Sequence[Asked]) -> list[Sequence[int]]:
+        assert self._clock is not None, "drafts are asked for, and no run has begun"
         started_us = self._clock.now_us()
         made: dict[RequestId, Sequence[int]] = {}
         for method, proposer in self._by_method.items():

@@ -62,7 +62,8 @@ class Mode(NamedTuple):
         return replace(CONFIG, async_scheduling=self.async_scheduling)
 
     def shapes_policy(self) -> ShapesPolicy:
-        return make_policy("shapes", self.shapes)
+        policy: ShapesPolicy = make_policy("shapes", self.shapes)
+        return policy
 
 
 IN_TURNS = Mode("off", "eager")

@@ -432,8 +432,11 @@ DAMAGE = {
     "a manifest of another format": Damage(
         "paced", "manifest.json", changed("format", value=9), ("9", f"format {FORMAT}")
     ),
-    "a manifest without a policy": Damage("paced", "manifest.json", without("policy")),
-    "a manifest of a nameless policy": Damage("paced", "manifest.json", without("policy", "name")),
+    "a manifest without policies": Damage("paced", "manifest.json", without("policies")),
+    "a manifest without a batch policy": Damage("paced", "manifest.json", without("policies", "batch")),
+    "a manifest of a nameless policy": Damage("paced", "manifest.json", without("policies", "batch", "name")),
+    "a manifest of another nameless policy": Damage("paced", "manifest.json", without("policies", "shapes", "name")),
+    "a manifest of a listed policy": Damage("paced", "manifest.json", changed("policies", "shapes", value=["eager"])),
     "a manifest without a vocabulary": Damage("paced", "manifest.json", without("model", "vocab_size")),
     "a manifest of an odd instance": Damage("paced", "manifest.json", changed("instance", value=[1])),
     "a manifest of an unknown field": Damage(

@@ -160,6 +160,16 @@ def test_parity_with_another_knob_says_no(loop: TinyLoop) -> None:
     assert "first come, first served" in simulator
 
 
+def test_parity_with_other_graphs_says_no(loop: TinyLoop) -> None:
+    """Any policy of the instance may be another one. The instance may not: it is what times were recorded on."""
+    got = said("parity", loop / "full", "--shapes", "powers-of-two")
+    assert got.status == 1
+    assert "graph_tokens=None" in got.out.splitlines()[1]
+    refused = said("parity", loop / "full", "--set", "num_kv_blocks=3")
+    assert (refused.status, refused.out) == (2, "")
+    assert "was recorded on its own instance; accepted: knobs of policies" in refused.err
+
+
 def test_a_search_tells_its_default_and_its_best(loop: TinyLoop) -> None:
     """As the study's folder has them."""
     study, value = read_study(loop / "study"), told(loop, "tune")

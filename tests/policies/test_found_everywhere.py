@@ -6,6 +6,7 @@ The module is written as its author would write it, for every decision that ther
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -15,12 +16,13 @@ from typing import NamedTuple
 import optuna
 import pytest
 
+from tests.test_layers import is_within, modules, tree
 from xllm_lab import cli, contract, verbs
 from xllm_lab.candidate import Candidate, candidate, num_changes
 from xllm_lab.cli.options import configuration, configuration_options
 from xllm_lab.policies import catalog
 from xllm_lab.policies.catalog import decisions, make_policy, policies, policy_name
-from xllm_lab.policies.of_instance import DECISIONS, policies_from
+from xllm_lab.policies.of_instance import BESIDE, DECISIONS, policies_from
 from xllm_lab.report.tables import configurations
 from xllm_lab.settings import DEFAULT
 from xllm_lab.tuning.export import export
@@ -146,3 +148,22 @@ def test_a_tuner_searches_its_knob(newcomer: Newcomer) -> None:
 def test_an_export_says_that_xllm_has_no_such_knob(newcomer: Newcomer) -> None:
     """Its flags are inherited; what was made up is left out by name."""
     assert export(newcomer.chosen(), "xllm", kv_bytes_per_token=1).left_out[f"{newcomer.prefix}made_up_knob"] == 3
+
+
+# All that lists, keeps, searches, translates or shows what others decide.
+LISTERS = ("cli", "verbs", "settings", "candidate", "runs", "tuning", "report", "text", "summary_of_run", "demo")
+
+
+def test_nobody_who_lists_decisions_names_one() -> None:
+    """Neither as a word nor as a field: a list that is kept by hand would be the second one."""
+    listers = [module for module in modules() if is_within(module, *(f"xllm_lab.{name}" for name in LISTERS))]
+    assert len(listers) > len(LISTERS)
+    named = [
+        f"{module}:{node.lineno}"
+        for module in listers
+        for node in ast.walk(tree(module))
+        if (isinstance(node, ast.Constant) and node.value in BESIDE)
+        or (isinstance(node, ast.Attribute) and node.attr in BESIDE)
+        or (isinstance(node, ast.arg | ast.keyword) and node.arg in BESIDE)
+    ]
+    assert named == []

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xllm_lab.drafting import drafting_of
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
+from xllm_lab.engine.drafts.engine_drafts import EngineDrafts
+from xllm_lab.engine.drafts.ngram import NgramProposer
+from xllm_lab.engine.drafts.suffix import SuffixProposer
+from xllm_lab.engine.drafts.verify import kept_until_stop
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
@@ -346,7 +351,7 @@ class Engine:
 
     def _proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
         """Every method that this engine can draft by."""
-        return EngineDrafts([Ngram(), Suffix()])
+        return EngineDrafts([NgramProposer(), SuffixProposer()])
 
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)

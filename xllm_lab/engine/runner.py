@@ -1,5 +1,6 @@
 """One engine step: chunks of sequences in, logits out."""
 
+# ruff: noqa: N815  (shapes live in the names of fields, too)
 # Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, V vocabulary
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Runner:
         *,
         tells: bool = True,
     ) -> list[list[int]]:
-        """Computes one step and draws its tokens, the last of which the next step may follow before anybody has seen it.
+        """Computes one step and draws its tokens; the next step may follow the last of each before anybody has seen it.
 
         Args:
             rows: of the requests that draw, in order of their chunks: how, and behind which drafts.

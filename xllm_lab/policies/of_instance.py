@@ -68,3 +68,9 @@ def refuse_other_decisions(named: Iterable[str], accepted: Sequence[str] = DECIS
     for decides in named:
         if decides not in accepted:
             raise ConfigError(f"unknown decision {decides!r} of an instance; accepted: {', '.join(accepted)}")
+
+
+def refuse_drafts(policies: Policies) -> None:
+    """ConfigError where a host that cannot speculate is given a draft policy."""
+    if policies.draft != OFF:
+        raise ConfigError(f"draft policy {policy_name(policies.draft)} is not served here; accepted: off")

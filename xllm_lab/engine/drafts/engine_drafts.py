@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from xllm_lab.engine.runner import Runner
 from xllm_lab.workload import RequestId
 
 
-class OneMethod(Proposer, Protocol):
-    """A proposer by one method."""
+@runtime_checkable
+class Draws(Protocol):
+    """A proposer that draws drafts by chance, for requests that are not greedy."""
 
     def probabilities(self, request: RequestId) -> Tensor | None:
         """What a request's drafts made last were drawn from, shape [d, V]; None if they were not drawn by chance."""
@@ -30,7 +31,7 @@ class EngineDrafts:
         draft_us: of the drafts made last.
     """
 
-    def __init__(self, proposers: Sequence[OneMethod]) -> None:
+    def __init__(self, proposers: Sequence[Proposer]) -> None:
         self._by_method = {method: proposer for proposer in proposers for method in proposer.methods}
         self._clock: Clock | None = None
         self.draft_us = 0
@@ -54,8 +55,9 @@ class EngineDrafts:
         return [made[a.state.id] for a in asked]
 
     def probabilities(self, request: RequestId, method: str) -> Tensor | None:
-        """As `OneMethod`."""
-        return self._by_method[method].probabilities(request)
+        """As `Draws`; None by a method that does not draw."""
+        proposer = self._by_method[method]
+        return proposer.probabilities(request) if isinstance(proposer, Draws) else None
 
     def forget(self, request: RequestId) -> None:
         for proposer in self._by_method.values():

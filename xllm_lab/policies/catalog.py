@@ -22,6 +22,7 @@ from typing import Any
 import xllm_lab.policies as package
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPolicy, Choice, Flag, Knob
+from xllm_lab.policies.draft import DraftPolicy
 from xllm_lab.policies.failover import FailoverPolicy
 from xllm_lab.policies.routing import RoutePolicy
 from xllm_lab.policies.shapes import ShapesPolicy
@@ -63,6 +64,12 @@ def make_batch_policy(name: str, values: Mapping[str, Any] | None = None) -> Bat
 def make_route_policy(name: str, values: Mapping[str, Any] | None = None) -> RoutePolicy:
     """`make_policy` for routing."""
     policy: RoutePolicy = make_policy("route", name, values)
+    return policy
+
+
+def make_draft_policy(name: str, values: Mapping[str, Any] | None = None) -> DraftPolicy:
+    """`make_policy` for drafts."""
+    policy: DraftPolicy = make_policy("draft", name, values)
     return policy
 
 

@@ -23,6 +23,8 @@ from xllm_lab.policies.draft import METHODS, DecodingView, DraftView, Tally
 
 # Of all drafts by prompt lookup that SmolLM2 kept none to nearly all, by text; a guess on the high side.
 FIRST_GUESS = 0.8
+# It weighs like so many drafts.
+FIRST_GUESS_COUNT = 2.0
 _GOLDEN = 0.6180339887498949
 
 
@@ -55,9 +57,9 @@ def expected(tally: Tally, continuation: Sequence[float], prior_count: float) ->
     return chances
 
 
-def continuation(tally: Tally, depth: int, prior_count: float) -> list[float]:
+def continuation(tally: Tally, depth: int) -> list[float]:
     """The chances that a draft behind kept ones is kept, by position, of the instance's counts."""
-    chances = expected(tally, [FIRST_GUESS] * depth, prior_count)
+    chances = expected(tally, [FIRST_GUESS] * depth, FIRST_GUESS_COUNT)
     return [here / before if before else 0.0 for before, here in zip([1.0, *chances], chances, strict=False)]
 
 
@@ -71,7 +73,7 @@ class Outlook:
 
     def __init__(self, view: DraftView, methods: Sequence[str], depth: int, prior_count: float) -> None:
         self._methods, self._prior_count = methods, prior_count
-        self._continuations = [continuation(view.tally(m), depth, prior_count) for m in methods]
+        self._continuations = [continuation(view.tally(m), depth) for m in methods]
 
     def best(self, request: DecodingView, share: float, costs: Sequence[Sequence[float]]) -> Bet:
         """The method and depth with most tokens per cost; of equals the first.
@@ -101,12 +103,23 @@ def most_paying(chances: Sequence[float], share: float, added: Sequence[float]) 
     return depth, best
 
 
+def trial_rate(explore_frac: float, share: float, cost: float, tokens_back: float) -> float:
+    """Of all steps, in how many to try a draft so that what that loses is `explore_frac` of the time.
+
+    Args:
+        share: time of the request's part of a step.
+        cost: time that the draft takes.
+        tokens_back: time that the tokens it may be expected to bring would take otherwise.
+    """
+    loss = cost - tokens_back
+    return 1.0 if loss <= explore_frac * share else explore_frac * share / loss
+
+
 def trial(num_tokens: int, rate: float, num_choices: int) -> int | None:
     """Which of its choices a request of that length tries in this step, if it is its turn.
 
     Args:
-        rate: of all steps in which it is.
+        rate: of all steps in which it is, at most 1.
     """
     place = num_tokens * _GOLDEN % 1.0
-    rate = min(rate, 1.0)
     return int(place / rate * num_choices) if place < rate else None

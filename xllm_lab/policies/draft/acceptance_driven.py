@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from xllm_lab.policies.api import Knob, refuse_below
 from xllm_lab.policies.draft import Depth, DraftPlan, DraftView, MethodOrAuto, Room, drafting_key, refuse_unknown
-from xllm_lab.policies.draft.acceptance import Outlook, chosen, trial
+from xllm_lab.policies.draft.acceptance import Outlook, chosen, trial, trial_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class AcceptanceDriven:
     num_speculative_tokens: Depth = 8
     row_cost_frac: Annotated[float, Knob(0.005, 0.5, log=True)] = 0.1
     explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.01
-    prior_count: Annotated[float, Knob(0.5, 16, log=True)] = 2.0
+    prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
 
     def __post_init__(self) -> None:
         refuse_unknown(self.method, "auto")
@@ -50,8 +50,10 @@ class AcceptanceDriven:
         costs = [[self.row_cost_frac * depth for depth in range(1, deepest + 1)]] * len(methods)
         outlook = Outlook(view, methods, deepest, self.prior_count)
         for request in sorted(view.decoding, key=drafting_key):
-            method, depth, _, _ = outlook.best(request, share, costs)
-            tried = trial(request.num_tokens, self.explore_frac * share / self.row_cost_frac, len(methods))
+            method, depth, chances, tokens_rate = outlook.best(request, share, costs)
+            next_chance = chances[min(depth, deepest - 1)]
+            rate = trial_rate(self.explore_frac, share, self.row_cost_frac, next_chance / tokens_rate)
+            tried = trial(request.num_tokens, rate, len(methods))
             if tried is not None:
                 room.grant(request, method if depth else methods[tried], min(depth + 1, deepest))
             elif depth:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from xllm_lab.policies.api import Flag, Knob, refuse_below
 from xllm_lab.policies.draft import (
+    DecodingView,
     Depth,
     DraftPlan,
+    DraftTimesView,
     DraftView,
     MethodOrAuto,
     Room,
     drafting_key,
     refuse_unknown,
 )
-from xllm_lab.policies.draft.acceptance import Bet, Outlook, chosen, trial
+from xllm_lab.policies.draft.acceptance import Bet, Outlook, chosen, trial, trial_rate
 from xllm_lab.policies.draft.pruning import Pruning, decode_us
 
 
@@ -31,8 +33,8 @@ class AdaptivePruning:
     - chances come from counts (see `acceptance`): the policy is asked before there are drafts, whose probabilities
       xLLM reads. So drafting is a cost that can be saved, where in xLLM it is spent already;
     - a first draft that has to pay for all drafting, or for a row that the next ones have for less, may not end it:
-      every number of drafts is scored, for every limit of depth, and no drafts at all. Its score is so never below that
-      of a fixed depth;
+      every number of drafts is scored, for every limit of depth, and no drafts at all. So the score is never below that
+      of a fixed depth. For the same reason all try together where nobody drafts (`acceptance` says why to try);
     - steps may compute prompts, too, in xLLM never beside drafts; the score leaves their time out, or a token would
       seem cheap wherever a prompt makes the step long.
 
@@ -54,7 +56,7 @@ class AdaptivePruning:
     num_speculative_tokens: Depth = 8
     adaptive_speculative_min_gain: Annotated[float, Knob(0.0, 0.1), Flag("adaptive_speculative_min_gain")] = 0.0
     explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.01
-    prior_count: Annotated[float, Knob(0.5, 16, log=True)] = 2.0
+    prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
 
     def __post_init__(self) -> None:
         refuse_unknown(self.method, "auto")
@@ -73,22 +75,44 @@ class AdaptivePruning:
             return room.plan("the host drafts otherwise")
         if not view.decoding:
             return room.plan("nobody decodes")
-        deepest, num = self.num_speculative_tokens, len(view.decoding)
         requests = sorted(view.decoding, key=drafting_key)
+        pruning = Pruning(view, times, requests, self._bets(view, times, requests, methods))
+        depths, per_us = pruning.best(self.adaptive_speculative_min_gain)
+        if any(depths):
+            self._deepen(pruning, depths, per_us, room)
+            return room.plan("the best score")
+        rate = trial_rate(self.explore_frac, pruning.alone_us, *pruning.first_drafts_us())
+        tried = trial(sum(r.num_tokens for r in requests), rate, len(methods))
+        if tried is None:
+            return room.plan("drafts do not pay")
+        for request in requests:
+            room.grant(request, methods[tried], 1)
+        return room.plan("whether drafts pay")
+
+    def _bets(
+        self, view: DraftView, times: DraftTimesView, requests: Sequence[DecodingView], methods: Sequence[str]
+    ) -> list[Bet]:
+        """Of each request the method and depth that pay most if all others draft as deep by it."""
+        num, depths = len(requests), range(1, self.num_speculative_tokens + 1)
         share_us = decode_us(view, times) / num
-        rows_us = [times.row_us(view.num_tokens, r.num_computed_tokens) for r in requests]
-        drafts_us = [[times.draft_us(m, num, depth) / num for depth in range(1, deepest + 1)] for m in methods]
-        outlook = Outlook(view, methods, deepest, self.prior_count)
+        drafts_us = [[times.draft_us(m, num, depth) / num for depth in depths] for m in methods]
+        outlook = Outlook(view, methods, len(depths), self.prior_count)
         bets: list[Bet] = []
-        for request, row_us in zip(requests, rows_us, strict=True):
-            costs = [[us + row_us * depth for depth, us in enumerate(of_method, 1)] for of_method in drafts_us]
-            bets.append(outlook.best(request, share_us, costs))
-        depths = Pruning(view, times, requests, bets).depths(self.adaptive_speculative_min_gain)
-        for request, bet, row_us, depth in zip(requests, bets, rows_us, depths, strict=True):
-            cost_us = max(row_us + times.draft_us(bet.method, 1, 1), 1e-6)
-            tried = trial(request.num_tokens, self.explore_frac * share_us / cost_us, len(methods))
-            if tried is not None:
-                room.grant(request, bet.method if depth else methods[tried], min(depth + 1, deepest))
+        for request in requests:
+            row_us = times.row_us(view.num_tokens, request.num_computed_tokens)
+            costs_us = [[us + row_us * n for us, n in zip(of_method, depths, strict=True)] for of_method in drafts_us]
+            bets.append(outlook.best(request, share_us, costs_us))
+        return bets
+
+    def _deepen(self, pruning: Pruning, depths: Sequence[int], per_us: float, room: Room) -> None:
+        """Grant these depths, and to those whose turn it is one draft more."""
+        share_us = pruning.alone_us / len(depths)
+        drafting = pruning.drafting(depths)
+        for request, bet, depth in zip(pruning.requests, pruning.bets, depths, strict=True):
+            deeper = min(depth + 1, self.num_speculative_tokens)
+            cost_us = pruning.row_us(request) + pruning.one_more_us(bet.method, drafting, deeper)
+            rate = trial_rate(self.explore_frac, share_us, cost_us, bet.chances[deeper - 1] / per_us)
+            if trial(request.num_tokens, rate, 1) is not None:
+                room.grant(request, bet.method, deeper)
             elif depth:
                 room.grant(request, bet.method, depth)
-        return room.plan("the best score" if room.tokens_left < view.tokens_left else "drafts do not pay")

@@ -97,8 +97,9 @@ def drawn_draft_view(number: int) -> DrawnDraftView:
 
 
 def _request(rng: random.Random, request_id: RequestId, block_size: int) -> DrawnDecoding:
-    # On the edge of a block, or anywhere.
-    num_tokens = 3 + rng.choice((block_size * rng.randint(1, 4) - rng.choice((1, 2)), rng.randint(0, 300)))
+    # Its last block is full, or has room for one draft; or anything.
+    edge = block_size * rng.randint(1, 4) - rng.choice((0, 1))
+    num_tokens = max(2, rng.choice((edge, rng.randint(2, 300))))
     return DrawnDecoding(
         id=request_id,
         arrival_us=rng.choice((0, 0, 100, 500)),

@@ -11,6 +11,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.policies.catalog import (
     decisions,
     make_batch_policy,
+    make_draft_policy,
     make_failover_policy,
     make_route_policy,
     make_shapes_policy,
@@ -21,6 +22,7 @@ from xllm_lab.policies.route.least_loaded import LeastLoaded
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "batch": make_batch_policy,
+    "draft": make_draft_policy,
     "failover": make_failover_policy,
     "route": make_route_policy,
     "shapes": make_shapes_policy,

@@ -24,7 +24,7 @@ from xllm_lab.policies.draft import METHODS, DecodingView, DraftView, Tally
 # Of all drafts by prompt lookup that SmolLM2 kept none to nearly all, by text; a guess on the high side.
 FIRST_GUESS = 0.8
 # It weighs like so many drafts.
-FIRST_GUESS_COUNT = 2.0
+FIRST_GUESS_COUNT = 8.0
 _GOLDEN = 0.6180339887498949
 
 
@@ -111,8 +111,10 @@ def trial_rate(explore_frac: float, share: float, cost: float, tokens_back: floa
         cost: time that the draft takes.
         tokens_back: time that the tokens it may be expected to bring would take otherwise.
     """
-    loss = cost - tokens_back
-    return 1.0 if loss <= explore_frac * share else explore_frac * share / loss
+    loss, allowed = cost - tokens_back, explore_frac * share
+    if not allowed:
+        return 0.0
+    return 1.0 if loss <= allowed else allowed / loss
 
 
 def trial(num_tokens: int, rate: float, num_choices: int) -> int | None:

@@ -55,7 +55,7 @@ class AdaptivePruning:
     method: MethodOrAuto = "auto"
     num_speculative_tokens: Depth = 8
     adaptive_speculative_min_gain: Annotated[float, Knob(0.0, 0.1), Flag("adaptive_speculative_min_gain")] = 0.0
-    explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.01
+    explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.005
     prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
 
     def __post_init__(self) -> None:
@@ -81,7 +81,9 @@ class AdaptivePruning:
         if any(depths):
             self._deepen(pruning, depths, per_us, room)
             return room.plan("the best score")
-        rate = trial_rate(self.explore_frac, pruning.alone_us, *pruning.first_drafts_us())
+        cost_us, back_us = pruning.first_drafts_us()
+        back_us -= self.adaptive_speculative_min_gain * pruning.alone_us * len(requests)
+        rate = trial_rate(self.explore_frac, pruning.alone_us, cost_us, back_us)
         tried = trial(sum(r.num_tokens for r in requests), rate, len(methods))
         if tried is None:
             return room.plan("drafts do not pay")
@@ -111,7 +113,8 @@ class AdaptivePruning:
         for request, bet, depth in zip(pruning.requests, pruning.bets, depths, strict=True):
             deeper = min(depth + 1, self.num_speculative_tokens)
             cost_us = pruning.row_us(request) + pruning.one_more_us(bet.method, drafting, deeper)
-            rate = trial_rate(self.explore_frac, share_us, cost_us, bet.chances[deeper - 1] / per_us)
+            back_us = bet.chances[deeper - 1] / per_us - self.adaptive_speculative_min_gain * pruning.alone_us
+            rate = trial_rate(self.explore_frac, share_us, cost_us, back_us)
             if trial(request.num_tokens, rate, 1) is not None:
                 room.grant(request, bet.method, deeper)
             elif depth:

@@ -408,6 +408,7 @@ def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int])
 def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int]) -> int:
     """Give every request that reached its known tokens its drafts that are kept, and one more; returns how many did."""
     rows = 0
+    some_draft = any(r.num_drafted for r in ends.values())
     accepted = dict(zip(step.draft_ids, step.num_accepted, strict=True))
     for request_id in step.ids:
         one, record = live[request_id], ends[request_id]
@@ -416,7 +417,10 @@ def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepReco
         rows += 1
         if (record.finish_us or 0) < step.end_us:
             continue  # cancelled while the step ran
-        if request_id in lost:
+        times = record.token_times_us
+        is_there = one.drawn < len(times) and times[one.drawn] == step.end_us
+        # With drafts about, a step that takes KV away may have been planned when this one was over.
+        if request_id in lost and not (some_draft and is_there):
             continue
         for _ in range(1 + accepted.get(request_id, 0)):
             who = f"request {request_id}"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,22 +37,51 @@ def sample(
     tokens = argmax(logits_RV)
     for row, sampling in enumerate(params):
         if sampling.temperature > 0:
-            tokens[row] = _draw(logits_RV[row], sampling, (sampling.seed, ids[row], positions[row]))
+            tokens[row] = draw(logits_RV[row], sampling, ids[row], positions[row])
     return tokens
 
 
-def _draw(logits_V: Tensor, sampling: Sampling, key: tuple[int, int, int]) -> int:
-    """Inverse transform: the first candidate whose cumulated probability exceeds a uniform number."""
-    uniform = np.random.default_rng(key).random()
+def draw(logits_V: Tensor, sampling: Sampling, id: RequestId, position: int) -> int:
+    """The token of one row that is not greedy; arguments as `sample`."""
+    return draw_from(target(logits_V, sampling), np.random.default_rng((sampling.seed, id, position)).random())
+
+
+class Target(NamedTuple):
+    """What a row that is not greedy is drawn from: its logits after temperature, top_k and top_p.
+
+    Attributes:
+        ids: the tokens that can be drawn, shape [C].
+        probabilities: of each, float64, shape [C].
+        cumulated: their sums up to each. The last may be less than 1: it is what top_p left.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+    cumulated: Tensor
+
+    def dense(self, vocab_size: int) -> Tensor:
+        """Probabilities of all tokens, which sum to 1, float64, shape [V]."""
+        probabilities_V = self.probabilities.new_zeros(vocab_size)
+        probabilities_V[self.ids] = self.probabilities / self.cumulated[-1]
+        return probabilities_V
+
+
+def target(logits_V: Tensor, sampling: Sampling) -> Target:
+    """The distribution of a row that is not greedy."""
     ids_C = _candidates(logits_V, sampling.top_k, wants_order=sampling.top_p < 1)
     probabilities_C = torch.softmax(logits_V[ids_C].double() / sampling.temperature, -1)
     cumulated_C = probabilities_C.cumsum(-1)
     if sampling.top_p < 1:
         # The smallest set that reaches top_p: everything up to the first candidate at which the sum gets there.
         kept = int(torch.searchsorted(cumulated_C, sampling.top_p)) + 1
-        cumulated_C = cumulated_C[:kept]
-    index = int(torch.searchsorted(cumulated_C, uniform * cumulated_C[-1], right=True))
-    return int(ids_C[min(index, len(cumulated_C) - 1)])
+        return Target(ids_C[:kept], probabilities_C[:kept], cumulated_C[:kept])
+    return Target(ids_C, probabilities_C, cumulated_C)
+
+
+def draw_from(target: Target, uniform: float) -> int:
+    """Inverse transform: the first candidate whose cumulated probability exceeds a number in [0, 1)."""
+    index = int(torch.searchsorted(target.cumulated, uniform * target.cumulated[-1], right=True))
+    return int(target.ids[min(index, len(target.cumulated) - 1)])
 
 
 def _candidates(logits_V: Tensor, top_k: int, *, wants_order: bool) -> Tensor:

@@ -1,10 +1,10 @@
 """One engine step: chunks of sequences in, logits out."""
 
-# Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary
+# Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,12 +48,15 @@ class Runner:
     Attributes:
         workspace: the memory of a step.
         graphs: captured steps over that memory, if there are to be any.
+        observer: told of each step, when it is computed: its chunks, and what the head reads of all their tokens, shape
+            [T, D], which stands until the next step.
     """
 
     def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device, *, told: Group | None = None) -> None:
         self._model, self._kv_pool, self._device, self._told = model, kv_pool, device, told
         self.workspace = model.workspace()
         self.graphs: Graphs | None = None
+        self.observer: Callable[[Sequence[SequenceChunk], Tensor], None] | None = None
         self._drawn: list[int] = []
 
     def run(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None) -> Tensor:
@@ -89,14 +92,17 @@ class Runner:
                 [chunk.block_table for chunk in chunks],
                 self._kv_pool.layers[0].k_BPKH,
             )
-            return self._model.forward(
+            normed_TD = self._model.run_layers(
                 torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
-                torch.tensor(wanted, dtype=torch.int64, device=device),
                 batch=batch,
                 kv=self._kv_pool.layers,
                 workspace=self.workspace,
             )
+            if self.observer is not None:
+                self.observer(chunks, normed_TD)
+            wanted_R = torch.tensor(wanted, dtype=torch.int64, device=device)
+            return self._model.logits(normed_TD[wanted_R], self.workspace)
 
     def _replay(
         self, chunks: Sequence[SequenceChunk], tokens: Sequence[int], wanted: Sequence[int], graph_tokens: int
@@ -104,6 +110,8 @@ class Runner:
         assert self.graphs is not None, f"a graph of {graph_tokens} tokens, and no graphs"
         with torch.inference_mode():
             normed_TD, logits_TV = self.graphs.run(graph_tokens, tokens, chunks)
+            if self.observer is not None:
+                self.observer(chunks, normed_TD[: len(tokens)])
             if logits_TV is None:
                 return self._model.logits(normed_TD[wanted], self.workspace)
             return logits_TV[: len(wanted)] if len(wanted) == len(tokens) else logits_TV[wanted]

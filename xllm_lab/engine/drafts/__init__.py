@@ -1,0 +1,1 @@
+"""Who makes drafts in the engine, and how they are verified."""

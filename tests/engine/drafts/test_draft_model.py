@@ -135,13 +135,24 @@ def test_what_the_prefix_cache_supplied_is_not_computed_again() -> None:
 def test_a_block_that_was_lent_away_meanwhile_is_computed_anew() -> None:
     """Blocks behind the known tokens go back after a step; another's drafts may have been written there."""
     blocks, subject = ledger(), proposer(half())
-    mine, other = (Live(i, random_tokens(8, VOCAB_SIZE, seed=20 + i), blocks) for i in range(2))
+    mine, other = (Live(i, random_tokens(7, VOCAB_SIZE, seed=20 + i), blocks) for i in range(2))
     mine.draw([5])
     other.draw([6])
-    (drafts,) = subject.propose([Asked(mine.state, "draft_model", 4, [0, 1, 2, 3])])
-    subject.propose([Asked(other.state, "draft_model", 4, [4, 5, 3, 2])])
+    (drafts,) = subject.propose([Asked(mine.state, "draft_model", 4, [0, 1, 2])])
+    subject.propose([Asked(other.state, "draft_model", 4, [4, 5, 2])])
     mine.draw(drafts)  # by luck: nobody verified them
     assert subject.propose([Asked(mine.state, "draft_model", 3, [0, 1, 2, 3])]) == [greedy(half(), mine.tokens, 3)]
+
+
+def test_a_shared_block_that_another_began_to_overwrite_is_computed_anew() -> None:
+    """It was evicted, begun by a request that ended, and then computed by the target once more."""
+    blocks, subject = ledger(), proposer(half())
+    prompt = random_tokens(9, VOCAB_SIZE, seed=30)
+    first, other, again = (Live(i, p, blocks) for i, p in enumerate((prompt, prompt[:2], prompt)))
+    for request, table in ((first, [0, 1, 2, 3]), (other, [1, 4]), (again, [0, 1, 5, 6])):
+        request.draw([9])
+        (drafts,) = subject.propose([Asked(request.state, "draft_model", 3, table)])
+        assert drafts == greedy(half(), request.tokens, 3)
 
 
 def test_probabilities_are_kept_until_the_next_drafts() -> None:

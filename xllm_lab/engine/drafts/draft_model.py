@@ -52,8 +52,7 @@ def open_draft_model(
 class DraftModel:
     """A `Drafter`: a whole model, with a KV pool and a workspace of its own. It runs eagerly."""
 
-    lag = 0
-    keeps_draft_rows = True
+    reads_target = False
 
     def __init__(self, loaded: LoadedModel, config: InstanceConfig, device: Device) -> None:
         """Raises: ConfigError if its KV does not fit."""

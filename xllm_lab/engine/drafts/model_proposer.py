@@ -22,21 +22,21 @@ from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.workload import RequestId, Sampling
 
 # Of logits [V], how to draw, whose token and which output token of theirs: the token, and the distribution [V] that it
-# was drawn from.
-Draw = Callable[[Tensor, Sampling, RequestId, int], tuple[int, Tensor]]
+# was drawn from; None if it was not.
+Draw = Callable[[Tensor, Sampling, RequestId, int], tuple[int, Tensor | None]]
 
 
 class Drafter(Protocol):
     """A model that drafts, over a KV pool with the target's block tables.
 
     Attributes:
-        lag: row p reads token p + lag, besides what it may know of token p, and predicts token p + lag + 1.
-        keeps_draft_rows: whether a row that read a draft is as good as any other once the target drew the same token.
+        reads_target: whether row p reads what the target made of token p, and then token p + 1, to predict the next; a
+            row behind the last known token has to do with something worse, and is computed again. Else it reads token
+            p, and stands once the target draws the same token.
         max_rows: it computes no row behind so many.
     """
 
-    lag: int
-    keeps_draft_rows: bool
+    reads_target: bool
     max_rows: int
 
     def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
@@ -109,7 +109,7 @@ class ModelProposer:
 
     def _begin(self, asked: Asked) -> _Drafting:
         assert asked.method in self.methods, f"{asked.method} drafts asked of {self.methods[0]}"
-        state, lag = asked.state, self._drafter.lag
+        state, lag = asked.state, int(self._drafter.reads_target)
         num_rows = state.num_tokens - lag
         assert num_rows > 0, f"request {state.id} drafts behind {state.num_tokens} tokens"
         first_row = min(self._synced.count(asked), num_rows - 1)  # the last row's logits are wanted, known or not
@@ -141,10 +141,13 @@ class ModelProposer:
             if state.request.sampling.temperature > 0:
                 position = state.num_tokens + len(w.drafts) - state.num_prompt_tokens
                 token, q_V = self._draw(logits_RV[row], state.request.sampling, state.id, position)  # noqa: PLW2901
+                assert q_V is not None, f"request {state.id} samples, and its draft was not drawn"
                 self._probabilities.setdefault(state.id, []).append(q_V)
             w.drafts.append(token)
             w.tokens.append(token)
 
     def _keep(self, w: _Drafting) -> None:
-        computed = w.drafts[:-1] if self._drafter.keeps_draft_rows else ()
-        self._synced.keep(w.asked, w.first_row, w.asked.state.num_tokens - self._drafter.lag, computed)
+        if self._drafter.reads_target:
+            self._synced.keep(w.asked, w.first_row, w.asked.state.num_tokens - 1, ())
+        else:
+            self._synced.keep(w.asked, w.first_row, w.asked.state.num_tokens, w.drafts[:-1])

@@ -35,8 +35,7 @@ from xllm_lab.instance_config import InstanceConfig
 class MtpHead:
     """A `Drafter`: a prediction module, with KV, hidden states and a workspace of its own. It runs eagerly."""
 
-    lag = 1
-    keeps_draft_rows = False  # they read the module's hidden states, and the target's are better
+    reads_target = True
 
     def __init__(self, module: MtpModule, config: InstanceConfig, device: Device, *, who: str) -> None:
         """Raises: ConfigError if its KV and hidden states do not fit."""

@@ -20,9 +20,9 @@ SAMPLED = Sampling(temperature=1.0)
 class Live:
     """A request whose blocks come from a ledger; tokens that it has computed are shared there."""
 
-    def __init__(self, id: RequestId, prompt: Sequence[int], ledger: Ledger, sampling: Sampling = GREEDY) -> None:
+    def __init__(self, id: int, prompt: Sequence[int], ledger: Ledger, sampling: Sampling = GREEDY) -> None:
         request = Request(
-            id=id,
+            id=RequestId(id),
             arrival_us=0,
             prompt=Prompt(num_tokens=len(prompt), token_ids=tuple(prompt)),
             output_tokens=1000,

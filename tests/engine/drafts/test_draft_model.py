@@ -164,17 +164,17 @@ def test_probabilities_are_kept_until_the_next_drafts() -> None:
         request.admit()
         request.draw([3])
     drafts, _ = subject.propose([sampled.ask("draft_model", 3), plain.ask("draft_model", 2)])
-    told = subject.probabilities(0)
+    told = subject.probabilities(sampled.id)
     assert told is not None
     assert told.shape == (3, VOCAB_SIZE)
     assert told.argmax(-1).tolist() == drafts
-    assert subject.probabilities(1) is None
+    assert subject.probabilities(plain.id) is None
     subject.propose([plain.ask("draft_model", 2)])
-    assert subject.probabilities(0) is None
+    assert subject.probabilities(sampled.id) is None
 
 
 def test_nothing_is_remembered_of_who_is_forgotten() -> None:
-    """A thousand requests come and go."""
+    """Fifty requests come and go."""
     blocks, subject = ledger(), proposer(half())
     for id in range(50):
         request = Live(id, random_tokens(6, VOCAB_SIZE, seed=id), blocks, SAMPLED)
@@ -182,10 +182,10 @@ def test_nothing_is_remembered_of_who_is_forgotten() -> None:
         request.draw([1])
         subject.propose([request.ask("draft_model", 1)])
         assert subject.num_requests == 1
-        subject.forget(id)
+        subject.forget(request.id)
         request.leave()
         assert subject.num_requests == 0
-        assert subject.probabilities(id) is None
+        assert subject.probabilities(request.id) is None
 
 
 def test_drafts_end_where_the_models_context_does(tmp_path: Path) -> None:

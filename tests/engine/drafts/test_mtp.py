@@ -26,6 +26,7 @@ from xllm_lab.errors import ConfigError, ModelError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import Ledger
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
+from xllm_lab.workload import RequestId
 
 STYLES = tuple(naive.NAMES)
 CONFIG = InstanceConfig(
@@ -42,18 +43,17 @@ def loaded(style: str) -> LoadedModel:
 class Serving:
     """A target whose module drafts; requests compute their tokens in whatever chunks a test says."""
 
-    def __init__(self, style: str, *, enable_prefix_cache: bool = True) -> None:
-        self.style, self.ledger = (
-            style,
-            Ledger(CONFIG.num_kv_blocks, CONFIG.block_size, enable_prefix_cache=enable_prefix_cache),
-        )
-        device, model = open_device("cpu"), loaded(style).model
+    def __init__(self, style: str, model: LoadedModel | None = None, *, enable_prefix_cache: bool = True) -> None:
+        blocks, size, device = CONFIG.num_kv_blocks, CONFIG.block_size, open_device("cpu")
+        self.style, self.ledger = style, Ledger(blocks, size, enable_prefix_cache=enable_prefix_cache)
+        target = model or loaded(style)
+        decoder = target.model
         self.pool = KvPool(
-            model.config, num_blocks=CONFIG.num_kv_blocks + 1, block_size=4, dtype=model.dtype, device=device
-        )
-        self.runner = Runner(model, self.pool, device)
-        self.proposer: ModelProposer = mtp_proposer(loaded(style), self.runner, CONFIG, device, tell_logits)
-        self.computed: dict[int, int] = {}
+            decoder.config, num_blocks=blocks + 1, block_size=size, dtype=decoder.dtype, device=device
+        )  # a block more, which pads graphs
+        self.runner = Runner(decoder, self.pool, device)
+        self.proposer: ModelProposer = mtp_proposer(target, self.runner, CONFIG, device, tell_logits)
+        self.computed: dict[RequestId, int] = {}
 
     def admit(self, request: Live) -> None:
         self.computed[request.id] = request.admit()
@@ -138,7 +138,7 @@ def test_tokens_of_the_prefix_cache_have_their_hidden_states(style: str) -> None
     first.publish()
     second = sampled(1, 6, serving, prefix=random_tokens(16, VOCAB_SIZE, seed=77))
     serving.admit(second)
-    assert serving.computed[1] == 16
+    assert serving.computed[second.id] == 16
     second.draw([8])
     serving.reach_the_last_token(second)
     serving.check([second], [2])
@@ -157,6 +157,24 @@ def test_replayed_steps_are_observed_too() -> None:
         runner.run([chunk], graph_tokens=size)
     assert runner.graphs.counts.captures
     serving.check([request], [3])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_bfloat16_stays_near_float32(style: str) -> None:
+    """Eight bits of mantissa, also where a norm is undone by its weights: the direction of the logits survives."""
+    serving = Serving(
+        style, load_model(str(mtp_checkpoint(style).folder), device=open_device("cpu"), dtype=torch.bfloat16)
+    )
+    request = sampled(0, 21, serving)
+    serving.admit(request)
+    request.draw([9])
+    serving.reach_the_last_token(request)
+    serving.proposer.propose([request.ask("mtp", 1)])
+    told = serving.proposer.probabilities(request.id)
+    checkpoint = mtp_checkpoint(style)
+    _, logits_1V = naive.drafts(request.tokens, 1, checkpoint.weights, checkpoint.config, style)
+    assert told is not None
+    assert torch.cosine_similarity(told, logits_1V).item() > 0.99
 
 
 def test_embedding_and_head_are_the_targets() -> None:

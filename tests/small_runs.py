@@ -159,8 +159,9 @@ def run_audited(
     timing, records = timing or EqualSteps(), Records()
     drafting = None
     if draft is not None:
-        timing = replace(timing, proposer=SimulatedDrafts(CoinFlips()))
-        drafting = Drafting(draft, timing.proposer, step_time=STEP_TIME)
+        proposer = SimulatedDrafts(CoinFlips())
+        timing = replace(timing, proposer=proposer)
+        drafting = Drafting(draft, proposer, step_time=STEP_TIME)
     scheduler = Scheduler(
         config, policy, records, step_time=STEP_TIME, shapes=shapes_of(shapes, config), drafting=drafting
     )

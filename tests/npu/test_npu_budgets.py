@@ -7,8 +7,9 @@ import pytest
 from tests.fake_cann import control
 from tests.fake_cann.pytest_plugin import Ledger
 from tests.npu.engines import NUM_LAYERS, Talk, install_operators, let_float32_through, runner
-from tests.small_runs import request
+from xllm_lab.engine.drafts.verify import Row
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
+from xllm_lab.workload import RequestId, Sampling
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,14 +25,14 @@ def test_a_decoding_step(rows: int, ledger: Ledger) -> None:
     Looking at the tokens is the only time that the host waits. No memory is asked for, nor given back.
     """
     subject, talk = runner("npu", XllmBuckets()), Talk(5, 150, 127)
-    requests, nothing = [request(i, 0, prompt=9, output=9) for i in range(rows)], [0] * rows
+    drawing = [Row(Sampling(), RequestId(i), 0) for i in range(rows)]
     subject.run(talk.prefill())
     size = {1: 1, 2: 2, 3: 4}[rows]
-    subject.draw(talk.decode(range(rows)), requests, nothing, size)
+    subject.draw(talk.decode(range(rows)), drawing, size)
     for _ in range(3):
         step = talk.decode(range(rows))
         with control.counting() as counts:
-            subject.draw(step, requests, nothing, size)
+            subject.draw(step, drawing, size)
         assert counts.calls() == {
             "memcpy_async:h2d": 1,
             "replay": 1,

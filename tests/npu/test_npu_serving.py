@@ -12,12 +12,13 @@ from tests.npu.engines import WHERE, Talk, engine, folder, install_operators, le
 from tests.small_runs import request
 from tests.tiny_models import VOCAB_SIZE
 from xllm_lab.engine.device import open_device
+from xllm_lab.engine.drafts.verify import Row
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
-from xllm_lab.workload import Workload
+from xllm_lab.workload import RequestId, Sampling, Workload
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -129,9 +130,10 @@ def test_a_step_that_draws_nothing_is_done_before_the_next_is_written(seed: int)
         for one, talk in zip((subject, expected), talks, strict=True):
             for length in (40, 56, 24):
                 silent = [talk.chunk(row, length)._replace(num_logits=0) for row in (0, 1)]
-                one.draw(silent, [], [], 2 * length if one.graphs else None)
-            both = [request(row, 0, prompt=120, output=9) for row in (0, 1)]
-            tokens.append([one.draw(talk.decode(), both, [step] * 2, 2 if one.graphs else None) for step in range(4)])
+                one.draw(silent, [], 2 * length if one.graphs else None)
+            size = 2 if one.graphs else None
+            both = [[Row(Sampling(), RequestId(row), step) for row in (0, 1)] for step in range(4)]
+            tokens.append([one.draw(talk.decode(), rows, size) for rows in both])
     assert tokens[0] == tokens[1]
 
 

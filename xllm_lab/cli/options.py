@@ -77,6 +77,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="processes that share the model")
     group.add_argument("--rank-timeout-s", type=float, default=300.0, metavar="S", help="one waits so long for another")
     group.add_argument("--check-ops", action="store_true", help="hold operators' calls against their documented limits")
+    group.add_argument("--draft-model", metavar="M", help="for --draft: as --model, or layers of it, layers:0-9,28-29")
     group.add_argument("--graph-pool-mib", type=int, metavar="N", help="of captured graphs; else what is free")
 
 
@@ -158,6 +159,7 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         graph_pool_bytes=None if o.graph_pool_mib is None else o.graph_pool_mib * 2**20,
         tensor_parallel=o.tensor_parallel,
         rank_timeout_s=o.rank_timeout_s,
+        draft_model=o.draft_model,
     )
 
 

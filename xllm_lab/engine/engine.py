@@ -11,10 +11,12 @@ from typing import Any
 from xllm_lab.drafting import drafting_of
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
-from xllm_lab.engine.drafts.engine_drafts import EngineDrafts
+from xllm_lab.engine.drafts.draft_model import draft_model_proposer, open_draft_model
+from xllm_lab.engine.drafts.engine_drafts import EngineDrafts, Maker
+from xllm_lab.engine.drafts.mtp import mtp_proposer
 from xllm_lab.engine.drafts.ngram import NgramProposer
 from xllm_lab.engine.drafts.suffix import SuffixProposer
-from xllm_lab.engine.drafts.verify import kept_until_stop
+from xllm_lab.engine.drafts.verify import draw_draft, kept_until_stop
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.lane import Done, Lane
@@ -30,6 +32,7 @@ from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.engine.workspace import most_logits
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.draft import METHODS
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
@@ -58,6 +61,7 @@ class EngineOptions:
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
+        draft_model: what drafts by "draft_model": another model, or some layers of the served one, "layers:0-9,28-29".
         check_ops: from now on, hold each call of an operator in this process against the limits of its documentation;
             slow, and only where operators have some.
     """
@@ -72,6 +76,7 @@ class EngineOptions:
     graph_pool_bytes: int | None = None
     tensor_parallel: int = 1
     rank_timeout_s: float = 300.0
+    draft_model: str | None = None
     check_ops: bool = False
 
 
@@ -135,9 +140,18 @@ class Engine:
             self.model: LoadedModel = load_model(
                 o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group, without=o.without_ops
             )
+            self.draft_model = self._open_draft_model()
         if ranks is not None:
             ranks.meet("loaded")
         self._lead = Lead(ranks)
+
+    def _open_draft_model(self) -> LoadedModel | None:
+        """Rank 0 drafts."""
+        spec, ranks = self.options.draft_model, self.ranks
+        if spec is None or (ranks is not None and ranks.group.rank > 0):
+            return None
+        size = 1 if ranks is None else ranks.group.size
+        return open_draft_model(spec, self.model, device=self.device, group_size=size, without=self.options.without_ops)
 
     def close(self) -> None:
         """The other ranks end; alone, nothing does."""
@@ -352,8 +366,15 @@ class Engine:
         return runner
 
     def _proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
-        """Every method that this engine can draft by."""
-        return EngineDrafts([NgramProposer(), SuffixProposer()])
+        """Every method that this engine can draft by, and of those what the policy may ask for."""
+        model, device = self.model, self.device
+        makers: dict[str, Maker] = {"ngram": lambda _: NgramProposer(), "suffix": lambda _: SuffixProposer()}
+        if (smaller := self.draft_model) is not None:
+            makers["draft_model"] = lambda _: draft_model_proposer(smaller, config, device, draw_draft)
+        if model.mtp is not None:
+            makers["mtp"] = lambda runner: mtp_proposer(model, runner, config, device, draw_draft)
+        method = getattr(policies.draft, "method", None)
+        return EngineDrafts(makers, [method] if method in METHODS else METHODS)
 
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)

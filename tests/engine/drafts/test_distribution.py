@@ -24,7 +24,7 @@ from xllm_lab.engine.drafts import verify as module
 from xllm_lab.engine.drafts.ngram import NgramProposer
 from xllm_lab.engine.drafts.suffix import SuffixParams, SuffixProposer
 from xllm_lab.engine.drafts.verify import Row, draw_draft, verify
-from xllm_lab.engine.sampler import Target, draw_from, target
+from xllm_lab.engine.sampler import Target, draw, draw_from, target
 from xllm_lab.workload import RequestId, Sampling
 
 VOCAB, LAST = 6, 2
@@ -110,7 +110,8 @@ def expected(sampling: Sampling) -> npt.NDArray[np.float64]:
         shares = weights[row, largest].cumsum() / weights[row].sum()
         weights[row, largest[1:][shares[:-1] >= sampling.top_p]] = 0
     steps = weights / weights.sum(-1, keepdims=True)
-    return steps[LAST][:, None] * steps
+    pairs: npt.NDArray[np.float64] = steps[LAST][:, None] * steps
+    return pairs
 
 
 def p_value(drafter: Drafter, sampling: Sampling, num_requests: int = NUM_REQUESTS) -> float:
@@ -163,7 +164,7 @@ def test_two_tokens_are_distributed_as_without_drafts(method: str, sampling: Sam
 
 def always(logits_RV: Tensor, row: Row, index: int) -> int:
     """Wrong: keeps every draft."""
-    return row.drafts[index] if index < len(row.drafts) else module.draw(logits_RV[index], row.sampling, row.id, 0)
+    return row.drafts[index] if index < len(row.drafts) else draw(logits_RV[index], row.sampling, row.id, 0)
 
 
 def not_subtracted(logits_RV: Tensor, row: Row, index: int) -> int:
@@ -193,7 +194,7 @@ def test_drafts_are_not_what_decides_them() -> None:
     sampling = Sampling(temperature=1.0, seed=3)
     flat_V = torch.zeros(VOCAB)
     drawn = [draw_draft(flat_V, sampling, RequestId(i), 0)[0] for i in range(600)]
-    plain = [module.draw(flat_V, sampling, RequestId(i), 0) for i in range(600)]
+    plain = [draw(flat_V, sampling, RequestId(i), 0) for i in range(600)]
     judged = [np.random.default_rng((3, i, 0, module._JUDGE)).integers(VOCAB) for i in range(600)]
     for one, other in ((drawn, plain), (drawn, judged), (plain, judged)):
         table = np.histogram2d(one, other, bins=VOCAB)[0]

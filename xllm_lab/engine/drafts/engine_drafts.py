@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -13,6 +13,8 @@ from xllm_lab.drafting import Asked, Proposer
 from xllm_lab.engine.clock import Clock
 from xllm_lab.engine.runner import Runner
 from xllm_lab.workload import RequestId
+
+Maker = Callable[[Runner], Proposer]
 
 
 @runtime_checkable
@@ -27,22 +29,32 @@ class Draws(Protocol):
 class EngineDrafts:
     """Asks each method for its requests, and takes the time.
 
+    Args:
+        makers: of each method that there is, what opens it beside what runs the target's steps.
+        wanted: those that may be asked for; no others are opened.
+
     Attributes:
         draft_us: of the drafts made last.
     """
 
-    def __init__(self, proposers: Sequence[Proposer]) -> None:
-        self._by_method = {method: proposer for proposer in proposers for method in proposer.methods}
+    def __init__(self, makers: Mapping[str, Maker], wanted: Collection[str]) -> None:
+        self._makers, self._wanted = makers, wanted
+        self._by_method: dict[str, Proposer] = {}
         self._clock: Clock | None = None
         self.draft_us = 0
 
-    def serve(self, clock: Clock, runner: Runner) -> None:
-        """A run begins: its clock, and what runs its steps."""
-        self._clock = clock
-
     @property
     def methods(self) -> Sequence[str]:
-        return tuple(self._by_method)
+        return tuple(self._makers)
+
+    def serve(self, clock: Clock, runner: Runner) -> None:
+        """A run begins: its clock, and what runs its steps.
+
+        Raises:
+            ConfigError: the memory of a method does not fit.
+        """
+        self._clock = clock
+        self._by_method = {method: make(runner) for method, make in self._makers.items() if method in self._wanted}
 
     def propose(self, asked: Sequence[Asked]) -> list[Sequence[int]]:
         assert self._clock is not None, "drafts are asked for, and no run has begun"

@@ -32,8 +32,13 @@ NUM_REQUESTS, DEPTH = 10_000, 2  # two tokens each
 MODEL_VV = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(8))
 OTHER_VV = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(9))
 LEAST_P_VALUE = 1e-4
-SAMPLINGS = [Sampling(temperature=t, seed=17) for t in (0.5, 1.0, 1.7)]
-CUT = [Sampling(temperature=1.0, top_k=4, seed=17), Sampling(temperature=1.7, top_p=0.8, seed=17)]
+PLAIN = Sampling(temperature=1.0, seed=17)
+# Three seconds each.
+MORE = [
+    Sampling(temperature=0.5, seed=17),
+    Sampling(temperature=1.7, seed=17),
+    Sampling(temperature=1.7, top_k=5, top_p=0.8, seed=17),
+]
 
 
 class Drafted(NamedTuple):
@@ -143,15 +148,13 @@ def worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "sampling"),
-    [
-        *((method, sampling) for method in ("ngram", "suffix", "greedy", "drawn") for sampling in SAMPLINGS),
-        *((method, sampling) for method in ("greedy", "drawn") for sampling in CUT),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"t{value.temperature}-k{value.top_k}-p{value.top_p}",
+    "sampling",
+    [PLAIN, *(pytest.param(more, marks=pytest.mark.slow) for more in MORE)],
+    ids=lambda s: f"t{s.temperature}-k{s.top_k}-p{s.top_p}",
 )
+@pytest.mark.parametrize("method", ["ngram", "suffix", "greedy", "drawn"])
 def test_two_tokens_are_distributed_as_without_drafts(method: str, sampling: Sampling) -> None:
-    """20,000 draws for every proposer at three temperatures; of draft models with top_k and top_p too."""
+    """20,000 draws for every proposer at three temperatures, and with top_k and top_p."""
     drafters: dict[str, Drafter] = {
         "ngram": by_lookup(NgramProposer()),
         "suffix": by_lookup(SuffixProposer(SuffixParams(max_spec_factor=2.0, max_cached_requests=40))),
@@ -185,7 +188,7 @@ def test_wrong_rules_are_found(
 ) -> None:
     """The same test refuses them, or it would say nothing."""
     monkeypatch.setattr(module, right, wrong)
-    assert p_value(drafter, Sampling(temperature=1.0, seed=17), 4000) < LEAST_P_VALUE
+    assert p_value(drafter, PLAIN, 4000) < LEAST_P_VALUE
 
 
 def test_drafts_are_not_what_decides_them() -> None:

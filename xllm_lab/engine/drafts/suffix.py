@@ -121,7 +121,9 @@ class SuffixProposer:
         limit = params.most_tokens(match.longest, depth)
         if match.longest + limit <= params.cache_max_depth:
             return limit
-        lengths = range(match.shortest, match.longest + 1)
+        # Even shorter ones have room for the limit, but may draft no more for it.
+        least = max(match.shortest, params.cache_max_depth - limit)
+        lengths = range(least, match.longest + 1)
         return max(min(params.most_tokens(m, depth), params.cache_max_depth - m) for m in lengths)
 
 

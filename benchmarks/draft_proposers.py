@@ -76,16 +76,16 @@ def tell(state: RequestState, tokens: Sequence[int]) -> None:
     state.recount()
 
 
-def searched_ngram(known: Tokens, _: Tokens) -> list[int]:
-    """What `NgramProposer` drafts, by comparing every place."""
+def searched_ngram(known: Tokens, depth: int, which: int) -> list[int]:
+    """What followed the first (`which` 0) or last (-1) place at which the last 3, else 2, else 1 tokens stand."""
     for size in (3, 2, 1):
         places = len(known) - size
         same = np.ones(places, dtype=bool)
         for i in range(size):
             same &= known[i : i + places] == known[places + i]
         if same.any():
-            end = int(same.nonzero()[0][-1]) + size
-            return known[end : end + DEPTH].tolist()
+            end = int(same.nonzero()[0][which]) + size
+            return [int(token) for token in known[end : end + depth]]
     return []
 
 
@@ -131,31 +131,29 @@ def speed(contexts: Sequence[int]) -> None:
     start = len(tokens) // 2
     outputs = [tokens[i : i + ENDED_TOKENS] for i in range(0, NUM_ENDED * ENDED_TOKENS, ENDED_TOKENS)]
     ended = np.array([t for output in outputs for t in (*output, -1)], dtype=np.int32)
-    searches: tuple[tuple[str, Callable[[], Proposer], Callable[[Tokens, Tokens], list[int]]], ...] = (
-        ("ngram", NgramProposer, searched_ngram),
-        ("suffix", SuffixProposer, searched_suffix),
-    )
     for context in contexts:
-        for method, make, searched in searches:
-            proposer = make()
-            end_all(proposer, method, outputs)
-            line = timed(proposer, method, tokens[start:], context, lambda known, s=searched: s(known, ended))
-            print(json.dumps({"method": method, "context_tokens": context, **line}), flush=True)
+        for proposer, search in (
+            (NgramProposer(), lambda known: searched_ngram(known, DEPTH, -1)),
+            (SuffixProposer(), lambda known: searched_suffix(known, ended)),
+        ):
+            end_all(proposer, outputs)
+            line = timed(proposer, tokens[start:], context, search)
+            print(json.dumps({"method": proposer.methods[0], "context_tokens": context, **line}), flush=True)
 
 
-def end_all(proposer: Proposer, method: str, outputs: list[list[int]]) -> None:
+def end_all(proposer: Proposer, outputs: list[list[int]]) -> None:
     for number, output in enumerate(outputs, 1):
         state = growing(number, [0])
         tell(state, output)
-        proposer.propose([Asked(state, method, 1, ())])
+        proposer.propose([Asked(state, proposer.methods[0], 1, ())])
         proposer.forget(state.id)
 
 
 def timed(
-    proposer: Proposer, method: str, tokens: list[int], context: int, search: Callable[[Tokens], list[int]]
+    proposer: Proposer, tokens: list[int], context: int, search: Callable[[Tokens], list[int]]
 ) -> dict[str, object]:
     """One request from its first call on."""
-    state = growing(0, tokens[:context])
+    state, method = growing(0, tokens[:context]), proposer.methods[0]
     begun = time.process_time_ns()
     proposer.propose([Asked(state, method, DEPTH, ())])
     first_us = (time.process_time_ns() - begun) / 1000
@@ -219,19 +217,10 @@ class EarliestNgram:
     methods = ("ngram",)
 
     def propose(self, asked: Sequence[Asked]) -> list[Sequence[int]]:
-        return [self._draft(one.state.token_ids(0, one.state.num_tokens), one.depth) for one in asked]
+        return [searched_ngram(one.state.token_ids(0, one.state.num_tokens), one.depth, 0) for one in asked]
 
     def forget(self, request: RequestId) -> None:
         """It knows nobody."""
-
-    def _draft(self, known: Tokens, depth: int) -> list[int]:
-        for size in (3, 2, 1):
-            places = len(known) - size
-            same = np.all([known[i : i + places] == known[places + i] for i in range(size)], axis=0)
-            if same.any():
-                end = int(same.argmax()) + size
-                return known[end : end + depth].tolist()
-        return []
 
 
 def replayed(proposer: Proposer, texts: list[Text], depth: int) -> dict[str, str]:

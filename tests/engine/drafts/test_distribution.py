@@ -107,15 +107,15 @@ def pairs(drafter: Drafter, sampling: Sampling, num_requests: int = NUM_REQUESTS
 
 def expected(sampling: Sampling) -> npt.NDArray[np.float64]:
     """Probabilities of the first two tokens, shape [VOCAB, VOCAB], by plain softmax, without the sampler."""
-    weights = np.exp(MODEL_VV.double().numpy() / sampling.temperature)
+    weights: npt.NDArray[np.float64] = np.exp(MODEL_VV.double().numpy() / sampling.temperature)
     order = (-weights).argsort(-1)
     for row, largest in enumerate(order):
         if sampling.top_k:
             weights[row, largest[sampling.top_k :]] = 0
         shares = weights[row, largest].cumsum() / weights[row].sum()
         weights[row, largest[1:][shares[:-1] >= sampling.top_p]] = 0
-    steps = weights / weights.sum(-1, keepdims=True)
-    return steps[LAST][:, None] * steps
+    steps: npt.NDArray[np.float64] = weights / weights.sum(-1, keepdims=True)
+    return np.asarray(steps[LAST][:, None] * steps)
 
 
 def p_value(drafter: Drafter, sampling: Sampling, num_requests: int = NUM_REQUESTS) -> float:
@@ -166,7 +166,7 @@ def test_two_tokens_are_distributed_as_without_drafts(method: str, sampling: Sam
 
 def always(logits_RV: Tensor, row: Row, index: int) -> int:
     """Wrong: keeps every draft."""
-    return row.drafts[index] if index < len(row.drafts) else module.draw(logits_RV[index], row.sampling, row.id, 0)
+    return row.drafts[index] if index < len(row.drafts) else sampler.draw(logits_RV[index], row.sampling, row.id, 0)
 
 
 def not_subtracted(logits_RV: Tensor, row: Row, index: int) -> int:
@@ -196,7 +196,7 @@ def test_drafts_are_not_what_decides_them() -> None:
     sampling = Sampling(temperature=1.0, seed=3)
     flat_V = torch.zeros(VOCAB)
     drawn = [draw_draft(flat_V, sampling, RequestId(i), 0)[0] for i in range(600)]
-    plain = [module.draw(flat_V, sampling, RequestId(i), 0) for i in range(600)]
+    plain = [sampler.draw(flat_V, sampling, RequestId(i), 0) for i in range(600)]
     judged = [np.random.default_rng((3, i, 0, module._JUDGE)).integers(VOCAB) for i in range(600)]
     for one, other in ((drawn, plain), (drawn, judged), (plain, judged)):
         table = np.histogram2d(one, other, bins=VOCAB)[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xllm_lab.drawn_draft_views import DrawnDraftView, drawn_draft_view
 from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_failover_view, drawn_route_view
 from xllm_lab.drawn_shape_views import DrawnShapeView, drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
@@ -21,6 +22,8 @@ from xllm_lab.policies.api import (
     by_admission,
 )
 from xllm_lab.policies.checks import batch_violations
+from xllm_lab.policies.draft import DraftPlan
+from xllm_lab.policies.draft_checks import draft_violations
 from xllm_lab.policies.failover import FailoverPlan
 from xllm_lab.policies.fleet_checks import failover_violations, route_violations
 from xllm_lab.policies.ordered import ByAdmission, ByArrival
@@ -94,6 +97,29 @@ def _renamed_batch(answer: _BatchAnswer, rename: Rename) -> _BatchAnswer:
     return tuple((rename(i), n) for i, n in tokens), tuple(map(rename, preempt))
 
 
+# Hosts draft in an order of their own.
+_DraftAnswer = tuple[tuple[int, str, int], ...]
+
+
+def _draft_answer(view: DrawnDraftView, plan: DraftPlan) -> _DraftAnswer:
+    return tuple(sorted((i, method, depth) for i, (method, depth) in plan.asks.items()))
+
+
+def _relisted_draft(view: DrawnDraftView) -> list[DrawnDraftView]:
+    shuffled = replace(view, decoding=view.decoding[::-1], methods=view.methods[::-1])
+    random.Random(view.number).shuffle(shuffled.decoding)
+    return [shuffled]
+
+
+def _rename_draft(view: DrawnDraftView, rename: Rename) -> None:
+    for request in view.decoding:
+        request.id = rename(request.id)
+
+
+def _renamed_draft(answer: _DraftAnswer, rename: Rename) -> _DraftAnswer:
+    return tuple((rename(i), method, depth) for i, method, depth in answer)
+
+
 def _route_answer(view: DrawnRouteView, plan: RoutePlan) -> int:
     return plan.instance
 
@@ -155,6 +181,14 @@ KINDS = {
         relisted=_relisted_batch,
         rename=_rename_batch,
         renamed=_renamed_batch,
+    ),
+    "draft": Kind(
+        drawn_view=drawn_draft_view,
+        violations=draft_violations,
+        answer=_draft_answer,
+        relisted=_relisted_draft,
+        rename=_rename_draft,
+        renamed=_renamed_draft,
     ),
     "failover": Kind(
         drawn_view=drawn_failover_view,

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.policies import clock_sins, fleet_sins, shape_sins, sins
+from tests.policies import clock_sins, draft_sins, fleet_sins, shape_sins, sins
 from xllm_lab import contract
 from xllm_lab.contract import Policy, check_policy
+from xllm_lab.drawn_draft_views import drawn_draft_view
 from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_route_view
 from xllm_lab.drawn_shape_views import drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
@@ -22,6 +23,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, ceil_div, num_missing_tokens
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import decisions, knobs, make_policy, policies
+from xllm_lab.policies.draft import RECENT_VERIFICATIONS
 from xllm_lab.policy_kinds import KINDS
 
 NAMES = [(decides, name) for decides in decisions() for name in policies(decides)]
@@ -65,27 +67,35 @@ SINS: dict[str, tuple[Policy, ...]] = {
         *(sins.OverBudget(), sins.Idler(), sins.RunsIntoErrors()),
         *(fleet_sins.CountsFromNought(), fleet_sins.DividesByQueues(), fleet_sins.Shrugs()),
         *(shape_sins.CutsTheStep(), shape_sins.PadsBeyondUse()),
+        *(draft_sins.DraftsBeyondTheEnd(), draft_sins.TakesMtpForGranted(), draft_sins.DividesByDrafts()),
     ),
     "repeatable": (
         *(sins.Remembers(), sins.SetOfObjects()),
         *(fleet_sins.Remembers(), fleet_sins.SetOfObjects(), fleet_sins.EverySecond()),
-        shape_sins.Captures(),
+        *(shape_sins.Captures(), draft_sins.Alternates()),
     ),
-    "order-free": (sins.NoTieBreak(), fleet_sins.NoTieBreak()),
+    "order-free": (
+        *(sins.NoTieBreak(), fleet_sins.NoTieBreak()),
+        *(draft_sins.FirstListedFirst(), draft_sins.FirstListedMethod()),
+    ),
     "identity-free": (
-        sins.EvenIdsFirst(),
+        *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId()),
         *(fleet_sins.IdsByRemainder(), fleet_sins.RequestsByRemainder(), fleet_sins.EvenIds()),
     ),
     "pure": (
         *(sins.SortsTheView(), sins.MarksRequests()),
         *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
-        shape_sins.PadsTheView(),
+        *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts()),
     ),
     "clockless": (
         *(clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
         *(clock_sins.RoutesByDice(), clock_sins.FailsOverByTheClock()),
+        draft_sins.ExploresByDice(),
     ),
-    "hash-free": (sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
+    "hash-free": (
+        *(sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
+        draft_sins.SetOfMethods(),
+    ),
     "unbroken": (shape_sins.LikesFullBlocks(),),
     "live": (sins.Thrashes(), sins.Starves()),
     "holds": (sins.HoldsBackUntilTheyAreLong(), sins.HoldsBackTheYoung(), sins.HoldsOneStepTooLong()),
@@ -136,7 +146,7 @@ def test_a_decision_that_nobody_knows_is_refused() -> None:
 
     with pytest.raises(ConfigError) as refused:
         check_policy(Seer())
-    assert str(refused.value).endswith("Seer decides 'weather', accepted: batch, failover, route, shapes")
+    assert str(refused.value).endswith("Seer decides 'weather', accepted: batch, draft, failover, route, shapes")
 
 
 @pytest.mark.parametrize("watched", ["time.monotonic_ns", "random.random"])
@@ -249,6 +259,31 @@ def test_drawn_shapes_are_what_an_instance_could_show_and_unkind() -> None:
     assert sum(v.num_seqs == v.max_seqs_per_batch for v in views) > 20
     assert sum(v.max_context_tokens > v.max_model_len for v in views) > 20
     assert {1, 2, 8, 9, 15, 16, 17} < {v.num_tokens for v in views if v.is_decode}
+
+
+def test_drawn_drafts_are_what_a_host_could_show_and_unkind() -> None:
+    """Counts that add up, of windows that are full or empty; no room, no block, no method, nobody, nearly the end."""
+    views = [drawn_draft_view(number) for number in range(500)]
+    for view in views:
+        assert view.num_tokens >= len(view.decoding)
+        assert len({r.id for r in view.decoding}) == len(view.decoding)
+        for request in view.decoding:
+            assert request.num_prompt_tokens < request.num_tokens
+            for drafted, accepted in request.tallies.values():
+                assert len(drafted) == len(accepted)
+                assert list(drafted) == sorted(drafted, reverse=True)
+                assert list(accepted) == sorted(accepted, reverse=True)
+                assert all(0 <= a <= d <= RECENT_VERIFICATIONS for d, a in zip(drafted, accepted, strict=True))
+    requests = [r for v in views for r in v.decoding]
+    assert sum(not v.decoding for v in views) > 20
+    assert sum(not v.methods for v in views) > 20
+    assert sum(v.tokens_left == 0 for v in views) > 20
+    assert sum(v.blocks_left == 0 for v in views) > 20
+    assert sum(v.num_tokens > len(v.decoding) for v in views) > 20
+    assert sum(r.most_drafts == 0 for r in requests) > 100
+    assert sum(r.num_tokens % v.block_size == 0 for v in views if v.block_size > 1 for r in v.decoding) > 100
+    assert sum(not r.tally("ngram").drafted for r in requests) > 100
+    assert sum(r.tally("ngram").accepted[:1] == (RECENT_VERIFICATIONS,) for r in requests) > 50
 
 
 def drawn(rng: random.Random, knob: Knob | Choice) -> Any:

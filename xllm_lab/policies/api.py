@@ -48,10 +48,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """xLLM's name for a field; its value there is ours divided by `divide_by`."""
+    """xLLM's name for a field; its value there is ours divided by `divide_by`.
+
+    Attributes:
+        words: ours and xLLM's, for a value that is a word. xLLM has nothing like a word that is not among them.
+    """
 
     name: str
     divide_by: int = 1
+    words: tuple[tuple[str, str], ...] = ()
 
 
 class StepTimeView(Protocol):
@@ -367,6 +372,13 @@ class Packing:
             keeps_free_blocks=keeps_free_blocks,
             reason=reason,
         )
+
+
+def refuse_below(least: float, **values: float | None) -> None:
+    """ValueError for a value below `least`; None is no value."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, at least {least} is accepted")
 
 
 def num_missing_tokens(request: RequestView) -> int:

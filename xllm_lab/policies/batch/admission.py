@@ -36,13 +36,6 @@ def queue_order(order: str) -> Callable[[RequestView], tuple[float, int, int]]:
     return lambda r: (rank[order](r), *arrival_key(r))
 
 
-def refuse_below(least: float, **values: float | None) -> None:
-    """ValueError for a value below `least`; None is no value."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, at least {least} is accepted")
-
-
 def waiting_in_order(view: BatchView, order: str) -> Sequence[RequestView]:
     return by_arrival(view.waiting) if order == "fcfs" else sorted(view.waiting, key=queue_order(order))
 

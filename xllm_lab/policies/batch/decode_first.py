@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Flag, Knob, Packing, RequestView, num_missing_tokens
+from xllm_lab.policies.api import (
+    BatchPlan,
+    BatchView,
+    Choice,
+    Flag,
+    Knob,
+    Packing,
+    RequestView,
+    num_missing_tokens,
+    refuse_below,
+)
 from xllm_lab.policies.batch.admission import (
     ORDERS,
     Admission,
@@ -15,7 +25,6 @@ from xllm_lab.policies.batch.admission import (
     decode_with_preemption,
     prefilling_in_order,
     queue_order,
-    refuse_below,
     unblock_the_oldest,
     waiting_in_order,
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Flag, Knob, Packing
+from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Flag, Knob, Packing, refuse_below
 from xllm_lab.policies.batch.admission import (
     ORDERS,
     Admission,
@@ -14,7 +14,6 @@ from xllm_lab.policies.batch.admission import (
     decode_with_preemption,
     prefilling_in_order,
     queue_order,
-    refuse_below,
     unblock_the_oldest,
     waiting_in_order,
 )

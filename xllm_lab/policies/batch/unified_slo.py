@@ -21,8 +21,8 @@ from xllm_lab.policies.api import (
     arrival_key,
     is_decoding,
     num_missing_tokens,
+    refuse_below,
 )
-from xllm_lab.policies.batch.admission import refuse_below
 
 # A shorter chunk that does not finish its prompt is not worth a step (unified_policy.cpp at 3906f5a).
 MIN_CHUNK_TOKENS = 50

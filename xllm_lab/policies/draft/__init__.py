@@ -1,7 +1,7 @@
 """How speculation goes in the next step: who drafts how many tokens by which method; one file a policy beside it.
 
-A draft is a guess at a request's next tokens. The step then computes them behind its last known token, `1 + drafts` rows
-in place of one, keeps those that the model would have drawn, and draws one more:
+A draft is a guess at a request's next tokens. The step then computes them behind its last known token, `1 + drafts`
+rows in place of one, keeps those that the model would have drawn, and draws one more:
 
     known    ... t      rows of the step    t  d1  d2  d3
     model agrees with d1 and d2             d1 d2  x            three tokens in one step, one row in vain
@@ -15,17 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
 
-from xllm_lab.policies.api import RequestId, ceil_div
+from xllm_lab.policies.api import Choice, Flag, Knob, RequestId, ceil_div
 
 # "ngram": what followed the request's last tokens when they came before. "suffix": what mostly did, here and in
 # requests that ended. "draft_model": a smaller model. "mtp": the model's own prediction module.
 METHODS = ("ngram", "suffix", "draft_model", "mtp")
+# Of a request, what came of so many of its last drafts is shown: text begins to repeat itself, and ends to.
+RECENT_VERIFICATIONS = 16
+
+_ALGORITHM = Flag("speculative_algorithm", words=(("mtp", "MTP"), ("suffix", "Suffix")))
+# Fields that several policies have.
+Method = Annotated[str, Choice(*METHODS), _ALGORITHM]
+MethodOrAuto = Annotated[str, Choice("auto", *METHODS), _ALGORITHM]
+Depth = Annotated[int, Knob(1, 15, log=True), Flag("num_speculative_tokens")]
 
 
 class Tally(NamedTuple):
-    """Drafts so far, by their position behind the last known token, the first at 0.
+    """Drafts that were verified, by their position behind the last known token, the first at 0.
 
     Attributes:
         drafted: how often one was there.
@@ -44,7 +52,7 @@ class Ask(NamedTuple):
 
 
 class DecodingView(Protocol):
-    """A request that computes its last known token in the step, and draws the next one. What is to come nobody knows."""
+    """A request that computes its last known token in the step, and draws the next. What is to come nobody knows."""
 
     @property
     def id(self) -> RequestId: ...
@@ -75,7 +83,7 @@ class DecodingView(Protocol):
         ...
 
     def tally(self, method: str) -> Tally:
-        """Of this request."""
+        """Of the last `RECENT_VERIFICATIONS` steps in which this request had drafts by the method."""
         ...
 
 
@@ -97,7 +105,10 @@ class DraftTimesView(Protocol):
 
 
 class DraftView(Protocol):
-    """A step that the batch policy has planned. Requests come in no promised order: sort by a key that ends in the id."""
+    """A step that the batch policy has planned.
+
+    Requests come in no promised order: sort by a key that ends in the id. Nor do methods.
+    """
 
     @property
     def now_us(self) -> int: ...
@@ -139,7 +150,7 @@ class DraftView(Protocol):
     @property
     def times(self) -> DraftTimesView | None: ...
     def tally(self, method: str) -> Tally:
-        """Of all requests of the instance, those that ended too."""
+        """Of all requests of the instance, since it began; those that ended too."""
         ...
 
 
@@ -166,6 +177,12 @@ class DraftPolicy(Protocol):
 def drafting_key(request: DecodingView) -> tuple[int, int]:
     """An order of requests: by arrival, then id."""
     return (request.arrival_us, request.id)
+
+
+def refuse_unknown(method: str, *others: str) -> None:
+    """ValueError for what is neither one of `METHODS` nor of `others`."""
+    if method not in (*others, *METHODS):
+        raise ValueError(f"method is {method!r}, accepted: {', '.join((*others, *METHODS))}")
 
 
 def blocks_for(request: DecodingView, depth: int, block_size: int) -> int:

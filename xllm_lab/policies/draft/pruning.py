@@ -1,0 +1,117 @@
+"""Which drafts of a step make most tokens per microsecond of it; see `adaptive_pruning`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from xllm_lab.policies.draft import DecodingView, DraftTimesView, DraftView
+from xllm_lab.policies.draft.acceptance import Bet
+
+
+class _Candidate(NamedTuple):
+    """A draft behind all before it. Sorted as they are taken: the likely first, the shallow before the deep.
+
+    Attributes:
+        rank: of its request.
+    """
+
+    improbability: float
+    depth: int
+    rank: int
+
+
+def decode_us(view: DraftView, times: DraftTimesView) -> float:
+    """Time of the step without drafts and prompts; never less than its decoding rows cost by themselves."""
+    row_us = times.row_us(view.num_tokens, 0)
+    num = len(view.decoding)
+    return max(times.step_us - (view.num_tokens - num) * row_us, num * row_us, 1e-6)
+
+
+class Pruning:
+    """The drafts that requests might have, in a step.
+
+    Args:
+        requests, bets: by which method each would draft, and the chances of its drafts.
+
+    Attributes:
+        alone_us: see `decode_us`.
+    """
+
+    def __init__(
+        self, view: DraftView, times: DraftTimesView, requests: Sequence[DecodingView], bets: Sequence[Bet]
+    ) -> None:
+        self._view, self._times, self.requests, self.bets = view, times, requests, bets
+        self.alone_us = decode_us(view, times)
+
+    def best(self, min_gain: float) -> tuple[list[int], float]:
+        """Depths of all requests, for the best score, and that; a draft must raise it by `min_gain` on average."""
+        candidates = self._candidates()
+        best, depths = len(self.requests) / self.alone_us, [0] * len(self.requests)
+        for deepest in range(1, max((c.depth for c in candidates), default=0) + 1):
+            taken = [c for c in candidates if c.depth <= deepest][: self._view.tokens_left]
+            score, num_taken = self._best_of(taken, min_gain)
+            if score > best:
+                best, depths = score, [0] * len(self.requests)
+                for candidate in taken[:num_taken]:
+                    depths[candidate.rank] = candidate.depth
+        return depths, best
+
+    def drafting(self, depths: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """By method, how many requests draft, and how deep at most."""
+        found: dict[str, tuple[int, int]] = {}
+        for bet, depth in zip(self.bets, depths, strict=True):
+            if depth:
+                num, deepest = found.get(bet.method, (0, 0))
+                found[bet.method] = (num + 1, max(deepest, depth))
+        return found
+
+    def one_more_us(self, method: str, drafting: Mapping[str, tuple[int, int]], depth: int) -> float:
+        """How much longer drafting takes if a request's `depth`-th draft comes to those."""
+        num, deepest = drafting.get(method, (0, 0))
+        before_us = self._times.draft_us(method, num, deepest) if num else 0.0
+        return self._times.draft_us(method, num + (depth == 1), max(deepest, depth)) - before_us
+
+    def first_drafts_us(self) -> tuple[float, float]:
+        """Time of one draft for everybody, and that of as many tokens without drafts as may be expected to be kept."""
+        drafts_us = sum(self._times.draft_us(m, *some) for m, some in self.drafting([1] * len(self.bets)).items())
+        tokens = sum(bet.chances[0] for bet in self.bets)
+        return drafts_us + sum(map(self.row_us, self.requests)), tokens * self.alone_us / len(self.requests)
+
+    def row_us(self, request: DecodingView) -> float:
+        """Of its first draft in the step."""
+        return self._times.row_us(self._view.num_tokens, request.num_computed_tokens)
+
+    def _candidates(self) -> list[_Candidate]:
+        """But for those so unlikely that the score falls with any of them: it is no less than that of no drafts."""
+        candidates: list[_Candidate] = []
+        num = len(self.requests)
+        fewest = self._view.num_tokens
+        for rank, (request, bet) in enumerate(zip(self.requests, self.bets, strict=True)):
+            kv_tokens = request.num_computed_tokens
+            most = fewest + len(bet.chances) * num
+            row_us = min(self._times.row_us(fewest, kv_tokens), self._times.row_us(most, kv_tokens))
+            for depth, chance in enumerate(bet.chances[: request.most_drafts], start=1):
+                if chance * self.alone_us <= num * row_us:
+                    break
+                candidates.append(_Candidate(-chance, depth, rank))
+        return sorted(candidates)
+
+    def _best_of(self, candidates: Sequence[_Candidate], min_gain: float) -> tuple[float, int]:
+        """The best score of the first so many candidates, and how many."""
+        best, best_count = 0.0, 0
+        tokens, us = float(len(self.requests)), self.alone_us
+        drafting: dict[str, tuple[int, int, float]] = {}
+        for count, (improbability, depth, rank) in enumerate(candidates, start=1):
+            tokens -= improbability
+            us += self._times.row_us(self._view.num_tokens + count - 1, self.requests[rank].num_computed_tokens)
+            method = self.bets[rank].method
+            num, deepest, before_us = drafting.get(method, (0, 0, 0.0))
+            num, deepest = num + (depth == 1), max(deepest, depth)
+            draft_us = self._times.draft_us(method, num, deepest)
+            drafting[method] = (num, deepest, draft_us)
+            us += draft_us - before_us
+            score = tokens / us / (1 + min_gain) ** count
+            if score > best:
+                best, best_count = score, count
+        return best, best_count

@@ -280,6 +280,7 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
     """Catching up: replaying the steps yields every count in them, every token time, and the blocks in use."""
     ends: dict[int, RequestRecord] = {r.id: r for r in records.requests}
     live: dict[int, _Live] = {r.id: _Live(known=r.prompt_tokens) for r in records.requests}
+    some_draft = any(r.num_drafted for r in records.requests)
     following = (*(_loses(config, s) for s in records.steps[1:]), ())
     for step, lost_next in zip(records.steps, following, strict=False):
         _lose(live, step)
@@ -302,7 +303,7 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> 
             _check_blocks(config, step, [o.computed for o in holders])
         for request_id, num_tokens in rejected.items():
             live[request_id].computed -= num_tokens
-        rows = _draw(live, ends, step, lost=lost_next) + sum(step.num_drafted)
+        rows = _draw(live, ends, step, lost=lost_next, some_draft=some_draft) + sum(step.num_drafted)
         assert step.num_logits in (rows, -1), f"step {step.step} has {step.num_logits} rows of logits, of {rows}"
     for request_id, one in live.items():
         times = ends[request_id].token_times_us
@@ -405,7 +406,9 @@ def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int])
     assert least <= step.num_used_blocks <= sum(each), f"{told} {least} to {sum(each)}"
 
 
-def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int]) -> int:
+def _draw(
+    live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int], some_draft: bool
+) -> int:
     """Give every request that reached its known tokens its drafts that are kept, and one more; returns how many did."""
     rows = 0
     accepted = dict(zip(step.draft_ids, step.num_accepted, strict=True))
@@ -416,7 +419,10 @@ def _draw(live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepReco
         rows += 1
         if (record.finish_us or 0) < step.end_us:
             continue  # cancelled while the step ran
-        if request_id in lost:
+        times = record.token_times_us
+        is_there = one.drawn < len(times) and times[one.drawn] == step.end_us
+        # With drafts about, a step that takes KV away may have been planned when this one was over.
+        if request_id in lost and not (some_draft and is_there):
             continue
         for _ in range(1 + accepted.get(request_id, 0)):
             who = f"request {request_id}"

@@ -88,7 +88,7 @@ class WildDrafts:
         for one in sorted(view.decoding, key=drafting_key):
             depth = (5 * one.id + one.num_tokens) % 7
             if depth:
-                room.grant(one, view.methods[one.num_tokens % 2], depth)
+                room.grant(one, sorted(view.methods)[one.num_tokens % 2], depth)
         return room.plan("wild")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from xllm_lab.ledger import BlockKey, Ledger, block_key
 from xllm_lab.policies.draft import Tally
 from xllm_lab.records import RequestRecord
-from xllm_lab.tallies import Tallies, count
+from xllm_lab.tallies import RecentTallies, count
 from xllm_lab.workload import Request, RequestId, TokenIds
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RequestState:
         self._keys: list[BlockKey] = []
         self._lookup = (0, 0)
         self._lookup_version = -1
-        self._tallies: Tallies | None = None
+        self._tallies: RecentTallies | None = None
 
     @property
     def priority(self) -> int:
@@ -191,7 +191,7 @@ class RequestState:
         self._computed -= rejected
         self._drawn -= rejected
         if self._tallies is None:
-            self._tallies = Tallies()
+            self._tallies = RecentTallies()
         self._tallies.add(method, num_drafts, num_accepted)
         count(self.record.num_drafted, self.record.num_accepted, num_drafts, num_accepted)
 

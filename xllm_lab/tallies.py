@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from itertools import zip_longest
+from collections import deque
 
-from xllm_lab.policies.draft import Tally
+from xllm_lab.policies.draft import RECENT_VERIFICATIONS, Tally
 
 _NONE = Tally()
 
 
 class Tallies:
-    """By method: how many drafts there were at each position, and how many of them were kept."""
+    """Of an instance, by method: how many drafts there were at each position, and how many of them were kept."""
 
     __slots__ = ("_by_method", "_shown")
 
@@ -34,14 +34,32 @@ class Tallies:
             self._shown[method] = Tally(tuple(drafted), tuple(accepted))
         return self._shown[method]
 
-    def total(self) -> Tally:
-        """Over all methods."""
-        drafted, accepted = (
-            (tuple(map(sum, zip_longest(*parts, fillvalue=0))) for parts in zip(*self._by_method.values(), strict=True))
-            if self._by_method
-            else ((), ())
-        )
-        return Tally(drafted, accepted)
+
+class RecentTallies:
+    """Of a request, by method: its last `RECENT_VERIFICATIONS`."""
+
+    __slots__ = ("_by_method", "_shown")
+
+    def __init__(self) -> None:
+        self._by_method: dict[str, deque[tuple[int, int]]] = {}
+        self._shown: dict[str, Tally] = {}
+
+    def add(self, method: str, num_drafted: int, num_accepted: int) -> None:
+        """A verification is over."""
+        recent = self._by_method.setdefault(method, deque(maxlen=RECENT_VERIFICATIONS))
+        recent.append((num_drafted, num_accepted))
+        self._shown.pop(method, None)
+
+    def of(self, method: str) -> Tally:
+        """Of those."""
+        if method not in self._by_method:
+            return _NONE
+        if method not in self._shown:
+            drafted, accepted = array("q"), array("q")
+            for verification in self._by_method[method]:
+                count(drafted, accepted, *verification)
+            self._shown[method] = Tally(tuple(drafted), tuple(accepted))
+        return self._shown[method]
 
 
 def count(drafted: array[int], accepted: array[int], num_drafted: int, num_accepted: int) -> None:

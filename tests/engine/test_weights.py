@@ -99,7 +99,7 @@ def test_no_weights(folder: Path, device: Device) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; accepted are llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; accepted are llama, qwen2, qwen3, mimo"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope type 'yarn' is not supported; accepted are default, linear, llama3",

@@ -61,13 +61,13 @@ def test_other_data_is_refused(value: dict[str, dict[str, str]], told: str) -> N
         policies_from(value)
 
 
-def test_a_host_that_cannot_draft_says_so(tmp_path: Path) -> None:
+def test_a_host_without_drafts_says_so(tmp_path: Path) -> None:
     """It would serve, and quietly not do what it was told."""
     drafting = Policies(Fcfs(), draft=Guesses())
     work, config = Workload(requests=(request(0),)), instance_config()
-    with pytest.raises(ConfigError, match="draft policy guesses is not served here; accepted: off"):
+    with pytest.raises(ConfigError, match="draft policy guesses: nothing is known of what becomes of drafts here"):
         run_simulation(work, config, drafting, EqualSteps(), vocab_size=VOCAB_SIZE)
-    with pytest.raises(ConfigError, match="draft policy guesses is not served here; accepted: off"):
+    with pytest.raises(ConfigError, match="draft policy guesses: nothing is known of what becomes of drafts here"):
         Fleet(
             work,
             FleetConfig(num_instances=2),

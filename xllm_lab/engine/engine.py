@@ -27,6 +27,7 @@ from xllm_lab.engine.ranks import Ranks, lead
 from xllm_lab.engine.rehearsal import measure_step_time, warm_up
 from xllm_lab.engine.runner import Runner
 from xllm_lab.engine.sharding import refuse_if_indivisible
+from xllm_lab.engine.workspace import most_logits
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.of_instance import Policies
@@ -346,7 +347,8 @@ class Engine:
                 pool_bytes=self.options.graph_pool_bytes,
             )
         longest = min(config.max_tokens_per_batch, config.num_kv_tokens)
-        runner.workspace.reserve(tokens=longest, logits=min(config.max_seqs_per_batch, longest))
+        runner.most_logits = most_logits(config)
+        runner.workspace.reserve(tokens=longest, logits=runner.most_logits)
         return runner
 
     def _proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:

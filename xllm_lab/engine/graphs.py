@@ -25,7 +25,7 @@ from xllm_lab.engine.graph_inputs import Chunk, GraphInputs, InputMemory
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.tape import recording
-from xllm_lab.engine.workspace import Workspace
+from xllm_lab.engine.workspace import Workspace, most_logits
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import ceil_div
@@ -193,14 +193,15 @@ def _plan(workspace: Workspace, config: InstanceConfig, sizes: Sequence[int]) ->
     longest = min(config.max_tokens_per_batch, config.num_kv_tokens)  # of an eager step
     most_seqs = min(config.max_seqs_per_batch, config.max_tokens_per_batch)
     tokens = max([longest, *sizes])
+    logits = most_logits(config)
     # A wasted row of a request that ended may be one token longer than the context.
     blocks = min(ceil_div(config.max_model_len + 1, config.block_size), config.num_kv_blocks)
     return PoolPlan(
         tokens=tokens,
-        logits=most_seqs,
+        logits=logits,
         sequences=most_seqs,
         blocks_per_sequence=blocks,
-        workspace_bytes=workspace.bytes_for(tokens=tokens, logits=most_seqs),
+        workspace_bytes=workspace.bytes_for(tokens=tokens, logits=logits),
         input_bytes=InputMemory.bytes_for(tokens=tokens, sequences=most_seqs, blocks_per_sequence=blocks),
     )
 

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ from xllm_lab.engine.sharding import Shard
 from xllm_lab.engine.workspace import Rows, Workspace
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """A decoder layer's weights, fused and packed."""
+
     attention_norm_D: Tensor
     qkv: Linear
     qk_norm_weight_NH: Tensor | None  # the weights of q's and k's norm, repeated for each of the N + K heads
@@ -42,6 +45,8 @@ class DecoderModel:
 
     Attributes:
         ops: the operators chosen for this device, dtype and shape.
+        layers: in their order.
+        norm_D: behind the last of them.
     """
 
     def __init__(
@@ -74,42 +79,55 @@ class DecoderModel:
             group=group,
         )
 
-        def take(name: str) -> Tensor:
-            return weights.pop(name).to(device)
-
-        def fuse(prefix: str, parts: Sequence[str]) -> Linear:
-            names = [f"{prefix}{part}_proj." for part in parts]
-            bias = torch.cat([take(n + "bias") for n in names]) if names[0] + "bias" in weights else None
-            return self.ops.linear(torch.cat([take(n + "weight") for n in names]), bias)
-
-        embedding_VD = take("model.embed_tokens.weight")
+        embedding_VD = weights.pop("model.embed_tokens.weight").to(device)
         if config.tie_embeddings:
             self._head = self.ops.linear(embedding_VD, keep_rows=True)
             self._embed = self._head.rows
         else:
-            self._head = self.ops.linear(take("lm_head.weight"))
+            self._head = self.ops.linear(weights.pop("lm_head.weight").to(device))
             self._embed = TorchLinear(embedding_VD).rows
-        self._norm_D = take("model.norm.weight")
-        self._layers: list[_Layer] = []
-        for i in range(config.num_layers):
-            layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
-            qk_norm = None
-            if config.qk_norm:
-                q_H, k_H = take(attention + "q_norm.weight"), take(attention + "k_norm.weight")
-                qk_norm = torch.cat([q_H.expand(config.num_heads, -1), k_H.expand(config.num_kv_heads, -1)])
-            self._layers.append(
-                _Layer(
-                    attention_norm_D=take(layer + "input_layernorm.weight"),
-                    qkv=fuse(attention, "qkv"),
-                    qk_norm_weight_NH=qk_norm,
-                    out=fuse(attention, "o"),
-                    mlp_norm_D=take(layer + "post_attention_layernorm.weight"),
-                    gate_up=fuse(layer + "mlp.", ("gate", "up")),
-                    down=fuse(layer + "mlp.", ("down",)),
-                )
-            )
+        self.norm_D = weights.pop("model.norm.weight").to(device)
+        self.layers = [self.take_layer(weights, f"model.layers.{i}.") for i in range(config.num_layers)]
         assert not weights, f"weights nobody took: {sorted(weights)}"
         self._frequencies_H2 = rope_frequencies(config).to(device)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether other ranks have parts of it."""
+        return self._group is not None
+
+    def take_layer(self, weights: dict[str, Tensor], prefix: str) -> Layer:
+        """A layer of this model's shape, for it or beside it, over the weights of that prefix, which it takes over."""
+
+        def take(name: str) -> Tensor:
+            return weights.pop(prefix + name).to(self.device)
+
+        def fuse(block: str, parts: Sequence[str]) -> Linear:
+            names = [f"{block}.{part}_proj." for part in parts]
+            has_bias = f"{prefix}{names[0]}bias" in weights
+            bias = torch.cat([take(n + "bias") for n in names]) if has_bias else None
+            return self.ops.linear(torch.cat([take(n + "weight") for n in names]), bias)
+
+        qk_norm, config = None, self.config
+        if config.qk_norm:
+            q_H, k_H = take("self_attn.q_norm.weight"), take("self_attn.k_norm.weight")
+            qk_norm = torch.cat([q_H.expand(config.num_heads, -1), k_H.expand(config.num_kv_heads, -1)])
+        return Layer(
+            attention_norm_D=take("input_layernorm.weight"),
+            qkv=fuse("self_attn", "qkv"),
+            qk_norm_weight_NH=qk_norm,
+            out=fuse("self_attn", "o"),
+            mlp_norm_D=take("post_attention_layernorm.weight"),
+            gate_up=fuse("mlp", ("gate", "up")),
+            down=fuse("mlp", ("down",)),
+        )
+
+    def around(self, layers: Sequence[Layer], norm_D: Tensor) -> DecoderModel:
+        """This embedding, head and operators around other layers, and another norm behind them. Nothing is copied."""
+        other = copy.copy(self)
+        other.layers, other.norm_D = list(layers), norm_D
+        other.config = replace(self.config, num_layers=len(layers))
+        return other
 
     def describe_ops(self) -> dict[str, Any]:
         """What serves each operator, and why nothing earlier in the table does; for the manifest."""
@@ -119,30 +137,12 @@ class DecoderModel:
         """Memory for steps of this model."""
         return Workspace(self.config, self.dtype, self.device, self._shard)
 
-    def forward(
-        self,
-        token_T: Tensor,
-        position_T: Tensor,
-        wanted_R: Tensor,
-        *,
-        batch: PagedBatch,
-        kv: Sequence[LayerKv],
-        workspace: Workspace,
-    ) -> Tensor:
-        """Computes T tokens, writes their keys and values into `kv`, and returns logits.
-
-        Args:
-            token_T, position_T: of the tokens, sequence after sequence as in `batch`.
-            wanted_R: indices into T.
+    def logits(self, normed_RD: Tensor, workspace: Workspace) -> Tensor:
+        """The head, of rows that `run_layers` returned.
 
         Returns:
             Shape [R, V], float32; they are the workspace's, and stand until the next step.
         """
-        normed_TD = self.run_layers(token_T, position_T, batch=batch, kv=kv, workspace=workspace)
-        return self.logits(normed_TD[wanted_R], workspace)
-
-    def logits(self, normed_RD: Tensor, workspace: Workspace) -> Tensor:
-        """The head: as `forward` returns them, of rows that `run_layers` returned."""
         logits_RV = workspace.logits(len(normed_RD))
         if self._group is None or self._shard is None:
             self._head(normed_RD, logits_RV)
@@ -162,19 +162,28 @@ class DecoderModel:
         kv: Sequence[LayerKv],
         workspace: Workspace,
     ) -> Tensor:
-        """`forward` without its head.
+        """Computes T tokens and writes their keys and values into `kv`.
+
+        Args:
+            token_T, position_T: of the tokens, sequence after sequence as in `batch`.
 
         Returns:
             Shape [T, D], what the head reads; they stand until the next step.
         """
-        ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(token_T))
-        self._embed_tokens(token_T, rows.hidden_TD, workspace)
+        self.embed(token_T, workspace.rows(len(token_T)).hidden_TD, workspace)
+        return self.run_embedded(position_T, batch=batch, kv=kv, workspace=workspace)
+
+    def run_embedded(
+        self, position_T: Tensor, *, batch: PagedBatch, kv: Sequence[LayerKv], workspace: Workspace
+    ) -> Tensor:
+        """`run_layers` of what stands in the workspace's `hidden_TD`, which is lost."""
+        ops, eps, rows = self.ops, self.config.rms_norm_eps, workspace.rows(len(position_T))
         ops.rope_angles(position_T, self._frequencies_H2, rows.cos_TH, rows.sin_TH)
         hidden_TD = rows.hidden_TD
-        normed_TD = ops.rms_norm(hidden_TD, self._layers[0].attention_norm_D, eps, rows.normed_TD)
+        normed_TD = ops.rms_norm(hidden_TD, self.layers[0].attention_norm_D, eps, rows.normed_TD)
         # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
-        next_norms = [*(layer.attention_norm_D for layer in self._layers[1:]), self._norm_D]
-        for layer, layer_kv, next_norm_D in zip(self._layers, kv, next_norms, strict=True):
+        next_norms = [*(layer.attention_norm_D for layer in self.layers[1:]), self.norm_D]
+        for layer, layer_kv, next_norm_D in zip(self.layers, kv, next_norms, strict=True):
             self._attend(layer, normed_TD, rows, batch, layer_kv)
             hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
             layer.gate_up(normed_TD, rows.gate_up_TF2)
@@ -183,7 +192,8 @@ class DecoderModel:
             hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
         return normed_TD
 
-    def _embed_tokens(self, token_T: Tensor, hidden_TD: Tensor, workspace: Workspace) -> None:
+    def embed(self, token_T: Tensor, hidden_TD: Tensor, workspace: Workspace) -> None:
+        """Writes the tokens' rows of the embedding."""
         if self._shard is None:
             self._embed(token_T, hidden_TD)
             return
@@ -192,7 +202,7 @@ class DecoderModel:
         self._embed(row_T, hidden_TD)
         self.ops.all_reduce(hidden_TD)  # of one row and zeros: exact
 
-    def _attend(self, layer: _Layer, normed_TD: Tensor, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
+    def _attend(self, layer: Layer, normed_TD: Tensor, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
         N, K = self.config.num_heads, self.config.num_kv_heads
         qkv_THn = rows.qkv_THn
         layer.qkv(normed_TD, qkv_THn.flatten(1))

@@ -12,6 +12,8 @@ import torch
 from xllm_lab.errors import ModelError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# What XiaomiMiMo's model type adds to Qwen2 are prediction modules, which tensors of their own show.
+_SAME_AS = {"mimo": "qwen2"}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 # What arithmetic on values of a wrong type or a zero raises. ModelError is a ValueError, which is why that is not here.
@@ -61,9 +63,10 @@ def from_transformers(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
     Raises:
         ModelError: an architecture, rope type or option we do not run, or a missing key.
     """
-    architecture = raw.get("model_type")
+    architecture = _SAME_AS.get(raw.get("model_type", ""), raw.get("model_type"))
     if architecture not in ARCHITECTURES:
-        raise ModelError(f"{source}: model_type {architecture!r} is not supported; accepted are {_list(ARCHITECTURES)}")
+        accepted = _list((*ARCHITECTURES, *_SAME_AS))
+        raise ModelError(f"{source}: model_type {architecture!r} is not supported; accepted are {accepted}")
     _refuse_other_options(raw, source)
     try:
         num_heads, hidden_size = raw["num_attention_heads"], raw["hidden_size"]

@@ -18,10 +18,11 @@ from xllm_lab.engine.gguf_file import read_gguf
 from xllm_lab.engine.gguf_weights import gguf_config, gguf_eos_token_ids, gguf_tokenizer, gguf_weights
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.model_config import ModelConfig, from_transformers
+from xllm_lab.engine.mtp_module import MtpModule, mtp_module, take_mtp
 from xllm_lab.engine.ops.build import cache_folder
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.sharding import Shard
-from xllm_lab.engine.weights import read_safetensors, safetensors_files
+from xllm_lab.engine.weights import checked, read_all_safetensors, safetensors_files
 from xllm_lab.engine.weights_cache import cached_weights
 from xllm_lab.errors import ModelError
 
@@ -46,6 +47,7 @@ class LoadedModel:
         eos_token_ids: tokens that end a text; empty if the checkpoint names none.
         load_tokenizer: builds a `transformers` tokenizer; a second or less, and importing transformers before that.
         checksum: of the weight files, see `weights_checksum`.
+        mtp: its prediction module; None if the checkpoint has none, or the model is divided.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     load_tokenizer: Callable[[], Any]
     checksum: str
+    mtp: MtpModule | None = None
 
 
 def load_model(
@@ -152,14 +155,17 @@ def _from_gguf(name: str, path: Path, dtype: torch.dtype, build: _Build) -> Load
 
 def _from_folder(name: str, folder: Path, dtype: torch.dtype, build: _Build) -> LoadedModel:
     config, raw = _folder_config(folder)
-    weights = read_safetensors(folder, config, dtype)
+    weights = read_all_safetensors(folder, dtype)
+    mtp = take_mtp(weights, config, source=str(folder))
+    model = build(config, checked(weights, config, source=str(folder)))
     return LoadedModel(
         name=name,
         config=config,
-        model=build(config, weights),
+        model=model,
         eos_token_ids=_eos_token_ids(folder, raw),
         load_tokenizer=lambda: _folder_tokenizer(folder),
         checksum=weights_checksum(safetensors_files(folder)),
+        mtp=None if mtp is None or model.is_divided else mtp_module(mtp, model, source=str(folder)),
     )
 
 

@@ -112,12 +112,12 @@ def _with_each_operator(
         f.name: watched(f.name, getattr(model.ops, f.name)) for f in fields(model.ops) if f.name in ROWS
     }
     layers: list[Any] = []
-    for layer in model._layers[:num_layers]:
+    for layer in model.layers[:num_layers]:
         linears: dict[str, Any] = {name: watched(name, getattr(layer, name)) for name in _LINEARS}
         layers.append(layer._replace(**linears))
     other: Any = copy.copy(model)
     other.ops = replace(model.ops, **ops)
-    other._layers = layers
+    other.layers = layers
     other._embed = watched("embed", model._embed)
     other._head = watched("head", model._head)
     return cast("DecoderModel", other)

@@ -26,10 +26,19 @@ def read_safetensors(folder: Path, config: ModelConfig, dtype: torch.dtype) -> d
     Raises:
         ModelError: a file is missing or corrupt, or a tensor is missing, unexpected or of the wrong shape.
     """
+    return checked(read_all_safetensors(folder, dtype), config, source=str(folder))
+
+
+def read_all_safetensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Whatever tensors the weight files of a folder have, cast to `dtype`.
+
+    Raises:
+        ModelError: a file is missing or corrupt.
+    """
     weights: dict[str, Tensor] = {}
     for path in safetensors_files(folder):
         weights |= read_safetensors_file(path, dtype)
-    return checked(weights, config, source=str(folder))
+    return weights
 
 
 def read_safetensors_file(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -110,12 +119,22 @@ def checked(weights: Mapping[str, Tensor], config: ModelConfig, *, source: str) 
         raise ModelError(f"{source}: {len(weights)} tensors are too few for {config.num_layers} layers")
     shapes = expected_shapes(config)
     superfluous = {_HEAD} if config.tie_embeddings else set()
-    _refuse(source, "is missing", [name for name in shapes if name not in weights])
-    _refuse(
+    refuse_tensors(source, "is missing", [name for name in shapes if name not in weights])
+    refuse_tensors(
         source,
         "is not part of this model",
         [n for n in weights if n not in shapes and n not in superfluous and not n.endswith(_IGNORED_SUFFIXES)],
     )
+    return of_shapes(weights, shapes, source=source)
+
+
+def of_shapes(weights: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, source: str) -> dict[str, Tensor]:
+    """The tensors of `shapes`, in that order.
+
+    Raises:
+        ModelError: naming `source` and the first that are missing, or one of another shape.
+    """
+    refuse_tensors(source, "is missing", [name for name in shapes if name not in weights])
     for name, shape in shapes.items():
         given = tuple(weights[name].shape)
         if given != shape:
@@ -123,7 +142,8 @@ def checked(weights: Mapping[str, Tensor], config: ModelConfig, *, source: str) 
     return {name: weights[name] for name in shapes}
 
 
-def _refuse(source: str, what: str, names: Sequence[str]) -> None:
+def refuse_tensors(source: str, what: str, names: Sequence[str]) -> None:
+    """ModelError that names the first of them, if there are any."""
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise ModelError(f"{source}: tensor {names[0]} {what}{more}")

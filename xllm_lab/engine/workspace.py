@@ -14,6 +14,8 @@ from torch import Tensor
 
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.sharding import Shard
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.request_state import MOST_DRAFTS
 
 
 class Rows(NamedTuple):
@@ -129,3 +131,8 @@ class Workspace:
     def _allocate(self, tokens: int) -> Rows:
         # Zeros: rows that only pad a step may never be written, and are read.
         return Rows(*(torch.zeros((tokens, *s), dtype=self._dtype, device=self._device) for s in self._shapes))
+
+
+def most_logits(config: InstanceConfig) -> int:
+    """Rows that the head computes at once: one for each sequence, and at least those of one with all its drafts."""
+    return min(max(config.max_seqs_per_batch, 1 + MOST_DRAFTS), config.max_tokens_per_batch)

@@ -69,7 +69,7 @@ class Rates:
             raise ConfigError(f"acceptance has means {self.mean} and spreads {self.spread}, as many of 0 to 1 accepted")
 
     def of_request(self, quantile: float) -> tuple[float, ...]:
-        """Of one whose luck is this fraction of all requests' luck: a Beta distribution's quantile, at each position."""
+        """Of one that is luckier than this fraction of all: a Beta distribution's quantile, at each position."""
         return tuple(_beta(quantile, mean, spread) for mean, spread in zip(self.mean, self.spread, strict=True))
 
 

@@ -23,10 +23,11 @@ from xllm_lab.sim.cost import CostModel, batch_of
 from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.fitted import FittedCost
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
+from xllm_lab.sim.cost.mtp import draft_spec, mtp_draft_time
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
-from xllm_lab.sim.cost.roofline import roofline_cost
-from xllm_lab.sim.cost.sharding import kv_blocks_that_fit
+from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
+from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
@@ -161,7 +162,7 @@ def with_acceptance(machine: Machine, fracs: Sequence[float]) -> Machine:
 
 
 def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | None = None) -> Machine:
-    """Devices and a model that nobody has measured together.
+    """Devices and a model that nobody has measured together. Drafts by "mtp" cost what one more layer of it would.
 
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
@@ -184,6 +185,8 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         precision=d.bytes_and_rates,
         block_size=1,
     )
+    sharding = Sharding(tensor=d.tensor_parallel, data=d.data_parallel, expert=d.expert_parallel)
+    layer = RooflineCost(device, draft_spec(model), sharding=sharding, precision=d.bytes_and_rates)
     told = {"cost_model": "roofline", "device": device.name, "error": "unknown: nothing was measured", **_told(d)}
     return Machine(
         cost=cost,
@@ -192,6 +195,7 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         step_time=step_time_of(Hosted(cost, d.host)),
         host=d.host,
         most_kv_tokens=room,
+        draft_time=mtp_draft_time(layer),
     )
 
 

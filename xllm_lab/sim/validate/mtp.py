@@ -12,7 +12,7 @@ _TABLES = {
 }
 _ASSUMED = (
     "all 80 requests in a closed loop from the start; prompts of 2500 tokens, alone in their steps and not in chunks; "
-    "outputs of 1455 in the mean (what the totals leave), Weibull distributed with a shape that is fitted, for N "
+    "outputs of 1455 in the mean (what the totals leave), Weibull distributed with a shape that is fitted, for N"
     " clients alike would yield N / TPOT tokens/s; figures are means over two orders of them; steps whose time "
     f"is linear in sequences, whatever their context; one draft token, kept at {ACCEPTANCE_FRAC:.0%} (not published: "
     "CloudMatrix384's, arXiv 2506.12708; another would be made up for by the cost of drafts)"

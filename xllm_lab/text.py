@@ -11,7 +11,7 @@ from xllm_lab.wording import compact, metric_label, metric_text, percent, signed
 if TYPE_CHECKING:
     from xllm_lab.sim.compare import Row
     from xllm_lab.sim.validate.measured import MeasuredValidation
-    from xllm_lab.sim.validate_npu import NpuValidation
+    from xllm_lab.sim.validate.published import PublishedValidation
     from xllm_lab.tuning.verify import Gain
 
 
@@ -106,7 +106,7 @@ def _measured_verdict(found: Sequence[MeasuredValidation]) -> str:
     return f"mean |error| {ours:.2%}, worst {worst.metric} {worst.statistic} {worst.error_frac:+.2%}{other}"
 
 
-def npu_validation_table(found: NpuValidation) -> str:
+def published_table(found: PublishedValidation) -> str:
     """Published figures beside predicted ones, table by table, with their errors and means of them."""
     blocks = []
     for name, points in found.tables.items():
@@ -125,11 +125,7 @@ def npu_validation_table(found: NpuValidation) -> str:
         told = dict.fromkeys((*(p.assumed and f"assumed: {p.assumed}" for p in points), *(p.source for p in points)))
         lines = (table([name, "published", "predicted", "error"], rows), ", ".join(means), *filter(None, told))
         blocks.append("\n  ".join(lines))
-    blocks.append(
-        "[in brackets] residuals of rows to which two constants were fitted, kernel_us and link.frac of hardware.toml; "
-        "all others are predictions"
-    )
-    return "\n\n".join(blocks)
+    return "\n\n".join((*blocks, found.footnote))
 
 
 def _error_text(error_frac: float, is_fitted: bool) -> str:

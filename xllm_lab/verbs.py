@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from xllm_lab.sim.machine import Machine
     from xllm_lab.sim.parity import Parity
     from xllm_lab.sim.validate.measured import MeasuredValidation
-    from xllm_lab.sim.validate_npu import NpuValidation
+    from xllm_lab.sim.validate.published import PublishedValidation
     from xllm_lab.tuning.export import Export
     from xllm_lab.tuning.study import Study
     from xllm_lab.tuning.verify import Verification
@@ -356,7 +356,7 @@ def _calibration(calibration: Calibration | PathLike) -> Calibration:
     return read_calibration(Path(calibration)) if isinstance(calibration, Path | str) else calibration
 
 
-def validate_npu() -> NpuValidation:
+def validate_npu() -> PublishedValidation:
     """The roofline model beside published measurements on Ascend NPUs, its error as it is."""
     from xllm_lab.sim.validate_npu import validate_npu as validate
 
@@ -451,3 +451,10 @@ def import_profile(source: str, path: PathLike, *, out: PathLike, kv_block_token
         RunError: the folder exists or cannot be written.
     """
     return write_import(read_profile(path, source=source), Path(out), kv_block_tokens=kv_block_tokens)
+
+
+def validate_mtp() -> PublishedValidation:
+    """xLLM's published table of multi-token prediction: three rows fitted, the others predicted by the simulator."""
+    from xllm_lab.sim.validate.mtp import validate_mtp as validate
+
+    return validate()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,12 +20,14 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.draft import DraftPlan, DraftView, Room, drafting_key
 from xllm_lab.policies.draft.fixed import Fixed
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records
-from xllm_lab.runs import Run, read_run
+from xllm_lab.runs import Manifest, Run, describe, read_run
 from xllm_lab.sim.calibrate import calibrate, read_calibration, write_calibration
 from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance
+from xllm_lab.sim.parity import parity
 from xllm_lab.sim.simulator import run_simulation, simulate
 from xllm_lab.step_samples import samples
 from xllm_lab.tuning.objective import evaluate
@@ -190,3 +193,38 @@ def test_the_command_takes_a_given_acceptance(tmp_path: Path, calibrated: Path) 
         assert sum(sum(s.num_accepted) for s in steps) == kept * sum(sum(s.num_drafted) for s in steps)
     assert "'most'; accepted: fractions, as 0.8,0.6" in simulated("most").err
     assert "fractions from 0 to 1 are accepted" in simulated("2").err
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thrifty:
+    """Drafts three tokens where that is cheap, one where it is not."""
+
+    decides: ClassVar[str] = "draft"
+    needs_step_time: ClassVar[bool] = True
+
+    def decide(self, view: DraftView) -> DraftPlan:
+        assert view.times is not None
+        room, is_cheap = Room(view), view.times.draft_us("ngram", 1, 3) < 1000
+        for one in sorted(view.decoding, key=drafting_key):
+            room.grant(one, "ngram", 3 if is_cheap else 1)
+        return room.plan("thrift")
+
+
+@pytest.mark.parametrize("call_us", [10.0, 5000.0])
+def test_parity_tells_policies_the_drafting_time_that_the_engine_had(call_us: float) -> None:
+    """Without it they would part ways."""
+    draft_time = DraftTime({"ngram": Weights(call_us=call_us)})
+    chosen = Policies(DecodeFirst(), draft=Thrifty())
+    timing = machine().predicts(CONFIG)
+    told: dict[str, Any] = {"step_time": STEP_TIME, "draft_time": draft_time}
+    found = run_simulation(work(), CONFIG, chosen, timing, vocab_size=1000, **told)
+    assert {depth for s in found.steps for depth in s.num_asked} == ({1, 2, 3} if call_us < 1000 else {1})
+    manifest = Manifest(
+        host="engine", timing={}, model={"vocab_size": 1000}, **describe(CONFIG, chosen, STEP_TIME, work(), draft_time)
+    )
+    run = Run(Path("pretended"), manifest)
+    run.workload, run.records = work(), found
+    assert parity(run, policies=chosen).is_identical
+    untold = Run(Path("pretended"), replace(manifest, draft_time={"ngram": [5010.0 - call_us, 0.0, 0.0, 0.0]}))
+    untold.workload, untold.records = work(), found
+    assert not parity(untold, policies=chosen).is_identical

@@ -14,12 +14,13 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.hardware import hardware
 from xllm_lab.sim import npu_fit
 from xllm_lab.sim.npu_points import FILE, points
-from xllm_lab.sim.validate_npu import NpuValidation, Point, validate_npu
-from xllm_lab.text import npu_validation_table
+from xllm_lab.sim.validate.published import Point, PublishedValidation
+from xllm_lab.sim.validate_npu import validate_npu
+from xllm_lab.text import published_table
 
 
 @pytest.fixture(scope="module")
-def found() -> NpuValidation:
+def found() -> PublishedValidation:
     return validate_npu()
 
 
@@ -57,7 +58,7 @@ def test_the_fit_is_a_minimum() -> None:
 
 
 @pytest.mark.slow
-def test_only_the_hccl_and_the_step_table_are_fitted_to(found: NpuValidation) -> None:
+def test_only_the_hccl_and_the_step_table_are_fitted_to(found: PublishedValidation) -> None:
     fitted = {point.table for point in found.points if point.is_fitted}
     assert fitted == {"HCCL on an A3 node, us", "Qwen3-32B bf16 TP16 step, ms"}
     tables = tomllib.loads(FILE.read_text(encoding="utf-8"))
@@ -65,7 +66,7 @@ def test_only_the_hccl_and_the_step_table_are_fitted_to(found: NpuValidation) ->
 
 
 @pytest.mark.slow
-def test_every_published_row_is_shown(found: NpuValidation) -> None:
+def test_every_published_row_is_shown(found: PublishedValidation) -> None:
     """A step row has four figures, a share row three, an MTP row two, the others one each."""
     tables = tomllib.loads(FILE.read_text(encoding="utf-8"))
     per_row = {"steps": 4, "deepseek_shares": 3, "mtp": 2}
@@ -87,7 +88,7 @@ def test_the_split_of_a_step_adds_up() -> None:
 
 
 @pytest.mark.slow
-def test_published_orders_are_predicted(found: NpuValidation) -> None:
+def test_published_orders_are_predicted(found: PublishedValidation) -> None:
     """Whatever the errors: more clients make longer steps, MTP and cached prefixes help."""
 
     def ours(table: str) -> dict[str, float]:
@@ -108,17 +109,19 @@ def test_means_keep_residuals_and_predictions_apart() -> None:
             table="t", what="w", published=published, predicted=predicted, source="s", is_fitted=is_fitted, assumed="a"
         )
 
-    made = NpuValidation((point(2.0), point(0.8), point(0.5, is_fitted=True), point(1.0, predicted=None)))
+    made = PublishedValidation(
+        (point(2.0), point(0.8), point(0.5, is_fitted=True), point(1.0, predicted=None)), "[why]"
+    )
     assert made.mean_error_frac("t", is_fitted=False) == pytest.approx((0.5 + 0.25) / 2)
     assert made.mean_error_frac("t", is_fitted=True) == pytest.approx(1.0)
-    text = npu_validation_table(made)
+    text = published_table(made)
     assert "−50 %" in text
     assert "[+100 %]" in text
     assert "mean of |error| 38 %, mean of |residual| 100 %\n  assumed: a\n  s\n" in text
 
 
 @pytest.mark.slow
-def test_the_command_prints_what_it_found(found: NpuValidation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_what_it_found(found: PublishedValidation, capsys: pytest.CaptureFixture[str]) -> None:
     """The same in another run, as JSON wherever the option stands."""
     assert run(["validate", "npu", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_lab import verbs
 from xllm_lab.cli import accept, imports, profile
@@ -32,10 +32,13 @@ from xllm_lab.text import (
     gain_line,
     left_out_line,
     measured_validation_table,
-    npu_validation_table,
     policies_page,
+    published_table,
     summary_table,
 )
+
+if TYPE_CHECKING:
+    from xllm_lab.sim.validate.published import PublishedValidation
 
 
 class Command(NamedTuple):
@@ -309,9 +312,16 @@ def _validate(o: argparse.Namespace) -> int:
 
 
 def _validate_npu(o: argparse.Namespace) -> int:
-    found = verbs.validate_npu()
+    return _print_published(o, verbs.validate_npu())
+
+
+def _validate_mtp(o: argparse.Namespace) -> int:
+    return _print_published(o, verbs.validate_mtp())
+
+
+def _print_published(o: argparse.Namespace, found: PublishedValidation) -> int:
     value = [{**asdict(point), "error_frac": point.error_frac} for point in found.points]
-    return _print(o, value, npu_validation_table(found))
+    return _print(o, value, published_table(found))
 
 
 def _profile(o: argparse.Namespace) -> int:
@@ -372,6 +382,9 @@ VALIDATIONS = {
         "folders of a machine's operator profile and of what vLLM did on it",
         _validate_measured_options,
         _validate_measured,
+    ),
+    "mtp": Command(
+        "xLLM's table of multi-token prediction, three rows of it fitted", lambda parser: None, _validate_mtp
     ),
     "npu": Command("the roofline model beside published Ascend figures", lambda parser: None, _validate_npu),
 }

@@ -19,6 +19,7 @@ _MASK = 2**64 - 1
 # What a number is drawn for; they must not be the same number.
 _KEPT, _DRAFTED, _QUANTILE = range(3)
 _NUM_REQUESTS = 1 << 16
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,8 @@ class LearntAcceptance:
 
     def outcome(self, request: Request, method: str, position: int, depth: int) -> tuple[int, int]:
         found = self.by_method[method]
-        luck = _uniform(self.seed, request.id, _QUANTILE)
+        # Spread evenly (a Weyl sequence), so that the requests of a short trace are of all kinds, as those recorded.
+        luck = (_uniform(self.seed, _QUANTILE) + request.id * _GOLDEN) % 1.0
         made, kept = _of_request(found.by_kind.get(request.kind, found.overall), luck)
         drafted = _run_of_luck(made, depth, _uniform(self.seed, request.id, position, _DRAFTED))
         if not drafted or not kept:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from xllm_lab.hardware import Device, hardware
@@ -28,6 +27,7 @@ from xllm_lab.sim.machine import Deployment, Machine, roofline_machine, with_acc
 from xllm_lab.sim.npu_fit import FITTED_DEVICE, GRAPHS, collective_us, decoding, mean_step
 from xllm_lab.sim.npu_points import Points, points
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.sim.validate.published import Point, PublishedValidation
 from xllm_lab.step_time import Chunk
 from xllm_lab.workload import ClosedLoop, Prompt, Request, RequestId, Workload
 
@@ -38,56 +38,16 @@ _BLOCK_SIZE = 128  # the only one of vLLM-Ascend's kernels
 _MTP_ACCEPTANCE_FRAC = 0.7  # CloudMatrix384, arXiv 2506.12708
 _MTP = Fixed(method="mtp", num_speculative_tokens=1)
 _REQUESTS_PER_CLIENT = 2
+_FOOTNOTE = (
+    "[in brackets] residuals of rows to which two constants were fitted, kernel_us and link.frac of hardware.toml; "
+    "all others are predictions"
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One published figure and ours.
-
-    Attributes:
-        predicted: `None` if it cannot be modelled; `note` says why.
-        is_fitted: the figure helped to fit the constants, so its error is a residual and no prediction's.
-        note: what the reader of this row must know.
-        assumed: what the source of the table does not say.
-    """
-
-    table: str
-    what: str
-    published: float
-    predicted: float | None
-    source: str
-    is_fitted: bool = False
-    note: str = ""
-    assumed: str = ""
-
-    @property
-    def error_frac(self) -> float | None:
-        return None if self.predicted is None else self.predicted / self.published - 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class NpuValidation:
-    """All points, table by table."""
-
-    points: tuple[Point, ...]
-
-    @property
-    def tables(self) -> dict[str, tuple[Point, ...]]:
-        """The points of each table, in order."""
-        names = dict.fromkeys(point.table for point in self.points)
-        return {name: tuple(point for point in self.points if point.table == name) for name in names}
-
-    def mean_error_frac(self, table: str, *, is_fitted: bool) -> float | None:
-        """Mean of |error| over the rows of a table that were fitted to, or that were not; `None` without any."""
-        points = self.tables[table]
-        errors = [abs(p.error_frac) for p in points if p.error_frac is not None and p.is_fitted == is_fitted]
-        return sum(errors) / len(errors) if errors else None
-
-
-def validate_npu() -> NpuValidation:
+def validate_npu() -> PublishedValidation:
     """Every published figure beside ours. Deterministic; takes under a minute."""
     found = (of_row(row, points(name)) for name, of_row in _TABLES.items() for row in points(name).rows)
-    return NpuValidation(tuple(point for some in found for point in some))
+    return PublishedValidation(tuple(point for some in found for point in some), _FOOTNOTE)
 
 
 _Row = Mapping[str, Any]

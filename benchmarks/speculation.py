@@ -8,7 +8,7 @@ Texts end where the model ends them, or after `--tokens`. Greedy, and for one ki
 each run; at the end Markdown: tokens per CPU second from the first token on, the gain over no drafts (median and range
 over the rounds), that of whole requests, and tokens per step with drafts.
 
-In float32 it fails if a policy's tokens are not those of plain decoding; in bfloat16, too, unless `--count-differences`.
+Fails if a policy's tokens are not those of plain decoding; with `--count-differences` it counts them instead.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class AcceptanceDriven:
 
     method: MethodOrAuto = "auto"
     num_speculative_tokens: Depth = 8
-    row_cost_frac: Annotated[float, Knob(0.005, 0.5, log=True)] = 0.06
+    row_cost_frac: Annotated[float, Knob(0.005, 0.5, log=True)] = 0.1
     explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.005
     prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
 

@@ -51,6 +51,7 @@ def requests(draw: st.DrawFn, request_id: int) -> Request:
         priority=Priority.NORMAL if plain else draw(st.sampled_from(Priority)),
         sampling=Sampling() if plain else draw(samplings),
         cancel_us=None if plain else arrival_us + draw(st.integers(0, HOUR_US)),
+        kind="" if plain else draw(st.text(max_size=5)),
     )
 
 

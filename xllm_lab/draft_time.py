@@ -26,12 +26,18 @@ class Weights(NamedTuple):
     token_us: float = 0.0
 
 
-class Drafted(NamedTuple):
-    """What one step drafted by one method, and how long that took."""
+class DraftLoad(NamedTuple):
+    """What a step drafts by one method: for so many requests, up to so many tokens."""
 
     method: str
     num_requests: int
     depth: int
+
+
+class Drafted(NamedTuple):
+    """What one step drafted, by all methods together, and how long that took."""
+
+    loads: tuple[DraftLoad, ...]
     us: float
 
 
@@ -55,17 +61,30 @@ class DraftTime:
         return call_us + request_us * num_requests + (depth_us + token_us * num_requests) * depth
 
 
+def draft_loads(asks: Iterable[tuple[str, int]]) -> tuple[DraftLoad, ...]:
+    """Of a step's asks, each a method and a depth; in order of method."""
+    loads: dict[str, tuple[int, int]] = {}
+    for method, asked in asks:
+        num, depth = loads.get(method, (0, 0))
+        loads[method] = (num + 1, max(depth, asked))
+    return tuple([DraftLoad(method, num, depth) for method, (num, depth) in sorted(loads.items())])
+
+
 def fit_draft_time(drafted: Iterable[Drafted]) -> DraftTime:
-    """Non-negative least squares by method."""
+    """Non-negative least squares, all methods at once: a step that mixes them tells of their sum."""
     from scipy.optimize import nnls
 
-    rows: dict[str, list[Drafted]] = {}
-    for step in drafted:
-        rows.setdefault(step.method, []).append(step)
-    weights: dict[str, Weights] = {}
-    for method, steps in sorted(rows.items()):
-        factors = np.asarray([[1, s.num_requests, s.depth, s.num_requests * s.depth] for s in steps], dtype=np.float64)
-        scale = factors.max(axis=0)
-        found, _ = nnls(factors / scale, np.asarray([s.us for s in steps], dtype=np.float64))
-        weights[method] = Weights(*(found / scale).tolist())
-    return DraftTime(weights)
+    steps = list(drafted)
+    methods = sorted({load.method for step in steps for load in step.loads})
+    if not methods:
+        return DraftTime()
+    width = len(Weights._fields)
+    factors = np.zeros((len(steps), width * len(methods)))
+    for row, step in zip(factors, steps, strict=True):
+        for method, num, depth in step.loads:
+            first = methods.index(method) * width
+            row[first : first + width] = 1, num, depth, num * depth
+    scale = factors.max(axis=0)
+    found, _ = nnls(factors / scale, np.asarray([step.us for step in steps], dtype=np.float64))
+    weights = (found / scale).reshape(-1, width).tolist()
+    return DraftTime({method: Weights(*of_method) for method, of_method in zip(methods, weights, strict=True)})

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xllm_lab import provenance
+from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
@@ -46,6 +47,7 @@ class Manifest:
         instance: fields of `InstanceConfig`.
         policies: by decision, {"name": ..., and its fields}.
         step_time: weights the policy saw, or None.
+        draft_time: those of drafting, by method.
         timing: how time was had: the engine's clock, or the simulator's cost model and its error.
         model: what was served: name, dtype, kv_bytes_per_token (on each device), vocab_size; an engine also says over
             how many devices, tensor_parallel. A simulated run has its calibration's.
@@ -64,6 +66,7 @@ class Manifest:
     workload: dict[str, Any]
     fleet: dict[str, Any] | None = None
     graphs: dict[str, Any] | None = None
+    draft_time: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=provenance.versions)
     commit: str = field(default_factory=provenance.commit)
     hardware: dict[str, Any] = field(default_factory=provenance.hardware)
@@ -78,15 +81,24 @@ class Manifest:
     def step_time_model(self) -> StepTime | None:
         return None if self.step_time is None else StepTime(tuple(self.step_time))
 
+    def draft_time_model(self) -> DraftTime:
+        return DraftTime({method: Weights(*weights) for method, weights in self.draft_time.items()})
+
 
 def describe(
-    config: InstanceConfig, policies: Policies, step_time: StepTime | None, workload: Workload
+    config: InstanceConfig,
+    policies: Policies,
+    step_time: StepTime | None,
+    workload: Workload,
+    draft_time: DraftTime | None = None,
 ) -> dict[str, Any]:
     """The part of a manifest that both hosts fill in the same way."""
+    by_method = {} if draft_time is None else draft_time.weights
     return {
         "instance": values_of(config),
         "policies": policies.as_dict(),
         "step_time": None if step_time is None else list(step_time.weights),
+        "draft_time": {method: list(weights) for method, weights in by_method.items()},
         "workload": {
             "source": workload.source,
             "checksum": workload.checksum,
@@ -152,6 +164,7 @@ def read_run(path: Path) -> Run:
         _refuse_other_manifests(manifest)
         manifest.instance_config()
         manifest.step_time_model()
+        manifest.draft_time_model()
     except (TypeError, ConfigError) as error:
         raise RunError(f"{path / 'manifest.json'}: {error}; accepted: a manifest of format {FORMAT}") from None
     return Run(path, manifest)
@@ -161,7 +174,7 @@ def _refuse_other_manifests(manifest: Manifest) -> None:
     """TypeError unless what the readers of a run look up is there."""
     if manifest.format != FORMAT:
         raise TypeError(f"format is {manifest.format}")
-    for part in ("instance", "policies", "timing", "hardware"):
+    for part in ("instance", "policies", "timing", "hardware", "draft_time"):
         if not isinstance(getattr(manifest, part), dict):
             raise TypeError(f"{part} is no object")
     if "batch" not in manifest.policies:

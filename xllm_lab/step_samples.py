@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from xllm_lab.draft_time import Drafted, draft_loads
 from xllm_lab.errors import ConfigError
 from xllm_lab.records import StepRecord
 from xllm_lab.step_time import Chunk, features
@@ -48,10 +49,19 @@ class StepSample:
 
 
 def samples(steps: Iterable[StepRecord]) -> Iterator[StepSample]:
-    """The recorded steps of a run as samples."""
+    """The recorded steps of a run as samples, without the time that drafting took, which is the host's."""
     for s in steps:
         chunks = tuple(map(Chunk, s.num_tokens, s.num_computed_tokens))
-        step_us = s.step_us if s.device_us is None else max(1, s.device_us)
+        draft_us = s.draft_us or 0
+        host_us = None if s.host_us is None else max(0, s.host_us - draft_us)
+        step_us = max(1, s.step_us - draft_us if s.device_us is None else s.device_us)
         yield StepSample(
-            chunks=chunks, num_logits=s.num_logits, step_us=step_us, host_us=s.host_us, graph_tokens=s.graph_tokens
+            chunks=chunks, num_logits=s.num_logits, step_us=step_us, host_us=host_us, graph_tokens=s.graph_tokens
         )
+
+
+def drafted(steps: Iterable[StepRecord]) -> Iterator[Drafted]:
+    """What the steps of a run drafted, where that was timed."""
+    for s in steps:
+        if s.draft_ids and s.draft_us is not None:
+            yield Drafted(draft_loads(zip(s.draft_methods, s.num_asked, strict=True)), s.draft_us)

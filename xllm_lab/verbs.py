@@ -73,12 +73,12 @@ def replay(
 
     Args:
         engine: an open engine, or the options to open one with.
-        calibration: step times for policies that need them; without it they are measured first.
+        calibration: of steps and drafts, for policies that need times; without it those of steps are measured first.
         beside: policies beside the batch policy, see `configure`.
     """
     workload = _workload(trace)
     chosen = configure(policy, settings, **beside)
-    fitted = None if calibration is None else _calibration(calibration).step_time_with_host()
+    fitted = None if calibration is None else _calibration(calibration)
     with _opened(engine) as host:
         records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
         with records.bar:
@@ -87,7 +87,8 @@ def replay(
                 chosen.instance,
                 chosen.policies,
                 out=Path(out),
-                step_time=fitted,
+                step_time=None if fitted is None else fitted.step_time_with_host(),
+                draft_time=None if fitted is None else fitted.draft_time,
                 recorder=records,
             )
 
@@ -132,6 +133,7 @@ def simulate(
     policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
     fleet: FleetConfig | PathLike | None = None,
+    acceptance: Sequence[float] | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
@@ -142,19 +144,23 @@ def simulate(
     Args:
         machine: what prices steps; a calibration, or the file of one, is the machine it was fitted to.
         fleet: a fleet, or the cluster file of one; None is a single instance.
+        acceptance: probability by position that a draft is kept if all before it were, by whatever method; without it
+            what the machine's calibration learnt.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
     from xllm_lab.fleet_file import read_fleet
-    from xllm_lab.sim.machine import Machine, fitted_machine
+    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance
     from xllm_lab.sim.simulator import simulate as run_simulator
 
     own = _configuration(trace) if isinstance(trace, Run) else DEFAULT
     chosen = changed(own, _names(policy, beside), settings or {})
     workload = trace.workload if isinstance(trace, Run) else _workload(trace)
     priced = machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine))
+    if acceptance is not None:
+        priced = with_acceptance(priced, acceptance)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)
@@ -252,7 +258,7 @@ def verify(
 
     opened = study if isinstance(study, Study) else read_study(Path(study))
     workload = _workload(trace)
-    step_time = read_calibration(opened.path / "calibration.json").step_time_with_host()
+    fitted = read_calibration(opened.path / "calibration.json")
     with _opened(engine) as host:
         records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
         with records.bar:
@@ -263,7 +269,8 @@ def verify(
                 tuned=opened.best.candidate,
                 out=Path(out),
                 repeats=repeats,
-                step_time=step_time,
+                step_time=fitted.step_time_with_host(),
+                draft_time=fitted.draft_time,
                 make_records=lambda: type(records)(bar=records.bar),
             )
 

@@ -143,6 +143,7 @@ class Request:
         output_tokens: tokens to produce (replay), or at most to produce when `sampling.ignore_eos` is off.
             No policy ever sees it.
         cancel_us: the client goes away at this time; `None` is never.
+        kind: what the client says it is, as "code" or "chat"; no policy sees it.
     """
 
     id: RequestId
@@ -153,6 +154,7 @@ class Request:
     priority: Priority = Priority.NORMAL
     sampling: Sampling = Sampling()
     cancel_us: int | None = None
+    kind: str = ""
 
     def __post_init__(self) -> None:
         owner = f"request {self.id}"

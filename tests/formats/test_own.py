@@ -18,7 +18,7 @@ from xllm_lab.workload import Slo, Workload
 
 HEADER = '{"format": "xllm-lab-trace", "version": 1, "seed": 0, "closed_loop": null, "source": "here"}\n'
 LINE = '{"id": 0, "arrival_us": 0, "prompt": {"num_tokens": 5}, "output_tokens": 3}\n'
-FIELDS = "id, arrival_us, prompt, output_tokens, slo, priority, sampling, cancel_us"
+FIELDS = "id, arrival_us, prompt, output_tokens, slo, priority, sampling, cancel_us, kind"
 
 
 @given(workload=workloads())
@@ -102,6 +102,7 @@ ANY_INT = f"an integer from -{2**63 - 1} to {2**63 - 1} is accepted"
         (row(priority="4"), "2: priority is 4; 1 or 2 or 3 is accepted"),
         (row(slo='{"ttft_us": 0}'), "2: slo: ttft_us is 0, at least 1 is accepted"),
         (row(sampling='{"top_p": 2}'), "2: sampling: top_p is 2.0, more than 0 and at most 1 is accepted"),
+        (row(kind="5"), "2: kind is 5; text is accepted"),
         (row(sampling='{"ignore_eos": 1}'), "2: sampling.ignore_eos is 1; true or false is accepted"),
         (HEADER + LINE + LINE, "3: id is 0; an id that no earlier line has is accepted"),
         (

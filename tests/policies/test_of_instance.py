@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import policies
-from xllm_lab.policies.draft.off import OFF, Off
+from xllm_lab.policies.draft.fixed import Fixed
+from xllm_lab.policies.draft.off import OFF
 from xllm_lab.policies.of_instance import BESIDE, DECISIONS, Policies, policies_from
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
@@ -21,11 +22,6 @@ from xllm_lab.records import Records
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.workload import Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guesses(Off):
-    """Not the policy that never drafts."""
 
 
 def test_fields_are_decisions_that_policies_make() -> None:
@@ -63,11 +59,11 @@ def test_other_data_is_refused(value: dict[str, dict[str, str]], told: str) -> N
 
 def test_a_host_without_drafts_says_so(tmp_path: Path) -> None:
     """It would serve, and quietly not do what it was told."""
-    drafting = Policies(Fcfs(), draft=Guesses())
+    drafting = Policies(Fcfs(), draft=Fixed())
     work, config = Workload(requests=(request(0),)), instance_config()
-    with pytest.raises(ConfigError, match="draft policy guesses: nothing is known of what becomes of drafts here"):
+    with pytest.raises(ConfigError, match="draft policy fixed: nothing is known of what becomes of drafts here"):
         run_simulation(work, config, drafting, EqualSteps(), vocab_size=VOCAB_SIZE)
-    with pytest.raises(ConfigError, match="draft policy guesses: nothing is known of what becomes of drafts here"):
+    with pytest.raises(ConfigError, match="draft policy fixed: nothing is known of what becomes of drafts here"):
         Fleet(
             work,
             FleetConfig(num_instances=2),

@@ -26,6 +26,8 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", default="bf16", help="of weights and KV")
     group.add_argument("--host-us", type=float, default=0.0, metavar="US", help="of the host, per step")
     group.add_argument("--host-us-per-seq", type=float, default=0.0, metavar="US", help="of the host, per sequence")
+    frac = "drafts that are kept if all before them were, by position: 0.8,0.6; else as calibrated"
+    group.add_argument("--acceptance", metavar="FRAC[,FRAC...]", help=frac)
 
 
 def fleet_options(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,16 @@ def machine(o: argparse.Namespace) -> Machine:
     if model is None:
         raise ConfigError("--hardware needs a model; accepted: --model-config with a name or a config.json")
     return roofline_machine(device, model, deployment)
+
+
+def acceptance(o: argparse.Namespace) -> tuple[float, ...] | None:
+    """The given acceptance, or None."""
+    if o.acceptance is None:
+        return None
+    try:
+        return tuple(map(float, o.acceptance.split(",")))
+    except ValueError:
+        raise ConfigError(f"--acceptance {o.acceptance!r}; accepted: fractions, as 0.8,0.6") from None
 
 
 def fleet(o: argparse.Namespace) -> FleetConfig | None:

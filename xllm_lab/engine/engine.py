@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import drafting_of
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
@@ -177,6 +178,7 @@ class Engine:
         recorder: Recorder,
         *,
         step_time: StepTime | None = None,
+        draft_time: DraftTime | None = None,
     ) -> dict[str, Any] | None:
         """Serve a workload to its end; records go to `recorder` as they come.
 
@@ -192,7 +194,8 @@ class Engine:
         """
         self._refuse(workload, config, policies)
         shapes = shapes_of(policies.shapes, config)
-        drafting = drafting_of(policies.draft, self._proposer(policies, config), step_time=step_time)
+        proposer = self._proposer(policies, config)
+        drafting = drafting_of(policies.draft, proposer, step_time=step_time, draft_time=draft_time)
         scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes, drafting=drafting)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
@@ -268,11 +271,13 @@ class Engine:
         *,
         out: Path,
         step_time: StepTime | None = None,
+        draft_time: DraftTime | None = None,
         recorder: Records | None = None,
     ) -> Run:
         """Serve a workload and write the run folder.
 
-        A policy that needs step times gets this machine's, measured first, unless `step_time` has them.
+        A policy that needs step times gets this machine's, measured first, unless `step_time` has them. Without a
+        `draft_time` it believes that drafting is free.
 
         Raises:
             RequestTooLargeError: a request could never run on this configuration: more likely an oversight in a trace
@@ -287,14 +292,14 @@ class Engine:
             step_time = self.measure_step_time(config)
         records = Records() if recorder is None else recorder
         with new_folder(out) as folder:
-            graphs = self.serve(workload, config, policies, records, step_time=step_time)
+            graphs = self.serve(workload, config, policies, records, step_time=step_time, draft_time=draft_time)
             timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
             manifest = Manifest(
                 host="engine",
                 timing=timing,
                 model=self.describe(),
                 graphs=graphs,
-                **describe(config, policies, step_time, workload),
+                **describe(config, policies, step_time, workload, draft_time),
             )
             fill_run(folder, manifest, workload, records)
         return Run(out, manifest)

@@ -195,8 +195,16 @@ def _bool(row: Row, name: str) -> bool:
     return value
 
 
+def _text(row: Row, name: str) -> str:
+    value = row.cells[name]
+    if not isinstance(value, str):
+        raise row.refusal(name, "text")
+    return value
+
+
 _SCALARS: Mapping[type, _Reader] = {
     bool: _bool,
+    str: _text,
     int: lambda row, name: row.whole(name, least=-LARGEST_INT, most=LARGEST_INT),
     float: lambda row, name: float(row.number(name, least=-LARGEST_INT, most=LARGEST_INT)),
 }

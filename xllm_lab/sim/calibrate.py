@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from xllm_lab.draft_time import DraftTime, Weights, fit_draft_time
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.runs import Run, new_file, read_json, write_json
+from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Rates
+from xllm_lab.sim.acceptance_fit import fit_acceptance, verifications
 from xllm_lab.sim.cost.host import HostOverhead, fit_host
 from xllm_lab.sim.spread import NUM_FOLDS, UNKNOWN, RunSpread, Spread, held_out, spread_of
-from xllm_lab.step_samples import StepSample, samples
+from xllm_lab.step_samples import StepSample, drafted, samples
 from xllm_lab.step_time import TERMS, StepTime, fit
 
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
-# 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps: such files are refused.
-FORMAT = 4
+# 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps, 4 nothing of drafts: these
+# are refused.
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,8 @@ class Calibration:
         model: the served model, as in the runs' manifests.
         hardware: where it was measured.
         runs: names of the runs, or of other sources of steps.
+        acceptance: what became of drafts; None if there were none.
+        draft_time: what making them took, in no step's time.
     """
 
     step_time: StepTime
@@ -62,6 +68,8 @@ class Calibration:
     runs: tuple[str, ...]
     host: HostOverhead = field(default_factory=HostOverhead)
     spread: Spread = UNKNOWN
+    acceptance: LearntAcceptance | None = None
+    draft_time: DraftTime = field(default_factory=DraftTime)
 
     def step_time_with_host(self) -> StepTime:
         """Of whole steps, of a host that the device waits for: what policies are told.
@@ -79,7 +87,7 @@ class Calibration:
 
 
 def calibrate(runs: Sequence[Run]) -> Calibration:
-    """Fit step times to the steps of engine runs of one model on one machine.
+    """Fit step times, and what there is to know of drafts, to the steps of engine runs of one model on one machine.
 
     Raises:
         ConfigError: a run is not an engine's, models differ, or there are too few steps.
@@ -91,11 +99,22 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
             raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted: engine runs")
         if run.manifest.model != runs[0].manifest.model:
             raise ConfigError(f"{run.path}: model differs from that of {runs[0].path}; accepted: runs of one model")
-    return calibrate_on(
+    fitted = calibrate_on(
         [sample for run in runs for sample in samples(run.records.steps)],
         model=runs[0].manifest.model,
         hardware=runs[0].manifest.hardware,
         sources=tuple(run.path.name for run in runs),
+    )
+    verified = (
+        one
+        for k, run in enumerate(runs)
+        if any(s.draft_ids for s in run.records.steps)
+        for one in verifications(k, run.records.steps, {r.id: r.kind for r in run.workload.requests})
+    )
+    return replace(
+        fitted,
+        acceptance=fit_acceptance(verified),
+        draft_time=fit_draft_time(one for run in runs for one in drafted(run.records.steps)),
     )
 
 
@@ -132,8 +151,10 @@ def calibrate_on(
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write a calibration file. RunError if it cannot be written."""
     weights = dict(zip(TERMS, calibration.step_time.weights, strict=True))
+    draft_time = {method: found._asdict() for method, found in calibration.draft_time.weights.items()}
+    told = {**asdict(calibration), "step_time": weights, "draft_time": draft_time, "format": FORMAT}
     with new_file(path) as file:
-        write_json(file, {**asdict(calibration), "step_time": weights, "format": FORMAT})
+        write_json(file, told)
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -153,8 +174,12 @@ def read_calibration(path: Path) -> Calibration:
             model=value["model"],
             hardware=value["hardware"],
             runs=tuple(value["runs"]),
+            acceptance=None if value["acceptance"] is None else _acceptance(value["acceptance"]),
+            draft_time=DraftTime(
+                {m: Weights(**{name: w[name] + 0 for name in Weights._fields}) for m, w in value["draft_time"].items()}
+            ),
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: {error!r}; accepted: {accepted}") from None
 
 
@@ -165,6 +190,22 @@ def _host(steps: Sequence[StepSample]) -> HostOverhead:
             f"{len(measured)} of {len(steps)} steps tell the host's time from the device's; accepted: all, or none"
         )
     return fit_host([n for n, _ in measured], [us for _, us in measured])
+
+
+def _acceptance(value: dict[str, Any]) -> LearntAcceptance:
+    def rates(of: dict[str, Any]) -> Rates:
+        return Rates(tuple(float(x) for x in of["mean"]), tuple(float(x) for x in of["spread"]))
+
+    def process(of: dict[str, Any]) -> Process:
+        return Process(rates(of["drafted"]), rates(of["kept"]), of["num_requests"] + 0)
+
+    return LearntAcceptance(
+        {
+            method: MethodProcess(process(of["overall"]), {kind: process(p) for kind, p in of["by_kind"].items()})
+            for method, of in value["by_method"].items()
+        },
+        value["seed"] + 0,
+    )
 
 
 def _spread(value: dict[str, Any]) -> Spread:

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from xllm_lab.drafting import Asked
 from xllm_lab.request_state import placeholder
-from xllm_lab.step import Step
 from xllm_lab.workload import Request, RequestId
 
 
@@ -51,12 +50,3 @@ class SimulatedDrafts:
     def num_kept(self, request: RequestId) -> int:
         """Of the drafts that the request has in the step under way."""
         return self._kept.get(request, 0)
-
-
-def draft_loads(step: Step) -> list[tuple[str, int, int]]:
-    """(method, requests, depth asked for) of each method that a step drafts by."""
-    loads: dict[str, tuple[int, int]] = {}
-    for draft in step.drafts:
-        num, depth = loads.get(draft.method, (0, 0))
-        loads[draft.method] = (num + 1, max(depth, draft.num_asked))
-    return [(method, num, depth) for method, (num, depth) in sorted(loads.items())]

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from xllm_lab.draft_time import DraftTime
+from xllm_lab.draft_time import DraftTime, draft_loads
 from xllm_lab.drafting import Proposer
 from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
 from xllm_lab.sim.cost import Batch, CostModel
-from xllm_lab.sim.drafts import SimulatedDrafts, draft_loads
+from xllm_lab.sim.drafts import SimulatedDrafts
 from xllm_lab.step import Step
 from xllm_lab.step_time import Chunk
 from xllm_lab.workload import RequestId
@@ -83,6 +83,7 @@ class Predicted:
 
     Args:
         draft_time: of making drafts, before the step that verifies them.
+        drafting_cost: prices steps with drafts, which no host plans ahead; without it `cost` does.
 
     Attributes:
         proposer: of drafts, if there is speculation.
@@ -97,8 +98,9 @@ class Predicted:
         fast_forward: bool = True,
         proposer: SimulatedDrafts | None = None,
         draft_time: DraftTime | None = None,
+        drafting_cost: CostModel | None = None,
     ) -> None:
-        self._cost = cost
+        self._cost, self._drafting_cost = cost, drafting_cost or cost
         self.proposer = proposer
         self._draft_time = draft_time or DraftTime()
         self._most_steps = _MOST_STEPS if fast_forward else 1
@@ -116,9 +118,11 @@ class Predicted:
         batch = batch_of_step(step)
         num_steps = min(step.num_repeats + 1, self._most_steps)
         if num_steps == 1:
-            us, is_extrapolated = self._cost.step(batch)[:2]
+            cost = self._drafting_cost if step.drafts else self._cost
+            us, is_extrapolated = cost.step(batch)[:2]
             if step.drafts:
-                draft_us = sum([self._draft_time.us(*load) for load in draft_loads(step)])
+                loads = draft_loads((d.method, d.num_asked) for d in step.drafts)
+                draft_us = sum([self._draft_time.us(*load) for load in loads])
                 step.draft_us = round(draft_us)
                 us += draft_us
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spe
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.sim.acceptance import GivenAcceptance
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.cost import CostModel, batch_of
 from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.fitted import FittedCost
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
+from xllm_lab.sim.cost.mtp import draft_spec, mtp_draft_time
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
-from xllm_lab.sim.cost.roofline import roofline_cost
-from xllm_lab.sim.cost.sharding import kv_blocks_that_fit
-from xllm_lab.sim.drafts import Acceptance
+from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
+from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
+from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
+from xllm_lab.sim.instance import Predicted
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
 
 _RUNS = "accepted: a calibration on runs of both kinds"
@@ -61,6 +64,16 @@ class Machine:
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
         return Hosted(self.cost, self.host, plans_ahead=config.async_scheduling != "off")
+
+    def predicts(self, config: InstanceConfig, *, fast_forward: bool = True) -> Predicted:
+        """What answers such an instance's loop, in one run."""
+        return Predicted(
+            self.cost_of(config),
+            fast_forward=fast_forward,
+            proposer=None if self.acceptance is None else SimulatedDrafts(self.acceptance),
+            draft_time=self.draft_time,
+            drafting_cost=Hosted(self.cost, self.host),
+        )
 
     def refuse_if_not_priced(self, policies: Policies) -> None:
         """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one."""
@@ -128,15 +141,28 @@ def fitted_machine(calibration: Calibration) -> Machine:
             "cost_model": "fitted",
             "calibrated_on": list(calibration.runs),
             "residual": asdict(calibration.residual),
+            **({} if calibration.acceptance is None else {"acceptance": calibration.acceptance.described()}),
         },
         step_time=calibration.step_time_with_host(),
         host=calibration.host,
         calibration=calibration,
+        acceptance=calibration.acceptance,
+        draft_time=calibration.draft_time,
     )
 
 
+def with_acceptance(machine: Machine, fracs: Sequence[float]) -> Machine:
+    """The same machine, on which drafts are kept so, whatever makes them.
+
+    Raises:
+        ConfigError: as `GivenAcceptance`.
+    """
+    given = GivenAcceptance(tuple(fracs))
+    return replace(machine, acceptance=given, timing={**machine.timing, "acceptance": given.described()})
+
+
 def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | None = None) -> Machine:
-    """Devices and a model that nobody has measured together.
+    """Devices and a model that nobody has measured together. Drafts by "mtp" cost what one more layer of it would.
 
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
@@ -159,6 +185,8 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         precision=d.bytes_and_rates,
         block_size=1,
     )
+    sharding = Sharding(tensor=d.tensor_parallel, data=d.data_parallel, expert=d.expert_parallel)
+    layer = RooflineCost(device, draft_spec(model), sharding=sharding, precision=d.bytes_and_rates)
     told = {"cost_model": "roofline", "device": device.name, "error": "unknown: nothing was measured", **_told(d)}
     return Machine(
         cost=cost,
@@ -167,6 +195,7 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         step_time=step_time_of(Hosted(cost, d.host)),
         host=d.host,
         most_kv_tokens=room,
+        draft_time=mtp_draft_time(layer),
     )
 
 

@@ -135,6 +135,7 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
             recorded,
             vocab_size=run.manifest.model["vocab_size"],
             step_time=run.manifest.step_time_model(),
+            draft_time=run.manifest.draft_time_model(),
         )
     except _DifferenceError as difference:
         step, simulator = difference.args

@@ -23,9 +23,8 @@ from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed, serve
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.collector import seldom_collecting
-from xllm_lab.sim.drafts import SimulatedDrafts
 from xllm_lab.sim.fleet import Fleet
-from xllm_lab.sim.instance import Instance, Predicted, Timing
+from xllm_lab.sim.instance import Instance, Timing
 from xllm_lab.sim.machine import Machine
 from xllm_lab.step_shape import Shapes, shapes_of
 from xllm_lab.step_time import StepTime
@@ -134,12 +133,7 @@ def simulate(
     machine.refuse_if_not_priced(policies)
     for request in workload.requests:
         config.refuse_if_too_large(request)
-    timing = Predicted(
-        machine.cost_of(config),
-        fast_forward=fast_forward,
-        proposer=None if machine.acceptance is None else SimulatedDrafts(machine.acceptance),
-        draft_time=machine.draft_time,
-    )
+    timing = machine.predicts(config, fast_forward=fast_forward)
     with new_folder(out) as folder:
         with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
             known = {
@@ -164,7 +158,7 @@ def simulate(
             model=dict(machine.model),
             fleet=None if fleet is None else fleet.as_dict(),
             graphs=None if shapes is None else shapes.counts.as_dict(),
-            **describe(config, policies, machine.step_time, workload),
+            **describe(config, policies, machine.step_time, workload, machine.draft_time),
         )
         write_json(folder / "manifest.json", asdict(manifest))
         own.write(workload, folder / "workload.jsonl")

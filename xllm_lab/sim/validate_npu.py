@@ -12,17 +12,19 @@ from xllm_lab.known_models import known_model
 from xllm_lab.metrics import summarize, tpot_us
 from xllm_lab.model_spec import PRECISIONS
 from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.draft.fixed import Fixed
+from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records
-from xllm_lab.sim.cost import Batch, CostModel
+from xllm_lab.sim.acceptance import GivenAcceptance
+from xllm_lab.sim.cost import Batch, batch_of
 from xllm_lab.sim.cost.collectives import collectives
-from xllm_lab.sim.cost.host import HostOverhead
-from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
+from xllm_lab.sim.cost.host import Hosted, HostOverhead
+from xllm_lab.sim.cost.roofline import RooflineCost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
-from xllm_lab.sim.cost.speculative import Drafts
-from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.machine import Deployment, Machine, roofline_machine, with_acceptance
 from xllm_lab.sim.npu_fit import FITTED_DEVICE, GRAPHS, collective_us, decoding, mean_step
 from xllm_lab.sim.npu_points import Points, points
 from xllm_lab.sim.simulator import run_simulation
@@ -34,6 +36,7 @@ from xllm_lab.workload import ClosedLoop, Prompt, Request, RequestId, Workload
 HOST = HostOverhead(step_us=2000.0)
 _BLOCK_SIZE = 128  # the only one of vLLM-Ascend's kernels
 _MTP_ACCEPTANCE_FRAC = 0.7  # CloudMatrix384, arXiv 2506.12708
+_MTP = Fixed(method="mtp", num_speculative_tokens=1)
 _REQUESTS_PER_CLIENT = 2
 
 
@@ -149,8 +152,8 @@ def _step(row: _Row, table: Points) -> Iterator[Point]:
 def _nightly(row: _Row, table: Points) -> Iterator[Point]:
     per_s = None
     if "not_modelled" not in row:
-        cost = _cost(row, drafts=_drafts(row.get("mtp", False)))
-        per_s = summarize(_serve(row, cost, 3584, 1536)).output_throughput_per_s * row.get("data", 1)
+        records = _serve(row, 3584, 1536, drafts=row.get("mtp", False))
+        per_s = summarize(records).output_throughput_per_s * row.get("data", 1)
     yield _point(
         row,
         table,
@@ -162,7 +165,7 @@ def _nightly(row: _Row, table: Points) -> Iterator[Point]:
 
 
 def _prefix(row: _Row, table: Points) -> Iterator[Point]:
-    records = _serve(row, _cost(row), 3584, 1, cached_frac=row["cached_frac"])
+    records = _serve(row, 3584, 1, cached_frac=row["cached_frac"])
     yield _point(
         row,
         table,
@@ -202,8 +205,11 @@ def _share(row: _Row, table: Points) -> Iterator[Point]:
 def _iteration(row: _Row, table: Points) -> Iterator[Point]:
     predicted = None
     if "not_modelled" not in row:
-        cost = _cost({"precision": "w8a8", **row}, drafts=_drafts("acceptance_frac" in row, row.get("acceptance_frac")))
-        predicted = cost.step(_iterated(row)).us / 1e3
+        machine = _machine({"precision": "w8a8", **row})
+        if "acceptance_frac" in row:
+            predicted = _us_per_token(machine, row) / 1e3
+        else:
+            predicted = Hosted(machine.cost, machine.host).step(_iterated(row)).us / 1e3
     yield _point(
         row,
         table,
@@ -220,6 +226,15 @@ def _iterated(row: _Row) -> Batch:
     return decoding(row["seqs"], row["context"], _shapes(row))
 
 
+def _us_per_token(machine: Machine, row: _Row) -> float:
+    """Of a sequence that drafts one token a step: drafting, and the step that verifies it, over what that yields."""
+    seqs, context = row["seqs"], row["context"]
+    shape = decoding(2 * seqs, context).graph_tokens
+    verified = batch_of([Chunk(2, context)] * seqs, 2 * seqs)._replace(graph_tokens=shape)
+    step_us = Hosted(machine.cost, machine.host).step(verified).us + machine.draft_time.us("mtp", seqs, 1)
+    return step_us / GivenAcceptance((row["acceptance_frac"],)).tokens_per_step(1)
+
+
 def _dispatch(row: _Row, table: Points) -> Iterator[Point]:
     yield _point(
         row,
@@ -234,8 +249,7 @@ def _dispatch(row: _Row, table: Points) -> Iterator[Point]:
 def _mtp(row: _Row, table: Points) -> Iterator[Point]:
     layout = {"model": "deepseek-r1", "precision": "w8a8", "tensor": 16, "clients": row["clients"], "is_eager": True}
     for key, is_on in (("tpot_ms", False), ("mtp_tpot_ms", True)):
-        cost = _cost(layout, drafts=_drafts(is_on))
-        records = _serve(layout, cost, 2500, 1500, policy="prefill-first", at_most=80)
+        records = _serve(layout, 2500, 1500, policy="prefill-first", at_most=80, drafts=is_on)
         times = [tpot for request in records.requests if (tpot := tpot_us(request)) is not None]
         yield _point(
             row,
@@ -269,30 +283,21 @@ def _groups(row: _Row) -> dict[str, int]:
     return {"tensor_parallel": tensor, "data_parallel": data, "expert_parallel": expert}
 
 
-def _cost(row: _Row, drafts: Drafts | None = None) -> CostModel:
-    return roofline_cost(
-        _device(row),
-        known_model(row["model"]),
-        **_groups(row),
-        precision=PRECISIONS[row["precision"]],
-        host=HOST,
-        drafts=drafts,
+def _machine(row: _Row) -> Machine:
+    return roofline_machine(
+        _device(row), known_model(row["model"]), Deployment(**_groups(row), precision=row["precision"], host=HOST)
     )
-
-
-def _drafts(is_on: bool, acceptance_frac: float | None = None) -> Drafts | None:
-    return Drafts(num_tokens=1, acceptance_frac=acceptance_frac or _MTP_ACCEPTANCE_FRAC) if is_on else None
 
 
 def _serve(
     row: _Row,
-    cost: CostModel,
     prompt_tokens: int,
     output_tokens: int,
     *,
     cached_frac: float = 0.0,
     policy: str = "decode-first",
     at_most: int | None = None,
+    drafts: bool = False,
 ) -> Records:
     """One of the data-parallel instances, with its part of the clients, in simulated time."""
     clients = -(-row["clients"] // row.get("data", 1))
@@ -313,8 +318,10 @@ def _serve(
         Request(id=RequestId(i), arrival_us=0, prompt=prompt, output_tokens=output_tokens) for i in range(num)
     )
     workload = Workload(requests=requests, closed_loop=ClosedLoop(num_clients=clients))
-    decide, timing = Policies(make_policy("batch", policy), shapes=_shapes(row)), Predicted(cost)
-    return run_simulation(workload, config, decide, timing, vocab_size=spec.vocab_size)
+    draft = _MTP if drafts else Off()
+    machine = with_acceptance(_machine(row), (_MTP_ACCEPTANCE_FRAC,))
+    decide = Policies(make_policy("batch", policy), shapes=_shapes(row), draft=draft)
+    return run_simulation(workload, config, decide, machine.predicts(config), vocab_size=spec.vocab_size)
 
 
 def _shapes(row: _Row) -> ShapesPolicy:

@@ -11,7 +11,6 @@ from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.formats import read_trace
 from xllm_lab.metrics import summarize
 from xllm_lab.sim.calibrate import Calibration, read_calibration
-from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.workload import Workload
@@ -40,7 +39,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
             workload = _workload(path)
             for request in workload.requests:
                 chosen.instance.refuse_if_too_large(request)
-            predicted = Predicted(machine.cost_of(chosen.instance))
+            predicted = machine.predicts(chosen.instance)
             records = run_simulation(
                 workload,
                 chosen.instance,
@@ -48,6 +47,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
                 predicted,
                 vocab_size=machine.model["vocab_size"],
                 step_time=machine.step_time,
+                draft_time=machine.draft_time,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

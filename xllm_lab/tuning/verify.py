@@ -11,6 +11,7 @@ from typing import Any
 from scipy import stats
 
 from xllm_lab.candidate import Candidate, candidate
+from xllm_lab.draft_time import DraftTime
 from xllm_lab.engine.engine import Engine
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.metrics import summarize
@@ -100,6 +101,7 @@ def verify(
     out: Path,
     repeats: int = MIN_REPEATS,
     step_time: StepTime | None = None,
+    draft_time: DraftTime | None = None,
     make_records: Callable[[], Records] = Records,
 ) -> Verification:
     """Replay default, tuned, default, tuned, ... and write the runs and verification.json into a new folder.
@@ -120,6 +122,7 @@ def verify(
                     one.policies,
                     out=folder / f"{name}-{repeat}",
                     step_time=step_time,
+                    draft_time=draft_time,
                     recorder=make_records(),
                 )
                 goodput[name].append(summarize(run.records).goodput_per_s)

@@ -17,11 +17,9 @@ from xllm_lab.model_spec import PRECISIONS, Precision
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
-from xllm_lab.sim.cost import Batch
-from xllm_lab.sim.cost.host import HostOverhead
+from xllm_lab.sim.cost import Batch, batch_of
 from xllm_lab.sim.cost.roofline import Ceilings, Operator, RooflineCost, roofline_cost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
-from xllm_lab.sim.cost.speculative import Drafts, draft_spec
 from xllm_lab.step_time import Chunk
 
 DEVICES = tuple(read_hardware(BUILT_IN).values())
@@ -46,9 +44,8 @@ def costs(draw: st.DrawFn) -> RooflineCost:
     device = draw(st.sampled_from(DEVICES))
     names = [n for n, p in PRECISIONS.items() if p.matrix_dtype in device.matrix_flops_per_s]
     precision = PRECISIONS[draw(st.sampled_from(names))]
-    rows = draw(st.integers(1, 4))
     try:
-        return RooflineCost(device, spec, sharding=sharding, precision=precision, rows_per_decode=rows)
+        return RooflineCost(device, spec, sharding=sharding, precision=precision)
     except ConfigError as refused:
         assert "key-value heads" in str(refused)  # noqa: PT017 the one law drawn layouts may break
         return RooflineCost(device, spec, precision=precision)
@@ -56,22 +53,6 @@ def costs(draw: st.DrawFn) -> RooflineCost:
 
 @given(costs(), decode_batches(), st.integers(1, 40))
 def test_steps_together_are_steps_alone(cost: RooflineCost, batch: Batch, num_steps: int) -> None:
-    check_decode_steps(cost, batch, num_steps)
-
-
-@given(decode_batches(), st.integers(1, 40), st.integers(1, 3), st.floats(0, 1))
-def test_so_they_are_with_host_and_drafts(
-    batch: Batch, num_steps: int, num_tokens: int, acceptance_frac: float
-) -> None:
-    cost = roofline_cost(
-        A3,
-        DEEPSEEK,
-        tensor_parallel=16,
-        expert_parallel=16,
-        precision=PRECISIONS["w8a8"],
-        host=HostOverhead(step_us=700.0, sequence_us=3.0),
-        drafts=Drafts(num_tokens=num_tokens, acceptance_frac=acceptance_frac),
-    )
     check_decode_steps(cost, batch, num_steps)
 
 
@@ -232,24 +213,15 @@ def test_one_decode_of_llama_by_hand() -> None:
     assert us == pytest.approx(read_us + kernels * A3.kernel_us, rel=0.01)
 
 
-def test_drafts() -> None:
-    assert Drafts(num_tokens=2, acceptance_frac=0.5).tokens_per_step == 1.75
-    draft = draft_spec(DEEPSEEK)
-    # The report says 14 billion with embedding and head, which are shared: 11.5 billion are its own.
-    own = draft.num_params - 2 * draft.embedding_params
-    assert own == pytest.approx(11.5e9, rel=0.02)
-    with pytest.raises(ConfigError, match="num_tokens is 0"):
-        Drafts(num_tokens=0)
-
-
-def test_drafts_that_are_never_accepted_cost_time() -> None:
-    def us(drafts: Drafts | None) -> float:
-        groups = {"tensor_parallel": 16, "expert_parallel": 16}
-        cost = roofline_cost(A3, DEEPSEEK, **groups, precision=PRECISIONS["w8a8"], drafts=drafts)  # type: ignore[arg-type]
-        return cost.step(Batch((), 4, 4000, 1000, 4)).us
-
-    never, always = (us(Drafts(num_tokens=1, acceptance_frac=p)) for p in (0.0, 1.0))
-    assert always < us(None) < never == pytest.approx(2 * always)
+@given(costs(), st.integers(1, 8), st.integers(0, 5000), st.integers(1, 40))
+def test_rows_that_verify_drafts_lie_between_a_decode_and_as_many(
+    cost: RooflineCost, rows: int, context: int, seqs: int
+) -> None:
+    """They read the context once, which that many decodes do each."""
+    verified = cost.step(batch_of([Chunk(rows, context)] * seqs, rows * seqs)).us
+    alone = cost.step(batch_of([Chunk(1, context)] * seqs, seqs)).us
+    apart = cost.step(batch_of([Chunk(1, context + k) for k in range(rows)] * seqs, rows * seqs)).us
+    assert alone * (1 - 1e-9) <= verified <= apart * (1 + 1e-9)
 
 
 def test_kv_blocks_that_fit() -> None:

@@ -13,7 +13,7 @@ class NgramProposer:
     """Looks the last `max_ngram` tokens of a request up in its own prompt and output, else fewer, down to `min_ngram`.
 
     They are vLLM's `prompt_lookup_max` and `prompt_lookup_min`. Of several earlier occurrences the latest counts, where
-    vLLM takes the first: that kept 2.5 % more drafts per step (`benchmarks/draft_proposers.py kept`). The draft ends
+    vLLM takes the first, which needs 3 % more steps (`benchmarks/draft_proposers_xeon_2026-11-23.md`). A draft ends
     where the known tokens end.
     """
 

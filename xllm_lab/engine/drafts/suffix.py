@@ -27,7 +27,8 @@ class SuffixParams:
         cache_max_depth: tokens of the longest run that is looked at, those matched and those drafted together.
         max_spec_factor, max_spec_offset: m matched tokens draft up to `m * max_spec_factor + max_spec_offset`.
         min_token_prob: a draft ends before a token that is right, with all before it, with less probability.
-        max_cached_requests: ended requests whose outputs are kept, the oldest goes first; -1 keeps all, 0 none.
+        max_cached_requests: ended requests whose outputs are kept, the oldest goes first; -1 keeps all, 0 none. A token
+            takes half a kilobyte, and as much again in the request itself.
 
     Raises:
         ConfigError: a value is out of range.
@@ -121,7 +122,9 @@ class SuffixProposer:
         limit = params.most_tokens(match.longest, depth)
         if match.longest + limit <= params.cache_max_depth:
             return limit
-        lengths = range(match.shortest, match.longest + 1)
+        # Even shorter ones have room for the limit, but may draft no more for it.
+        least = max(match.shortest, params.cache_max_depth - limit)
+        lengths = range(least, match.longest + 1)
         return max(min(params.most_tokens(m, depth), params.cache_max_depth - m) for m in lengths)
 
 

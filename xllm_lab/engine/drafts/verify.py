@@ -110,7 +110,7 @@ def _draw(logits_RV: Tensor, row: Row, index: int) -> int:
 
 
 def _judge(logits_RV: Tensor, row: Row, index: int) -> int:
-    """The draft with probability min(1, p / q), else a token that p has more of than q; behind all drafts, one of p."""
+    """The draft with probability min(1, p / q), else one of what p has more than q; behind all drafts, one of p."""
     if index == len(row.drafts):
         return _draw(logits_RV, row, index)
     assert row.proposal is not None

@@ -23,7 +23,6 @@ from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
 from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
-from xllm_lab.sim.cost.speculative import Drafts, Speculative, draft_spec
 
 # Bytes a vector operator moves per number of a token: of 2 bytes, so many times read or written.
 _NORM_BYTES = 2 * 4  # the residual and its update in, their sum and its norm out
@@ -82,11 +81,7 @@ class StepParts(NamedTuple):
 
 
 class RooflineCost:
-    """Satisfies `CostModel`.
-
-    Args:
-        rows_per_decode: tokens that each decode puts into a step; more than 1 verify drafts.
-    """
+    """Satisfies `CostModel`."""
 
     note = "computed from hardware figures, not measured: its error on this machine is unknown"
 
@@ -97,11 +92,9 @@ class RooflineCost:
         *,
         sharding: Sharding = Sharding(),  # noqa: B008 frozen
         precision: Precision = PRECISIONS["bf16"],
-        rows_per_decode: int = 1,
     ) -> None:
         sharding.refuse_if_impossible(spec)
         self._device, self._spec, self._sharding, self._precision = device, spec, sharding, precision
-        self._rows = rows_per_decode
         self._hbm_us = 1e6 / (device.hbm_bytes_per_s * device.hbm_frac)
         *body, self._head = self._matmuls()
         self._operators = (*body, *self._vectors())
@@ -115,12 +108,12 @@ class RooflineCost:
         self._memo: dict[tuple[int, int, bool, int | None], StepParts] = {}
 
     def step(self, batch: Batch) -> Price:
-        fixed, kv_tokens = self._fixed(batch), batch.decode_kv_tokens + batch.num_decodes * self._rows
+        fixed, kv_tokens = self._fixed(batch), batch.decode_kv_tokens + batch.num_decodes
         us = self._total(fixed, self._prefill_us(batch), kv_tokens)
         return Price(us if us > fixed.launch_us else fixed.launch_us)
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
-        fixed, first = self._fixed(batch), batch.decode_kv_tokens + batch.num_decodes * self._rows
+        fixed, first = self._fixed(batch), batch.decode_kv_tokens + batch.num_decodes
         kv_tokens = first + batch.num_decodes * np.arange(num_steps)
         us = np.maximum(self._total(fixed, 0.0, kv_tokens), fixed.launch_us)
         return Prices(us, np.zeros(num_steps, dtype=np.bool_))
@@ -128,7 +121,7 @@ class RooflineCost:
     def parts(self, batch: Batch) -> StepParts:
         """Where the time of `step` goes."""
         fixed = self._fixed(batch)
-        kv_tokens = batch.decode_kv_tokens + batch.num_decodes * self._rows
+        kv_tokens = batch.decode_kv_tokens + batch.num_decodes
         attention_us = self._decode_kv_us * kv_tokens + self._prefill_us(batch)
         return fixed._replace(compute_us=fixed.compute_us + attention_us)
 
@@ -141,12 +134,10 @@ class RooflineCost:
 
     def _fixed(self, batch: Batch) -> StepParts:
         """Everything but attention."""
-        tokens = logits = 0
+        tokens = batch.num_decodes
         for chunk in batch.prefills:
             tokens += chunk.num_tokens
-        tokens += batch.num_decodes * self._rows
-        logits = batch.num_logits + batch.num_decodes * (self._rows - 1)
-        key = (tokens, logits, not batch.prefills, batch.graph_tokens)
+        key = (tokens, batch.num_logits, not batch.prefills, batch.graph_tokens)
         found = self._memo.get(key)
         if found is None:
             if len(self._memo) >= _MEMO_SIZE:
@@ -159,7 +150,7 @@ class RooflineCost:
         if graph_tokens is not None:
             # The attention of prompts, whose lengths differ from step to step, is launched between pieces of graph.
             launch = 0.0 if is_decode else self._attention_launches_us
-            tokens = graph_tokens * (self._rows if is_decode else 1)
+            tokens = graph_tokens
             logits = tokens if is_decode else logits
         compute = self._kernels_us
         compute += self._body.us(tokens) + self._experts_us(tokens)
@@ -244,14 +235,16 @@ class RooflineCost:
         self._kv_us = s.kv_bytes_per_token(self._spec, self._precision) * self._hbm_us
         self._prefill_pair_us = a.prefill_flops(heads) * flops_us
         self._expand_us = a.expansion_flops(heads) * flops_us if isinstance(a, LatentAttention) else 0.0
-        # All rows of a sequence read its KV together.
-        self._decode_kv_us = max(self._rows * a.decode_flops(heads) * flops_us, self._kv_us)
+        self._decode_pair_us = a.decode_flops(heads) * flops_us
+        self._decode_kv_us = max(self._decode_pair_us, self._kv_us)
 
     def _prefill_us(self, batch: Batch) -> float:
         us = 0.0
         for new, computed in batch.prefills:
             pairs = new * (computed + 0.5 * (new + 1))
-            us += max(self._prefill_pair_us * pairs + self._expand_us * computed, self._kv_us * (computed + new))
+            # A few rows behind a long context, as those that verify drafts, are computed as decodes are.
+            pairs_us = min(self._prefill_pair_us * pairs + self._expand_us * computed, self._decode_pair_us * pairs)
+            us += max(pairs_us, self._kv_us * (computed + new))
         return us
 
 
@@ -284,9 +277,8 @@ def roofline_cost(
     expert_parallel: int = 1,
     precision: Precision = PRECISIONS["bf16"],
     host: HostOverhead = HostOverhead(),  # noqa: B008 frozen
-    drafts: Drafts | None = None,
 ) -> CostModel:
-    """What a step of `spec` on so many devices takes, host included; with `drafts`, per token that a step yields.
+    """What a step of `spec` on so many devices takes, host included.
 
     Raises:
         ConfigError: the model cannot be divided so, does not fit, or multiplies in a format the device does not know.
@@ -301,12 +293,4 @@ def roofline_cost(
         block_size=1,
     )
     sharding = Sharding(tensor=tensor_parallel, data=data_parallel, expert=expert_parallel)
-
-    def on_device(spec: ModelSpec, rows: int) -> RooflineCost:
-        return RooflineCost(hardware, spec, sharding=sharding, precision=precision, rows_per_decode=rows)
-
-    if drafts is None:
-        return Hosted(on_device(spec, 1), host)
-    draft = draft_spec(spec)
-    target = Hosted(on_device(spec, drafts.num_tokens + 1), host)
-    return Speculative(target, on_device(draft, 2), on_device(draft, 1), drafts)
+    return Hosted(RooflineCost(hardware, spec, sharding=sharding, precision=precision), host)

@@ -3,9 +3,9 @@
     python benchmarks/verification_rows.py --dtypes float32 bfloat16 --context 512 --repeats 24
 
 Row counts take turns, eagerly (one chunk of several tokens) and in a captured graph (each row a sequence of its own, as
-the engine verifies in graphs), in processor time with head, the largest logit of each row, and inputs prepared anew. One
-JSON object a line: medians, and the ratio to one row's step in the same turn, median and middle half. `a further row`
-is what `AcceptanceDriven.row_cost_frac` stands for. Fails if a row's logits are not the bits of a plain decode.
+the engine verifies in graphs), in processor time with head, the largest logit of each row, and inputs prepared anew.
+One JSON object a line: medians, and the ratio to one row's step in the same turn, median and middle half. `a further
+row` is what `AcceptanceDriven.row_cost_frac` stands for. Fails if a row's logits are not the bits of a plain decode.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 
 constexpr long ROWS = 64;  // whose sums stay in the first-level cache while their panel passes by
 // Floats between a weight in use and one that is fetched. A row more than one fills the core's queue of instructions
-// sooner than its queue of misses, so without it 5 rows took 1.5 times as long as 1, with it 1.15 times, and 64 rows an
+// sooner than its queue of misses, so without it 5 rows took 1.5 times as long as 1, with it 1.2 times, and 64 rows an
 // eighth less; 768 to 3072 were alike (SmolLM2, Xeon with AVX-512).
 constexpr long FETCH_AHEAD = 1536;
 

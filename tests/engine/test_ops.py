@@ -134,6 +134,30 @@ def test_native_attention_is_the_reference(case: tuple[torch.dtype, Tensor, Tens
 
 
 @pytest.mark.usefixtures("library")
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    H=st.sampled_from([48, 64, 128]),
+    group=st.integers(1, 9),
+    rows=st.integers(2, 9),
+    computed=st.integers(0, 150),
+)
+def test_rows_of_one_request_attend_with_the_bits_of_plain_decoding(
+    dtype: torch.dtype, H: int, group: int, rows: int, computed: int
+) -> None:
+    """Or a draft that is judged by them could be kept where decoding token by token draws another."""
+    k_BPKH, v_BPKH = (torch.randn(-(-(computed + rows) // 16), 16, 2, H).to(dtype) for _ in "kv")
+    q_TNH, table = torch.randn(rows, 2 * group, H).to(dtype), range(len(k_BPKH))
+    together, alone = torch.empty_like(q_TNH), torch.empty_like(q_TNH)
+    ops = native.NativeOps(native.load(), dtype, 1)
+    ops.paged_attention(q_TNH, k_BPKH, v_BPKH, paged_batch([rows], [computed], [table], k_BPKH), together)
+    for t in range(rows):
+        batch = paged_batch([1], [computed + t], [table], k_BPKH)
+        ops.paged_attention(q_TNH[t : t + 1], k_BPKH, v_BPKH, batch, alone[t : t + 1])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.usefixtures("library")
 @settings(max_examples=80, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),

@@ -10,7 +10,8 @@ constexpr int TILE_ROWS = 4, PANEL_VECS = 2;  // 8, 2 and 1 of 16
 constexpr int PANEL = PANEL_VECS * LANES;
 
 // y[r, :] (+)= x[r, :] panel, for ROWS rows and VECS * LANES columns. `panel` is [depth, ldp], its columns together.
-template <int ROWS, int VECS, bool ADD>
+// With AHEAD, what lies so many floats behind is fetched on the way.
+template <int ROWS, int VECS, bool ADD, long AHEAD>
 static inline void tile(const float* x, long ldx, const float* panel, long ldp, long depth, float* y, long ldy) {
     vec sums[ROWS][VECS];
 #pragma GCC unroll 8
@@ -20,7 +21,10 @@ static inline void tile(const float* x, long ldx, const float* panel, long ldp, 
     for (long k = 0; k < depth; k++) {
         vec column[VECS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECS; v++) column[v] = load(panel + k * ldp + v * LANES);
+        for (int v = 0; v < VECS; v++) {
+            column[v] = load(panel + k * ldp + v * LANES);
+            if (AHEAD) __builtin_prefetch(panel + k * ldp + v * LANES + AHEAD);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             const vec factor = all(x[r * ldx + k]);
@@ -34,21 +38,21 @@ static inline void tile(const float* x, long ldx, const float* panel, long ldp, 
         for (int v = 0; v < VECS; v++) store(y + r * ldy + v * LANES, sums[r][v]);
 }
 
-template <int VECS, bool ADD, int ROWS = TILE_ROWS>
+template <int VECS, bool ADD, long AHEAD, int ROWS = TILE_ROWS>
 static inline void tile_of(long rows, const float* x, long ldx, const float* panel, long ldp, long depth, float* y,
                            long ldy) {
     if constexpr (ROWS > 0) {
         if (rows >= ROWS)
-            tile<ROWS, VECS, ADD>(x, ldx, panel, ldp, depth, y, ldy);
+            tile<ROWS, VECS, ADD, AHEAD>(x, ldx, panel, ldp, depth, y, ldy);
         else
-            tile_of<VECS, ADD, ROWS - 1>(rows, x, ldx, panel, ldp, depth, y, ldy);
+            tile_of<VECS, ADD, AHEAD, ROWS - 1>(rows, x, ldx, panel, ldp, depth, y, ldy);
     }
 }
 
 // Any number of rows.
-template <int VECS, bool ADD>
+template <int VECS, bool ADD, long AHEAD = 0>
 static inline void rows_times_panel(long rows, const float* x, long ldx, const float* panel, long ldp, long depth,
                                     float* y, long ldy) {
     for (long r = 0; r < rows; r += TILE_ROWS)
-        tile_of<VECS, ADD>(rows - r, x + r * ldx, ldx, panel, ldp, depth, y + r * ldy, ldy);
+        tile_of<VECS, ADD, AHEAD>(rows - r, x + r * ldx, ldx, panel, ldp, depth, y + r * ldy, ldy);
 }

@@ -36,7 +36,7 @@ test-fast: $(STAMP)
 test-npu: $(NPU_STAMP)
 	$(NPU_BIN)/python -m pytest -p tests.fake_cann.pytest_plugin -p no:cacheprovider --durations=5 $(NPU_TESTS)
 
-# Seven minutes: mistakes made in copies of the tree, each of which a named test has to find.
+# Ten minutes: mistakes made in copies of the tree, each of which a named test has to find.
 mutations-npu: $(NPU_STAMP)
 	$(NPU_BIN)/python -m tests.npu.mutations
 

@@ -103,7 +103,7 @@ class StepRecord:
         graph_tokens: size of the captured graph that it ran in, padding included; None: it ran eagerly.
         draft_ids, draft_methods, num_asked, num_drafted, num_accepted: per request that asked for drafts: its id, the
             method, how many it asked for, how many there were (`num_tokens` counts them), and how many were kept.
-        draft_us: drafting took so long, where it was measured; `host_us` counts it.
+        draft_us: the host waited so long for drafts, where it was measured; `host_us` counts it.
     """
 
     step: int

@@ -25,6 +25,9 @@ EAGER = SERVING + "test_eager_steps_compute_what_the_cpu_computes"
 GRAPHS = SERVING + "test_graphs_compute_what_eager_steps_compute"
 SILENT = SERVING + "test_a_step_that_draws_nothing_is_done_before_the_next_is_written"
 LIMITS = SERVING + "test_bfloat16_within_the_operators_limits"
+DRAFTS, DRAFT_STREAM = "xllm_lab/engine/drafts/", "tests/npu/test_npu_draft_stream.py::"
+ANY_ORDER = DRAFT_STREAM + "test_drafts_are_the_same_in_any_order"
+LEFT_BEHIND = DRAFT_STREAM + "test_a_step_does_not_wait_for_the_draft_model"
 
 
 class Mutation(NamedTuple):
@@ -89,6 +92,52 @@ MUTATIONS = {
     ),
     "memory-of-a-captured-call-freed": Mutation(
         OPS + "serving.py", "self._captured[len(q_TNH)] = _Captured(", "own = _Captured(", GRAPHS
+    ),
+    "drafts-before-the-prompt-is-read": Mutation(
+        DRAFTS + "draft_model.py",
+        "        with self._beside():\n            return self._runner.run(chunks)",
+        "        return self._runner.run(chunks)",
+        ANY_ORDER,
+    ),
+    "looks-at-drafts-on-another-stream": Mutation(
+        DRAFTS + "draft_model.py",
+        "        with self._beside():\n            return self._ops.argmax(logits_RV)",
+        "        return self._ops.argmax(logits_RV)",
+        ANY_ORDER,
+    ),
+    "prompts-read-before-there-is-memory": Mutation(
+        DRAFTS + "draft_model.py",
+        "        with self._beside():\n            pool",
+        "        with nullcontext():\n            pool",
+        ANY_ORDER,
+    ),
+    "weights-read-before-they-are-there": Mutation(
+        DEVICE + "streams.py",
+        "stream.wait_stream(self.current())",
+        "pass",
+        DRAFT_STREAM + "test_what_was_loaded_is_there_before_it_is_read",
+    ),
+    "inputs-copied-on-the-targets-stream": Mutation(
+        "xllm_lab/engine/ops/batch.py",
+        '    return values if device.type == "cpu" else values.pin',
+        "    with torch.npu.stream(torch.npu.default_stream()):\n"
+        '        return values if device.type == "cpu" else values.pin',
+        ANY_ORDER,
+    ),
+    "waits-for-copies": Mutation(
+        "xllm_lab/engine/ops/batch.py",
+        "values.pin_memory().to(device, non_blocking=True)",
+        "values.to(device)",
+        DRAFT_STREAM + "test_the_host_waits_no_more_often",
+    ),
+    "reads-prompts-on-the-targets-stream": Mutation(
+        DRAFTS + "draft_model.py",
+        "        with self._beside():\n            self._runner.fill(chunks)",
+        "        self._runner.fill(chunks)",
+        LEFT_BEHIND,
+    ),
+    "a-silent-step-waits-for-everybody": Mutation(
+        DEVICE + "__init__.py", "self.streams.current().synchronize()", "torch.accelerator.synchronize()", LEFT_BEHIND
     ),
 }
 

@@ -7,7 +7,7 @@ them (so does xLLM at 3906f5a, `worker_impl.cpp`). A step with drafts is planned
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xllm_lab.engine.clock import Clock
-from xllm_lab.engine.drafts.engine_drafts import EngineDrafts
+from xllm_lab.engine.drafts.engine_drafts import EngineDrafts, Prefill
 from xllm_lab.engine.drafts.verify import Row
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.lead import Lead
@@ -79,7 +79,8 @@ class Launcher:
         self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
         self._lead.step(inputs.chunks, inputs.graph_tokens, draws=True, tells=not inputs.has_drafts)
         host_us = self._clock.now_us() - self._working_since_us
-        future = self._lane.launch(partial(_compute, self._runner, inputs))
+        beside = () if self._drafts is None else self._drafts.follow(self._prefills(step))
+        future = self._lane.launch(partial(_compute, self._runner, inputs, beside))
         self._launched[step.index] = Launched(inputs, future, host_us)
         self._working_since_us = self._clock.now_us() if self._lane.is_beside else future.result().end_us
 
@@ -118,6 +119,16 @@ class Launcher:
                 rows.append(Row(state.request.sampling, state.id, position, behind, self._proposal(draft)))
         return Inputs(chunks, drawing, rows, step.shape.num_tokens, bool(drafts))
 
+    def _prefills(self, step: Step) -> list[Prefill]:
+        """Chunks that begin inside a prompt."""
+        return [
+            Prefill(
+                state, tuple(self._scheduler.ledger.block_table(chunk.id)), chunk.num_computed_tokens + chunk.num_tokens
+            )
+            for chunk in step.others
+            if chunk.num_computed_tokens < (state := self._scheduler.state(chunk.id)).num_prompt_tokens
+        ]
+
     def _proposal(self, draft: Draft | None) -> Tensor | None:
         if draft is None or self._drafts is None:
             return None
@@ -134,5 +145,5 @@ class Launcher:
         return tokens
 
 
-def _compute(runner: Runner, inputs: Inputs) -> list[list[int]]:
-    return runner.draw(inputs.chunks, inputs.rows, inputs.graph_tokens, tells=not inputs.has_drafts)
+def _compute(runner: Runner, inputs: Inputs, beside: Sequence[Callable[[], None]]) -> list[list[int]]:
+    return runner.draw(inputs.chunks, inputs.rows, inputs.graph_tokens, tells=not inputs.has_drafts, beside=beside)

@@ -16,7 +16,7 @@ from xllm_lab.engine.drafts.verify import Row, verify
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.model import DecoderModel
-from xllm_lab.engine.ops.batch import paged_batch
+from xllm_lab.engine.ops.batch import paged_batch, sent
 from xllm_lab.engine.ops.collectives import Group
 
 
@@ -90,6 +90,10 @@ class Runner:
         done = self._compute(chunks, graph_tokens)
         return self._logits(done, done.wanted)
 
+    def fill(self, chunks: Sequence[SequenceChunk]) -> None:
+        """Computes one step, eagerly, for what it leaves in the pool. Nobody waits for it."""
+        self._compute(chunks, None)
+
     def draw(
         self,
         chunks: Sequence[SequenceChunk],
@@ -97,6 +101,7 @@ class Runner:
         graph_tokens: int | None = None,
         *,
         tells: bool = True,
+        beside: Sequence[Callable[[], None]] = (),
     ) -> list[list[int]]:
         """Computes one step and draws its tokens; the next step may follow the last of each before anybody has seen it.
 
@@ -104,11 +109,14 @@ class Runner:
             rows: of the requests that draw, in order of their chunks: how, and behind which drafts.
             graph_tokens: as `run`.
             tells: the other ranks, if there are any; they need not know behind drafts, which no step is ahead of.
+            beside: launches other work, on another stream, while this step is computed.
 
         Returns:
             Of each of `rows` the drafts that are kept, and one token more.
         """
         done = self._compute(chunks, graph_tokens)
+        for launch in beside:
+            launch()
         if not rows:
             self._device.synchronize()  # otherwise reading the tokens is what waits for the step
         tokens: list[list[int]] = []
@@ -166,8 +174,8 @@ class Runner:
             self._kv_pool.layers[0].k_BPKH,
         )
         return self._model.run_layers(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
+            sent(torch.tensor(tokens), device),
+            sent(torch.tensor(positions), device),
             batch=batch,
             kv=self._kv_pool.layers,
             workspace=self.workspace,
@@ -177,7 +185,7 @@ class Runner:
         """Shape [R, V] of some of the tokens, in ascending order."""
         with torch.inference_mode():
             if done.logits_TV is None:
-                wanted_R = torch.tensor(wanted, dtype=torch.int64, device=self._device.torch_device)
+                wanted_R = sent(torch.tensor(wanted, dtype=torch.int64), self._device.torch_device)
                 return self._model.logits(done.normed_TD[wanted_R], self.workspace)
             if wanted and wanted[-1] - wanted[0] == len(wanted) - 1:
                 return done.logits_TV[wanted[0] : wanted[-1] + 1]

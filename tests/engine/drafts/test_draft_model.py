@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from tests.engine.drafts.living import SAMPLED, Live, random_tokens, tell_logits
 from tests.tiny_models import MAX_POSITION, VOCAB_SIZE, tiny_model, write_tiny_model
 from xllm_lab.drafting import Asked
 from xllm_lab.engine.device import Device, DeviceMemory, open_device
-from xllm_lab.engine.drafts.draft_model import draft_model_proposer, open_draft_model
+from xllm_lab.engine.drafts.draft_model import DraftModel, draft_model_proposer, open_draft_model
+from xllm_lab.engine.drafts.engine_drafts import Prefill
 from xllm_lab.engine.drafts.model_proposer import ModelProposer
 from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.models import LoadedModel, load_model
@@ -101,6 +103,114 @@ def test_drafts_are_what_the_model_says_by_itself(data: st.DataObject) -> None:
             subject.forget(preempted.id)
             preempted.leave()
             preempted.admit()
+
+
+@dataclass
+class Beside:
+    """A proposer that follows the target, whose work beside it is done as late as it may be."""
+
+    subject: ModelProposer
+    left: list[Callable[[], None]] = field(default_factory=list)
+
+    def follow(self, *prefills: Prefill) -> None:
+        work = self.subject.follow(prefills)
+        if work is not None:
+            self.left.append(work)
+
+    def propose(self, asked: Sequence[Asked]) -> list[Sequence[int]]:
+        for work in self.left:
+            work()
+        self.left.clear()
+        return self.subject.propose(asked)
+
+
+def beside(config: InstanceConfig = CONFIG, loaded: LoadedModel | None = None) -> Beside:
+    subject = proposer(loaded or half(), config)
+    drafter = subject._drafter
+    assert isinstance(drafter, DraftModel)
+    drafter.fill = drafter._fill  # as if it had a stream of its own
+    return Beside(subject)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_prompts_read_beside_the_target_change_no_draft(data: st.DataObject) -> None:
+    """In chunks of any size, of prompts that begin alike; some requests end or lose their KV in the middle, and others
+    get their blocks, or find them in the prefix cache."""
+    blocks, subject = Ledger(24, CONFIG.block_size), beside()
+    common = random_tokens(8, VOCAB_SIZE, seed=1)
+    live: list[Live] = []
+    for turn in range(data.draw(st.integers(2, 6))):
+        own = random_tokens(data.draw(st.integers(1, 20)), VOCAB_SIZE, seed=10 + turn % 3)
+        request = Live(turn, common[: 4 * data.draw(st.integers(0, 2))] + own, blocks)
+        computed, length = request.admit(), request.state.num_prompt_tokens
+        while computed < length and data.draw(st.integers(0, 9)):
+            computed = min(length, computed + data.draw(st.integers(1, 9)))
+            blocks.grow(request.id, computed)
+            subject.follow(Prefill(request.state, tuple(request.table), computed))
+        if computed == length and data.draw(st.booleans()):
+            request.draw([turn])
+            (drafts,) = subject.propose([request.ask("draft_model", 2)])
+            assert drafts == greedy(half(), request.tokens, 2)
+            request.publish()
+            live.append(request)
+        else:
+            subject.subject.forget(request.id)
+            request.leave()
+        if len(live) > 1:
+            gone = live.pop(data.draw(st.integers(0, 1)))
+            subject.subject.forget(gone.id)
+            gone.leave()
+    for request in live:
+        assert list(subject.propose([request.ask("draft_model", 1)])[0]) == greedy(half(), request.tokens, 1)
+
+
+def test_a_prompt_that_was_followed_is_not_computed_again() -> None:
+    """The first run has a row for each request. What the prefix cache supplied and the draft model never saw is read
+    with the first chunks, as far as a run has room for it."""
+    blocks, subject = ledger(), beside()
+    rows = rows_of_runs(subject.subject)
+    stranger, hit, miss = (Live(i, random_tokens(40, VOCAB_SIZE, seed=4 + i // 2), blocks) for i in range(3))
+    stranger.admit()
+    stranger.draw([7])
+    stranger.publish()
+    assert (hit.admit(), miss.admit()) == (36, 0)
+    for request in (hit, miss):
+        blocks.grow(request.id, 40)
+    prefills = [Prefill(request.state, tuple(request.table), 40) for request in (hit, miss)]
+    for _ in range(6):
+        subject.follow(*prefills)
+    works = [work.args[0] for work in subject.left]  # type: ignore[attr-defined]
+    assert [[len(chunk.token_ids) for chunk in chunks] for chunks in works] == [[16], [16], [8, 8], [16], [16]]
+    for request in (hit, miss):
+        request.draw([7])
+    drafts = subject.propose([request.ask("draft_model", 2) for request in (hit, miss)])
+    assert drafts == [greedy(half(), request.tokens, 2) for request in (hit, miss)]
+    assert rows == [2, 2]
+
+
+def test_a_shared_block_that_another_prompt_began_to_overwrite_is_read_anew() -> None:
+    """As behind drafts: it was evicted, begun by a request that ended, and then computed by the target once more."""
+    blocks, subject = ledger(), beside()
+    prompt = random_tokens(9, VOCAB_SIZE, seed=30)
+    first, other, again = (Live(i, p, blocks) for i, p in enumerate((prompt, prompt[::-1], prompt)))
+    for request, table, num_tokens in ((first, [0, 1, 2], 9), (other, [1, 3, 4], 2), (again, [0, 1, 5], 9)):
+        subject.follow(Prefill(request.state, table, num_tokens))
+    again.draw([9])
+    assert subject.propose([Asked(again.state, "draft_model", 3, [0, 1, 5])]) == [greedy(half(), again.tokens, 3)]
+
+
+def test_who_cannot_ask_is_not_followed(tmp_path: Path) -> None:
+    """Too few tokens to draw, a prompt that is longer than the draft model's context; nor is anybody on a CPU."""
+    short = load_model(str(write_tiny_model(tmp_path / "short", max_position_embeddings=32)), device=open_device("cpu"))
+    subject = beside(loaded=short).subject
+    for length, output, is_followed in ((31, 3, True), (31, 2, False), (33, 3, False)):
+        state = Live(1, random_tokens(length, VOCAB_SIZE, seed=2), ledger()).state
+        state.request = replace(state.request, output_tokens=output)
+        prefill = Prefill(state, range(9), length)
+        assert (subject.follow([prefill]) is not None) == is_followed
+        assert proposer(short).follow([prefill]) is None
+        subject.forget(state.id)
 
 
 def test_a_draft_model_that_is_the_target_is_always_right() -> None:

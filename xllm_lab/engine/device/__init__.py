@@ -69,9 +69,9 @@ class Device:
         return _COLLECTIVES[self.name]
 
     def synchronize(self) -> None:
-        """Returns when the device has finished what was launched; on the CPU at once."""
-        if not self.is_host:
-            torch.accelerator.synchronize(self.torch_device)
+        """Returns when what was launched on this thread's stream is done, whatever others do; on the CPU at once."""
+        if self.streams is not None:
+            self.streams.current().synchronize()
 
     def memory(self) -> DeviceMemory:
         if self.is_host:

@@ -11,6 +11,7 @@ The first replay runs with the arguments that were captured.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -55,13 +56,26 @@ class Streams:
     def __init__(self, api: Any, new_graph: Callable[[], Any], *, loads_lazily: bool = False) -> None:
         self._api, self._new_graph, self.loads_lazily = api, new_graph, loads_lazily
         self.has_task_groups = hasattr(api, "graph_task_group_begin")
+        self._beside: Any = None
 
     def new(self, *others: Any) -> Any:
         """A stream, neither this thread's nor one of `others`: torch has 32, and hands them out again and again."""
         stream = self._api.Stream()
-        while stream in (self.current(), *others):
+        while stream in (self.current(), self._beside, *others):
             stream = self._api.Stream()
         return stream
+
+    def beside(self) -> AbstractContextManager[object]:
+        """Inside, this thread's stream is one beside all others, which begins behind what was launched here before.
+
+        That is before the first time. The stream stays the same, so that torch gives the next run what one freed there.
+        """
+        if self._beside is None:
+            stream = self.new()
+            stream.wait_stream(self.current())
+            self._beside = stream
+        context: AbstractContextManager[object] = self._api.stream(self._beside)
+        return context
 
     def current(self) -> Any:
         """This thread's."""

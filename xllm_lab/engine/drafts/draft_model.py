@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -50,22 +51,40 @@ def open_draft_model(
 
 
 class DraftModel:
-    """A `Drafter`: a whole model, with a KV pool and a workspace of its own. It runs eagerly."""
+    """A `Drafter`: a whole model, with a KV pool and a workspace of its own. It runs eagerly.
+
+    Where the device has streams, all that it does is on one beside the target's, from the memory it takes to the drafts
+    it makes: prompts that it follows are computed while the target computes them, and in order with all else. Nothing
+    has to be waited for but the drafts.
+    """
 
     reads_target = False
 
     def __init__(self, loaded: LoadedModel, config: InstanceConfig, device: Device) -> None:
         """Raises: ConfigError if its KV does not fit."""
         self._ops, self.max_rows = loaded.model.ops, loaded.config.max_position
-        pool = draft_pool(f"draft model {loaded.name}", loaded.model.config, loaded.model.dtype, config, device)
-        self._runner = Runner(loaded.model, pool, device)
-        self._runner.workspace.reserve(tokens=most_tokens(config), logits=most_logits(config))
+        self._streams = device.streams
+        with self._beside():
+            pool = draft_pool(f"draft model {loaded.name}", loaded.model.config, loaded.model.dtype, config, device)
+            self._runner = Runner(loaded.model, pool, device)
+            self._runner.workspace.reserve(tokens=most_tokens(config), logits=most_logits(config))
+        # On a CPU, a thread of its own would take the core from the target (benchmarks/LOG.md).
+        self.fill: Callable[[Sequence[SequenceChunk]], None] | None = None if device.is_host else self._fill
 
     def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
-        return self._runner.run(chunks)
+        with self._beside():
+            return self._runner.run(chunks)
 
     def argmax(self, logits_RV: Tensor) -> list[int]:
-        return self._ops.argmax(logits_RV)
+        with self._beside():
+            return self._ops.argmax(logits_RV)
+
+    def _fill(self, chunks: Sequence[SequenceChunk]) -> None:
+        with self._beside():
+            self._runner.fill(chunks)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._streams is None else self._streams.beside()
 
 
 def draft_model_proposer(loaded: LoadedModel, config: InstanceConfig, device: Device, draw: Draw) -> ModelProposer:

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from xllm_lab.drafting import Asked, Proposer
 from xllm_lab.engine.clock import Clock
 from xllm_lab.engine.runner import Runner
+from xllm_lab.request_state import RequestState
 from xllm_lab.workload import RequestId
 
 Maker = Callable[[Runner], Proposer]
@@ -26,6 +27,24 @@ class Draws(Protocol):
         ...
 
 
+class Prefill(NamedTuple):
+    """A prompt that the target computes tokens of in a step; `num_tokens` of the request are then in its KV."""
+
+    state: RequestState
+    block_table: Sequence[int]
+    num_tokens: int
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A proposer that can compute prompts while the target does."""
+
+    def follow(self, prefills: Sequence[Prefill]) -> Callable[[], None] | None:
+        """Told of a step before it is launched: what launches the proposer's part of it, which must be called before
+        the next drafts are asked for; None if there is none."""
+        ...
+
+
 class EngineDrafts:
     """Asks each method for its requests, and takes the time.
 
@@ -34,7 +53,8 @@ class EngineDrafts:
         wanted: those that may be asked for; no others are opened.
 
     Attributes:
-        draft_us: of the drafts made last.
+        draft_us: how long the host waited for the drafts made last. What a proposer computed beside the target's steps
+            is in it only as far as it was not done by then.
     """
 
     def __init__(self, makers: Mapping[str, Maker], wanted: Collection[str]) -> None:
@@ -65,6 +85,13 @@ class EngineDrafts:
                 made |= zip([a.state.id for a in mine], proposer.propose(mine), strict=True)
         self.draft_us = self._clock.now_us() - started_us
         return [made[a.state.id] for a in asked]
+
+    def follow(self, prefills: Sequence[Prefill]) -> Sequence[Callable[[], None]]:
+        """As `Follows`, of every method that may be asked for."""
+        if not prefills:
+            return ()
+        works = [p.follow(prefills) for p in self._by_method.values() if isinstance(p, Follows)]
+        return [work for work in works if work is not None]
 
     def probabilities(self, request: RequestId, method: str) -> Tensor | None:
         """As `Draws`; None by a method that does not draw."""

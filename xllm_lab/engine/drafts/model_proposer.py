@@ -3,6 +3,8 @@
 known tokens   t0 t1 t2 t3 t4 | drafts        every line is a batch with the other requests' rows
 first run      t2 t3 t4       -> d1           rows that are missing; a prompt may take several runs
 second run                 d1 -> d2           one row for each request
+
+A model that works beside the target has read the prompt when the first drafts are asked for: the first run is short.
 """
 
 # Shapes: R rows whose logits are wanted, V vocabulary, d drafts of a request
@@ -11,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xllm_lab.drafting import Asked
+from xllm_lab.engine.drafts.engine_drafts import Prefill
 from xllm_lab.engine.drafts.synced_rows import SyncedRows
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.workload import RequestId, Sampling
@@ -34,16 +38,23 @@ class Drafter(Protocol):
             row behind the last known token has to do with something worse, and is computed again. Else it reads token
             p, and stands once the target draws the same token.
         max_rows: it computes no row behind so many.
+        fill: launches rows that are only to be in KV, beside what the target computes and in order with `run`; None: it
+            can do nothing beside the target.
     """
 
     reads_target: bool
     max_rows: int
 
+    @property
+    def fill(self) -> Callable[[Sequence[SequenceChunk]], None] | None: ...
+
     def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
         """As `Runner.run`; `num_computed_tokens` are rows."""
         ...
 
-    def argmax(self, logits_RV: Tensor) -> list[int]: ...
+    def argmax(self, logits_RV: Tensor) -> list[int]:
+        """Of what `run` returned. The host has waited for it, so that any stream may read it then."""
+        ...
 
 
 @dataclass(slots=True)
@@ -98,6 +109,18 @@ class ModelProposer:
             self._keep(w)
         return [w.drafts for w in all_of_them]
 
+    def follow(self, prefills: Sequence[Prefill]) -> Callable[[], None] | None:
+        """As `Follows`: of each prompt what is missing, in one run. What it has no room for, a later one computes."""
+        if self._drafter.fill is None:
+            return None
+        chunks: list[SequenceChunk] = []
+        room = self._max_tokens
+        for prefill in prefills:
+            if room and (chunk := self._missing(prefill, room)):
+                chunks.append(chunk)
+                room -= len(chunk.token_ids)
+        return partial(self._drafter.fill, chunks) if chunks else None
+
     def probabilities(self, request: RequestId) -> Tensor | None:
         """What the drafts made last were drawn from, shape [d, V]; None if the request is greedy or has none."""
         kept = self._probabilities.get(request)
@@ -106,6 +129,21 @@ class ModelProposer:
     def forget(self, request: RequestId) -> None:
         self._synced.forget(request)
         self._probabilities.pop(request, None)
+
+    def _missing(self, prefill: Prefill, most_tokens: int) -> SequenceChunk | None:
+        """Rows that it counts as computed from now on: whatever reads them is launched later, on the same stream."""
+        state, table, num_tokens = prefill
+        # The target draws a token before the first drafts, and one behind the last.
+        if state.request.output_tokens < 3 or state.num_tokens > self._drafter.max_rows:
+            return None
+        asked = Asked(state, self.methods[0], 0, table)
+        start = self._synced.count(asked)
+        end = min(num_tokens, start + most_tokens)
+        if start >= end:
+            return None
+        self._synced.write(asked, start, end)
+        self._synced.keep(asked, start, end, ())
+        return SequenceChunk(state.token_ids(start, end).tolist(), start, table, 0)
 
     def _begin(self, asked: Asked) -> _Drafting:
         assert asked.method in self.methods, f"{asked.method} drafts asked of {self.methods[0]}"

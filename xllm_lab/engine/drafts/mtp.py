@@ -36,6 +36,7 @@ class MtpHead:
     """A `Drafter`: a prediction module, with KV, hidden states and a workspace of its own. It runs eagerly."""
 
     reads_target = True
+    fill = None  # it reads hidden states that the target is about to compute
 
     def __init__(self, module: MtpModule, config: InstanceConfig, device: Device, *, who: str) -> None:
         """Raises: ConfigError if its KV and hidden states do not fit."""

@@ -110,13 +110,21 @@ def paged_batch(
     position_T = np.arange(starts_S1[-1]) + (computed_S - starts_S1[:-1])[sequence_T]
     slot_T = table_SM[sequence_T, position_T // P].astype(np.int64) * P + position_T % P
     return PagedBatch(
-        slot_T=torch.from_numpy(slot_T).to(device),
+        slot_T=sent(torch.from_numpy(slot_T), device),
         query_starts=starts_S1.tolist(),
         kv_lens=kv_len_S.tolist(),
-        block_table_SM=torch.from_numpy(table_SM).to(device),
-        starts_S1=torch.from_numpy(starts_S1.astype(np.int32)).to(device),
-        kv_len_S=torch.from_numpy(kv_len_S.astype(np.int32)).to(device),
+        block_table_SM=sent(torch.from_numpy(table_SM), device),
+        starts_S1=sent(torch.from_numpy(starts_S1.astype(np.int32)), device),
+        kv_len_S=sent(torch.from_numpy(kv_len_S.astype(np.int32)), device),
     )
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, in order of this thread's stream; the host does not wait for the copy.
+
+    torch lends the pinned memory that it is made from to nobody else before it is done.
+    """
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def chunk_mask(queries: int, kv_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -90,8 +90,8 @@ class Step:
         shape: the captured graph that it runs in, or that it runs eagerly; so do its repeats.
         drafts: of everyone who asked for some.
         rows_apart: in its graph each row of drafts is a sequence of its own, that shares its request's blocks.
-        draft_us: how long the host waited for drafts, where it was measured. What a draft model computed meanwhile, beside
-            steps before this one, is not in it.
+        draft_us: how long the host waited for drafts, where it was measured. What a draft model computed beside earlier
+            steps is not in it.
         num_accepted: once it is over: of each of `drafts`, how many tokens were kept.
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.

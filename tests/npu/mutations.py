@@ -99,6 +99,12 @@ MUTATIONS = {
         "        return self._runner.run(chunks)",
         ANY_ORDER,
     ),
+    "prompts-read-when-drafts-are-asked-for": Mutation(
+        DRAFTS + "draft_model.py",
+        "None if device.is_host else self._fill",
+        "None",
+        DRAFT_STREAM + "test_prompts_are_read_by_the_time_drafts_are_asked_for",
+    ),
     "looks-at-drafts-on-another-stream": Mutation(
         DRAFTS + "draft_model.py",
         "        with self._beside():\n            return self._ops.argmax(logits_RV)",

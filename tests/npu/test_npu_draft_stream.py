@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.npu.engines import WHERE, folder, install_operators, let_float32_thro
 from tests.tiny_models import VOCAB_SIZE
 from xllm_lab.drafting import Asked
 from xllm_lab.engine.device import open_device
-from xllm_lab.engine.drafts.draft_model import draft_model_proposer
+from xllm_lab.engine.drafts.draft_model import DraftModel, draft_model_proposer
 from xllm_lab.engine.drafts.engine_drafts import Prefill
 from xllm_lab.engine.drafts.model_proposer import ModelProposer
 from xllm_lab.engine.drafts.verify import Row, draw_draft
@@ -69,8 +69,7 @@ def crowd(count: int = 8) -> Workload:
     return Workload(requests=tuple(requests))
 
 
-@pytest.fixture
-def drafted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drafts]:
+def watch(patch: pytest.MonkeyPatch) -> Drafts:
     """What is drafted from now on."""
     made: Drafts = {}
     propose = ModelProposer.propose
@@ -80,7 +79,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drafts]:
         made.update({(a.state.id, a.state.num_tokens): list(d) for a, d in zip(asked, drafts, strict=True)})
         return drafts
 
-    monkeypatch.setattr(ModelProposer, "propose", watched)
+    patch.setattr(ModelProposer, "propose", watched)
     return made
 
 
@@ -99,31 +98,47 @@ def served(device: str, where: InstanceConfig = WHERE, shapes: str = "eager") ->
 def one_after_another(where: InstanceConfig) -> tuple[list[list[int]], Drafts]:
     """On a CPU, which computes nothing beside the target."""
     with pytest.MonkeyPatch.context() as patch:
-        made = drafted.__wrapped__(patch)  # type: ignore[attr-defined]
+        made = watch(patch)
         return served("cpu", where), made
 
 
 @pytest.mark.parametrize("changes", [{}, {"async_scheduling": "on"}, {"num_kv_blocks": 7}], ids=["", "ahead", "tight"])
 @pytest.mark.parametrize("order", [("shuffled", 1), ("shuffled", 2), ("shuffled", 3), ("threads", 5)], ids=str)
 def test_drafts_are_the_same_in_any_order(
-    order: tuple[control.Order, int], changes: dict[str, Any], drafted: Drafts
+    order: tuple[control.Order, int], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so are the tokens; prompts in chunks, shared, recomputed; whoever drafts before the model has read."""
+    """And so are the tokens: prompts in chunks, shared, and recomputed."""
     where = replace(WHERE, **changes)
     tokens, drafts = one_after_another(where)
-    drafted.clear()
+    drafted = watch(monkeypatch)
     name, seed = order
     with control.order(name, seed=seed, max_delay_us=200):
         assert served("npu", where) == tokens
     assert drafted == drafts
 
 
-def test_drafts_are_the_same_beside_graphs(drafted: Drafts) -> None:
+def test_drafts_are_the_same_beside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, drafts = one_after_another(WHERE)
-    drafted.clear()
+    drafted = watch(monkeypatch)
     with control.order("shuffled", seed=4):
         assert served("npu", shapes="xllm-buckets") == tokens
     assert drafted == drafts
+
+
+def test_prompts_are_read_by_the_time_drafts_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that drafts has at most two rows of anybody: the last token, and the last draft if all were kept."""
+    longest: dict[str, int] = {}
+    run = DraftModel.run
+
+    def watched(self: DraftModel, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
+        device = self._runner._device.name
+        longest[device] = max(longest.get(device, 0), *(len(chunk.token_ids) for chunk in chunks))
+        return run(self, chunks)
+
+    monkeypatch.setattr(DraftModel, "run", watched)
+    assert served("npu") == served("cpu")
+    assert longest["npu"] == 2
+    assert longest["cpu"] > 128
 
 
 class Story:

@@ -6,6 +6,7 @@ command line wins over the file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xllm_lab.candidate import Candidate
@@ -59,11 +60,17 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
             elif value is not None and field not in told_otherwise:
                 left_out[prefix + field] = value
     config |= fixed
-    if config.get("speculative_algorithm") == "MTP":
-        left_out["draft_model"] = _DRAFT_MODEL
-    if config.get("num_speculative_tokens") and config.get("enable_mix_batch"):
-        left_out["enable_mix_batch"] = _NO_MIX
-    return XllmConfig(config, left_out)
+    return XllmConfig(config, left_out | _drafts_need(config))
+
+
+def _drafts_need(told: Mapping[str, Any]) -> dict[str, str]:
+    """What is not in the flags that switch drafts on."""
+    need: dict[str, str] = {}
+    if told.get("speculative_algorithm") == "MTP":
+        need["draft_model"] = _DRAFT_MODEL
+    if told.get("num_speculative_tokens") and told.get("enable_mix_batch"):
+        need["enable_mix_batch"] = _NO_MIX
+    return need
 
 
 def _unsaid(policy: Any) -> str | None:

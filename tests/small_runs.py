@@ -24,7 +24,7 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
-from xllm_lab.sim.drafts import SimulatedDrafts
+from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import Step
@@ -153,13 +153,14 @@ def run_audited(
     timing: EqualSteps | None = None,
     *,
     draft: DraftPolicy | None = None,
+    acceptance: Acceptance | None = None,
     shapes: ShapesPolicy = EAGER,
 ) -> Records:
     """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
     timing, records = timing or EqualSteps(), Records()
     drafting = None
     if draft is not None:
-        proposer = SimulatedDrafts(CoinFlips())
+        proposer = SimulatedDrafts(acceptance or CoinFlips())
         timing = replace(timing, proposer=proposer)
         drafting = Drafting(draft, proposer, step_time=STEP_TIME)
     scheduler = Scheduler(

@@ -16,8 +16,9 @@ from tests.tiny_models import tiny_model
 from xllm_lab import verbs
 from xllm_lab.acceptance import PLAN
 from xllm_lab.acceptance.machine import MachineUnderTest, Options
-from xllm_lab.acceptance.serving import logits, operators
+from xllm_lab.acceptance.serving import drafts, logits, operators
 from xllm_lab.engine.device import open_device
+from xllm_lab.engine.drafts import verify
 from xllm_lab.engine.engine import Engine
 from xllm_lab.engine.ops import native
 from xllm_lab.engine.ops.check import Sizes, check_operators
@@ -103,6 +104,16 @@ _IDLE: dict[str, Callable[..., Any]] = {
     "rope": lambda x_TNH, *args: x_TNH,
     "add_rms_norm": lambda x_TD, *args: (x_TD, args[-1]),
 }
+
+
+def test_a_verification_that_keeps_what_it_should_not_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draft is taken for what the model would have said."""
+    machine = MachineUnderTest(Options(model=str(tiny_model()), device="cpu", num_requests=4), tmp_path)
+    assert all(passed for passed, _ in drafts(machine))
+    monkeypatch.setattr(verify, "_kept", lambda drafted, drawn: [*drafted, drawn(len(drafted))])
+    found = list(drafts(machine))
+    assert len(found) == 4
+    assert not any(passed for passed, _ in found)
 
 
 def test_a_broken_operator_shows_in_the_logits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

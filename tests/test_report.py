@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from tests.report_inputs import CONFIG, HOSTILE, POLICY, as_engine, calibration, read, verification, workload
+from tests.small_runs import WildDrafts, instance_config, request, run_audited
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.metrics import metric_value, summarize
+from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.of_instance import Policies
-from xllm_lab.report import write_report
+from xllm_lab.report import tables, write_report
 from xllm_lab.report.series import NUM_CDF_POINTS, NUM_SLICES, Timeline, cumulative, step_tokens
-from xllm_lab.runs import Run, read_run, write_run
+from xllm_lab.runs import Manifest, Run, describe, read_run, write_run
 from xllm_lab.sim.compare import METRICS
 from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
@@ -25,6 +28,7 @@ from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial
 from xllm_lab.wording import compact, metric_label, metric_text, percent, signed_percent
+from xllm_lab.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +156,22 @@ def test_study_alone_is_not_called_verified(study: Study, tmp_path: Path) -> Non
 
 def test_every_compared_metric_is_there_with_error_and_spread(whole: Path) -> None:
     rows = re.findall(r'<tr class="(?:within|outside)"><th scope="row">(.*?)</th>', whole.read_text(encoding="utf-8"))
-    # This run has no metric that neither host could measure.
-    assert rows == [metric_label(metric) for metric in METRICS]
+    # But for drafts, which nobody made, this run has no metric that neither host could measure.
+    of_drafts = ("acceptance_length", "num_wasted_tokens")
+    assert rows == [metric_label(metric) for metric in METRICS if metric not in of_drafts]
+
+
+def test_drafts_are_told_of_where_there_are_any(tmp_path: Path) -> None:
+    """How many tokens a verification brought, and what was computed in vain."""
+    work, where, policies = Workload(requests=(request(0, output=30),)), instance_config(), Policies(DecodeFirst())
+    records = run_audited(work, where, DecodeFirst(), draft=WildDrafts())
+    manifest = Manifest(host="engine", timing={}, model={}, **describe(where, policies, None, work))
+    page = tables.measurements([write_run(tmp_path / "run", manifest, work, records)])
+    summary = summarize(records)
+    for metric in ("acceptance_length", "num_wasted_tokens"):
+        value = metric_value(summary, metric)
+        assert value
+        assert f'<tr><th scope="row">{metric_label(metric)}</th><td>{metric_text(metric, value)}</td>' in page
 
 
 def test_two_claims_are_kept_apart(whole: Path) -> None:

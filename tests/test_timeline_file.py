@@ -19,7 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.perfetto_trace import PerfettoTrace, Slice, message
-from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, run, tight_configs
+from tests.small_runs import (
+    STEP_TIME,
+    WildDrafts,
+    batch_policies,
+    busy_workloads,
+    instance_config,
+    request,
+    run,
+    run_audited,
+    tight_configs,
+)
 from tests.tiny_loop import said, tiny_loop
 from xllm_lab.columns import BATCH_ROWS
 from xllm_lab.errors import RunError
@@ -98,8 +108,12 @@ def tells_of(trace: PerfettoTrace, records: Records) -> None:
     for shown, step in zip(steps, records.steps, strict=True):
         told = shown.arguments
         assert (shown.name, told["sequences"], told["num_logits"]) == (step.reason, len(step.ids), step.num_logits)
-        assert int(told["prefill_tokens"]) + int(told["decode_tokens"]) == sum(step.num_tokens)
-        assert told["decode_tokens"] == step.num_tokens.count(1)
+        drafts = [d for d in step.num_drafted if d]
+        computed = int(told["prefill_tokens"]) + int(told["decode_tokens"])
+        assert computed + sum(drafts) == sum(step.num_tokens)
+        assert told["decode_tokens"] == step.num_tokens.count(1) + len(drafts)
+        shown_drafts = tuple(told.get(name, 0) for name in ("drafted_tokens", "accepted_tokens", "draft_us"))
+        assert shown_drafts == (sum(drafts), sum(step.num_accepted), step.draft_us or 0)
         assert (told["admitted"], told["preempted"]) == (len(step.admitted), len(step.preempted))
         counted = (("KV blocks used", step.num_used_blocks), ("KV blocks idle", step.num_idle_blocks))
         for name, value in (*counted, ("waiting", step.num_waiting)):
@@ -154,6 +168,19 @@ def running_is_who_holds_kv(trace: PerfettoTrace, records: Records) -> None:
     for step in records.steps:
         holding = {i for i in holding - set(step.preempted) if (finish_us[i] or 0) > step.start_us} | set(step.admitted)
         assert value_at(samples, step.start_us * US) == len(holding), f"step {step.step}"
+
+
+def test_steps_with_drafts_tell_them(tmp_path: Path) -> None:
+    """How many there were, how many were kept, and what drafting took; rows of drafts are no prompts."""
+    workload = replace(crowded(), requests=tuple(r for r in crowded().requests if r.cancel_us is None))
+    where = instance_config(num_kv_blocks=12)
+    records = run_audited(workload, where, DecodeFirst(), draft=WildDrafts())
+    for span in records.spans:
+        span.draft_us = 7 + span.index if span.drafts else None
+    told = describe(where, Policies(DecodeFirst()), STEP_TIME, workload)
+    manifest = Manifest(host="engine", timing={}, model={"vocab_size": 1000}, **told)
+    tells_of(timeline(write_run(tmp_path / "run", manifest, workload, records)), records)
+    assert any(sum(s.num_accepted) for s in records.steps)
 
 
 def test_a_run_with_preemption_and_cancellation_is_all_there(crowded_run: Run) -> None:

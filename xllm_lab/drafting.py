@@ -17,6 +17,9 @@ from xllm_lab.step_time import StepTime
 from xllm_lab.tallies import Tallies
 from xllm_lab.workload import RequestId
 
+# Steps planned ahead in a row, at most, in which nobody is asked whether to draft because drafts did not come.
+MOST_UNASKED_STEPS = 16
+
 
 class Asked(NamedTuple):
     """A request that wants drafts.
@@ -121,6 +124,22 @@ class Drafting:
             )
         self.policy, self.proposer, self.tallies = policy, proposer, Tallies()
         self._step_time, self._draft_time = step_time, draft_time or DraftTime()
+        self._pause = self._num_unasked = 0
+
+    def came(self, any_drafts: bool) -> None:
+        """Drafts were asked for. Each time that none come, it is twice as long before a step waits for them again.
+
+        Asking costs what planning ahead saves, and lookups in text that does not repeat itself find nothing for long.
+        """
+        self._pause = 0 if any_drafts else min(max(1, 2 * self._pause), MOST_UNASKED_STEPS)
+        self._num_unasked = self._pause
+
+    def is_waited_for(self) -> bool:
+        """Whether the next step is planned ahead only if nobody wants to draft in it; else it counts as unasked."""
+        if not self._num_unasked:
+            return True
+        self._num_unasked -= 1
+        return False
 
     def decide(
         self,

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from xllm_lab.lockstep import Lockstep
 
 
-# torch_npu's fused attention takes up to 16 query tokens a sequence, the last known one included.
+# With the last known token a sequence then has at most 16 query tokens. torch_npu's fused attention takes no more where
+# keys are latent (`query_rope`, its documentation in 2.13.0); of plain heads, all that we have, it takes any number.
 MOST_DRAFTS = 15
 # Of a request that is in none of the scheduler's lists.
 NO_QUEUE: list[Any] = []

@@ -12,7 +12,8 @@ it back to waiting. With async scheduling the next step is planned while this on
 they are there, and a running request that has all of them scheduled is draining: it holds KV, and computes no more.
 
 A draft policy is asked once the batch policy's plan is legal. A step with drafts is not planned ahead of: how many
-tokens it brings decides the next one. So is a step after which somebody wants to draft, behind a token still unknown.
+tokens it brings decides the next one. So is a step after which somebody wants to draft, behind a token still unknown;
+unless drafts did not come when they were asked for last.
 """
 
 from __future__ import annotations
@@ -174,11 +175,12 @@ class Scheduler:
         Raises:
             PolicyError: the policy returned an illegal plan; nothing was changed.
         """
-        if self._under_way is not None and self._under_way.drafts:
+        if self._under_way is not None and any(d.token_ids for d in self._under_way.drafts):
             return None
+        waits = self._under_way is not None and self.drafting is not None and self.drafting.is_waited_for()
         while self._live:
             plan = self._decide(now_us)
-            if self._under_way is not None and self._wants_drafts(plan, now_us):
+            if waits and self._wants_drafts(plan, now_us):
                 return None
             for request_id in plan.preempt:
                 self._victims.append(request_id)
@@ -448,6 +450,7 @@ class Scheduler:
             self.ledger.grow(state.id, state.num_tokens + asks[state.id].depth)
         asked = [Asked(s, *asks[s.id], self.ledger.block_table(s.id)) for s in asking]
         made = [tuple(tokens) for tokens in drafting.proposer.propose(asked)]
+        drafting.came(any(made))
         for (state, method, depth, _), tokens in zip(asked, made, strict=True):
             assert len(tokens) <= depth, f"{method} makes {len(tokens)} drafts of {depth}"
             # Who decodes has the blocks of what is in KV; the rest is taken as it is for anybody else.

@@ -81,6 +81,9 @@ class _Steps(NamedTuple):
     num_waiting: Ints
     num_used_blocks: Ints
     num_idle_blocks: Ints
+    drafted_tokens: Ints
+    accepted_tokens: Ints
+    draft_us: Ints
     reason: Any
 
     def of(self, rows: Any) -> _Steps:
@@ -95,7 +98,10 @@ def _step_batches(path: Path) -> Iterator[_Steps]:
         if len(new) != len(of_step):
             raise RunError(f"{path}: ids and num_tokens have different lengths; accepted: a number for each id")
         tokens = np.bincount(of_step, new, len(num_seqs)).astype(np.int64)
-        decodes = np.bincount(of_step, new == 1, len(num_seqs)).astype(np.int64)
+        drafted, of_draft = _listed(batch["num_drafted"])
+        # Who verifies drafts decodes one token beside them.
+        verifies = np.bincount(of_draft, drafted > 0, len(num_seqs)).astype(np.int64)
+        decodes = np.bincount(of_step, new == 1, len(num_seqs)).astype(np.int64) + verifies
         yield _Steps(
             instance=instance_of(batch),
             num_seqs=num_seqs,
@@ -103,6 +109,9 @@ def _step_batches(path: Path) -> Iterator[_Steps]:
             decode_tokens=decodes,
             num_admitted=ints(pc.list_value_length(batch["admitted"])),
             num_preempted=ints(pc.list_value_length(batch["preempted"])),
+            drafted_tokens=np.bincount(of_draft, drafted, len(num_seqs)).astype(np.int64),
+            accepted_tokens=_sums(batch["num_accepted"]),
+            draft_us=ints(pc.fill_null(batch["draft_us"], 0)),
             reason=np.asarray(batch["reason"].to_pylist(), dtype=np.str_),
             **{
                 name: ints(batch[name])
@@ -112,6 +121,17 @@ def _step_batches(path: Path) -> Iterator[_Steps]:
                 )
             },
         )
+
+
+def _listed(column: Any) -> tuple[Ints, Ints]:
+    """Numbers of a column of lists in one line, and the row of each."""
+    lengths = ints(pc.list_value_length(column))
+    return ints(column.flatten()), np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _sums(column: Any) -> Ints:
+    values, of_row = _listed(column)
+    return np.bincount(of_row, values, len(column)).astype(np.int64)
 
 
 class _Instance:
@@ -139,12 +159,15 @@ class _Instance:
         arguments = {
             "step": steps.step,
             "sequences": steps.num_seqs,
-            "prefill_tokens": steps.num_tokens - steps.decode_tokens,
+            "prefill_tokens": steps.num_tokens - steps.decode_tokens - steps.drafted_tokens,
             "decode_tokens": steps.decode_tokens,
             "num_logits": steps.num_logits,
             "admitted": steps.num_admitted,
             "preempted": steps.num_preempted,
         }
+        if steps.drafted_tokens.any() or steps.draft_us.any():
+            names_of_drafts = ("drafted_tokens", "accepted_tokens", "draft_us")
+            arguments |= {name: getattr(steps, name) for name in names_of_drafts}
         names, which = np.unique(steps.reason, return_inverse=True)
         iids = np.asarray([self._writer.name(name or "step") for name in names.tolist()], dtype=np.int64)
         self._writer.flat_slices(self._steps, steps.start_us, steps.end_us, iids[which], arguments)

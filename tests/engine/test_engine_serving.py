@@ -24,6 +24,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView
 from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.policies.draft.fixed import Fixed
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import FinishReason, Records
 from xllm_lab.runs import Run
@@ -404,3 +405,18 @@ def test_a_request_that_can_never_run_is_rejected_and_the_others_served(tmp_path
     with pytest.raises(RequestTooLargeError, match="request 4: 900 prompt and 4 output tokens"):
         engine().replay(workload, config(), Policies(make_policy("batch", "fcfs")), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "missing"),
+    [
+        ("draft_model", r"there is no draft model: give one with --draft-model, or EngineOptions\(draft_model=\.+\)"),
+        ("mtp", "model .* has no prediction module"),
+    ],
+)
+def test_drafts_that_nothing_here_can_make_are_refused(method: str, missing: str, tmp_path: Path) -> None:
+    """Before step times are measured, with what is missing and what would be accepted."""
+    policies = Policies(make_policy("batch", "unified-slo"), draft=Fixed(method=method))
+    message = f"draft policy fixed: method is '{method}', and {missing}; accepted here: ngram, suffix"
+    with pytest.raises(ConfigError, match=message):
+        engine().replay(crowd(), config(), policies, out=tmp_path / "run")

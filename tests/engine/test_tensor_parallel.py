@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ from xllm_lab.formats import own
 from xllm_lab.instance_config import ASYNC_SCHEDULING
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.draft.fixed import Fixed
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView, eagerly
 from xllm_lab.policies.shapes.eager import Eager
@@ -283,3 +285,53 @@ def test_variables_that_do_not_go_together_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Engine(options())
+
+
+DRAFTED = Scene(lambda: crowd(output=30), config(block_size=4, num_kv_blocks=60), lambda r: _kept(r) > 0)
+
+
+def _kept(records: Records) -> int:
+    return sum(sum(r.num_accepted) for r in records.requests)
+
+
+def test_two_ranks_keep_the_drafts_that_one_would() -> None:
+    """Rank 0 drafts, by lookup and by a model that it has whole; tokens are those of one rank that does not speculate.
+
+    The draft model is the served one: float32 sums in another order do not move an argmax here.
+    """
+    expected = outputs(served(engine(), replace(DRAFTED, shows=lambda _: True), Eager()))
+    with Engine(options(draft_model=str(tiny_model()))) as two_ranks:
+        for method, captures, mode in product(("ngram", "draft_model"), (False, True), ASYNC_SCHEDULING):
+            where = replace(DRAFTED.where, async_scheduling=mode)
+            shapes: ShapesPolicy = VllmBuckets() if captures else Eager()
+            policies, records = Policies(POLICY, shapes=shapes, draft=Fixed(method=method)), Records()
+            two_ranks.serve(DRAFTED.workload(), where, policies, records)
+            obey_the_laws(DRAFTED.workload(), where, records.sort(), vocab_size=VOCAB_SIZE)
+            assert outputs(records) == expected, (method, shapes, mode)
+            assert _kept(records) > 0, (method, shapes, mode)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--draft", "fixed", "--set", "method=draft_model", "--draft-model", "layers:0"),
+            "draft_model is 'layers:0', and each of 2 ranks has a part of the layers; accepted: tensor_parallel 1, "
+            "or a draft model of its own",
+        ),
+        (
+            ("--draft", "fixed", "--set", "method=mtp"),
+            "draft policy fixed: method is 'mtp', and a prediction module drafts on one rank, so with tensor_parallel "
+            "1; accepted here: ngram, suffix",
+        ),
+    ],
+)
+def test_drafts_that_a_divided_model_cannot_make_are_refused_in_one_line(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    own.write(window(0, gap_us=0), tmp_path / "trace.jsonl")
+    knobs = [word for knob in INSTANCE for word in ("--set", knob)]
+    two_ranks = ("--model", tiny_model(), "--device", "cpu", "--tensor-parallel", "2", "--rank-timeout-s", 60)
+    found = said("replay", tmp_path / "trace.jsonl", *knobs, *two_ranks, *words, "--out", tmp_path / "run", "--quiet")
+    assert (found.status, found.out, found.err) == (2, "", f"xllm-lab: {message}\n")
+    assert not (tmp_path / "run").exists()

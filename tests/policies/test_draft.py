@@ -392,7 +392,8 @@ def test_what_xllm_calls_them() -> None:
         "num_speculative_tokens": "num_speculative_tokens",
         "adaptive_speculative_min_gain": "adaptive_speculative_min_gain",
     }
-    assert dict(named["method"].words) == {"mtp": "MTP", "suffix": "Suffix"}
+    assert dict(flags(Fixed)["method"].words) == {"mtp": "MTP", "suffix": "Suffix"}
+    assert dict(named["method"].words) == {"mtp": "MTP"}  # what it adapts
     assert AdaptivePruning.xllm_flags["enable_adaptive_speculative_decode"] is True
 
 

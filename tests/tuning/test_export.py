@@ -12,10 +12,17 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import flags, make_policy, policies
+from xllm_lab.policies.draft import DraftPolicy
+from xllm_lab.policies.draft.acceptance_driven import AcceptanceDriven
+from xllm_lab.policies.draft.adaptive_pruning import AdaptivePruning
+from xllm_lab.policies.draft.fixed import Fixed
+from xllm_lab.policies.draft.load_aware import LoadAware
+from xllm_lab.policies.draft.off import OFF
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
 from xllm_lab.tuning.export import export, targets
+from xllm_lab.tuning.export.xllm import XllmConfig
 
 KV_BYTES_PER_TOKEN = 23_040
 EXPORTABLE = [name for name, cls in policies("batch").items() if hasattr(cls, "xllm_flags")]
@@ -78,6 +85,57 @@ def test_graphs_are_told_as_xllm_has_them() -> None:
     other = export(replace(own, policies=replace(own.policies, shapes=PowersOfTwo())), "xllm", kv_bytes_per_token=1)
     assert other.left_out["shapes"] == "powers-of-two"
     assert "enable_graph" not in other.config
+
+
+def drafting(draft: DraftPolicy, batch: str = "prefill-first") -> XllmConfig:
+    own = candidate(batch)
+    made = export(replace(own, policies=replace(own.policies, draft=draft)), "xllm", kv_bytes_per_token=1)
+    assert isinstance(made, XllmConfig)
+    return made
+
+
+def test_drafts_are_told_in_xllms_words() -> None:
+    """MTP's weights have a path that only the user knows."""
+    mtp, suffix = (drafting(Fixed(method=method, num_speculative_tokens=2)) for method in ("mtp", "suffix"))
+    assert mtp.config.items() >= {"speculative_algorithm": "MTP", "num_speculative_tokens": 2}.items()
+    assert list(mtp.left_out) == ["draft_model"]
+    assert suffix.config.items() >= {"speculative_algorithm": "Suffix", "num_speculative_tokens": 2}.items()
+    assert suffix.left_out == {}
+
+
+def test_adaptive_depth_is_told_with_what_it_needs() -> None:
+    """The flags that switch it on; knobs of ours are listed."""
+    made = drafting(AdaptivePruning(method="mtp", adaptive_speculative_min_gain=0.02))
+    told = {
+        "enable_adaptive_speculative_decode": True,
+        "enable_profile_step_time": True,
+        "speculative_algorithm": "MTP",
+    }
+    assert made.config.items() >= {**told, "adaptive_speculative_min_gain": 0.02}.items()
+    assert set(made.left_out) == {"draft.explore_frac", "draft.prior_count", "draft_model"}
+
+
+def test_mixed_steps_are_lost_to_drafts() -> None:
+    """xLLM turns them off by itself, which must not go unseen."""
+    assert "no prompts beside drafts" in drafting(Fixed(method="suffix"), "decode-first").left_out["enable_mix_batch"]
+
+
+@pytest.mark.parametrize(
+    ("draft", "said"),
+    [
+        (Fixed(), "fixed, method 'ngram'; xLLM has MTP, Suffix"),
+        (Fixed(method="draft_model"), "fixed, method 'draft_model'; xLLM has MTP, Suffix"),
+        (AdaptivePruning(), "adaptive-pruning, method 'auto'; xLLM has MTP"),
+        (AdaptivePruning(method="suffix"), "adaptive-pruning, method 'suffix'; xLLM has MTP"),
+        (AcceptanceDriven(method="draft_model"), "acceptance-driven, method 'draft_model'; xLLM has MTP"),
+        (LoadAware(method="suffix"), "load-aware"),
+    ],
+)
+def test_drafts_that_xllm_cannot_make_are_left_out_whole(draft: DraftPolicy, said: str) -> None:
+    """A depth without its method would be a depth of MTP's."""
+    made = drafting(draft)
+    assert made.left_out == {"draft": said}
+    assert made.config == drafting(OFF).config
 
 
 def test_policies_differ_in_what_xllm_is_told() -> None:

@@ -3,8 +3,9 @@
     operators   each beside its definition                  profile/          operator times
     logits      beside the CPU's                            full/, graphs/,   the demo's trace, served
     graphs      tokens of captured steps, and of eager      paced/
-    memory      blocks and requests, when it is short       calibration.json  step times, eager and replayed
-    parity      decisions, beside the simulator's           simulated/        the trace, in simulated time
+    drafts      tokens with speculation, and without        calibration.json  step times, eager and replayed
+    memory      blocks and requests, when it is short       simulated/        the trace, in simulated time
+    parity      decisions, beside the simulator's
 
 A check that fails does not stop those after it: a maintainer wants to know all of it.
 """
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from xllm_lab import provenance
 from xllm_lab.acceptance.machine import MachineUnderTest, Options
 from xllm_lab.acceptance.replays import calibration, parity_of_runs, profile, replays, simulation
-from xllm_lab.acceptance.serving import graphs, logits, memory, operators
+from xllm_lab.acceptance.serving import drafts, graphs, logits, memory, operators
 from xllm_lab.errors import PolicyError, UserError
 from xllm_lab.progress import tell
 from xllm_lab.runs import new_folder, write_json
@@ -44,6 +45,7 @@ PLAN = (
     Part("operators", "every operator that serves the model, beside its definition in float32 on the CPU", operators),
     Part("logits", "of packed prompts, of chunks of them and of decodes, beside a CPU's in plain PyTorch", logits),
     Part("graphs", "the same tokens eager, in captured graphs, and planned ahead", graphs),
+    Part("drafts", "the same tokens with drafts by lookup, eager and in graphs", drafts),
     Part("memory", "no block and no request lost where KV is short; a pool that does not fit is refused", memory),
     Part("profile", "the operators' times, for `simulate --profile`", profile),
     Part("replay", "a trace all at once, eager and in graphs, and at the rate that it can take", replays),

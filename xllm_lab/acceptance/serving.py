@@ -17,11 +17,12 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import MOST_KV_BLOCKS, InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.batch.vllm import Vllm
+from xllm_lab.policies.draft.fixed import Fixed
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
-from xllm_lab.records import FinishReason, Records
+from xllm_lab.records import FinishReason, Records, RequestRecord
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import WorkloadFeed
 from xllm_lab.workload import Prompt, Request, RequestId, Workload, prompt_token_ids
@@ -69,6 +70,23 @@ def graphs(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
                 not differ,
                 f"{what}, planned {_PLANNED[mode]}: {differ} of {len(expected)} requests have other tokens",
             )
+
+
+def drafts(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
+    """Tokens of greedy requests with drafts by lookup, eager and in graphs, against those without."""
+    workload = machine.at_once(machine.windows[0])
+    expected, _ = _tokens(machine, workload)
+    for method in ("ngram", "suffix"):
+        for shapes in (EAGER, PowersOfTwo()):
+            records = _served(machine, workload, Policies(DecodeFirst(), shapes=shapes, draft=Fixed(method=method)))[0]
+            differ = sum(list(r.output_token_ids) != e for r, e in zip(records.requests, expected, strict=True))
+            drafted, kept = (sum(map(sum, counts)) for counts in zip(*map(_drafts_of, records.requests), strict=True))
+            what = f"{method}, {'eager' if shapes == EAGER else 'in graphs'}: {kept} of {drafted} drafts kept"
+            yield drafted > 0 and not differ, f"{what}, {differ} of {len(expected)} requests have other tokens"
+
+
+def _drafts_of(request: RequestRecord) -> tuple[Sequence[int], Sequence[int]]:
+    return request.num_drafted, request.num_accepted
 
 
 _PLANNED = {"off": "in turns", "length_aware": "ahead"}
@@ -133,7 +151,13 @@ def _tokens(
     machine: MachineUnderTest, workload: Workload, *, shapes: ShapesPolicy = EAGER, mode: str = "off"
 ) -> tuple[list[list[int]], dict[str, int] | None]:
     """(Output tokens of each request, what became of graphs)."""
+    records, counts = _served(machine, workload, Policies(DecodeFirst(), shapes=shapes), mode)
+    return [list(r.output_token_ids) for r in records.requests], counts
+
+
+def _served(
+    machine: MachineUnderTest, workload: Workload, policies: Policies, mode: str = "off"
+) -> tuple[Records, dict[str, int] | None]:
     records = Records()
-    config = replace(machine.config(), async_scheduling=mode)
-    counts = machine.engine.serve(workload, config, Policies(DecodeFirst(), shapes=shapes), records)
-    return [list(r.output_token_ids) for r in records.sort().requests], counts
+    counts = machine.engine.serve(workload, replace(machine.config(), async_scheduling=mode), policies, records)
+    return records.sort(), counts

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xllm_lab.draft_time import DraftTime
-from xllm_lab.drafting import drafting_of
+from xllm_lab.drafting import Proposer, drafting_of
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
 from xllm_lab.engine.drafts.draft_model import draft_model_proposer, open_draft_model
@@ -33,7 +34,8 @@ from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.engine.workspace import most_logits
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.draft import METHODS
+from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.draft import METHODS, DraftPolicy
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
@@ -337,6 +339,21 @@ class Engine:
                         f"request {request.id}: token id {token}; the vocabulary accepts 0 to "
                         f"{self.model.config.vocab_size - 1}"
                     )
+        self._refuse_method(policies.draft)
+
+    def _refuse_method(self, policy: DraftPolicy) -> None:
+        name, method, known = policy_name(policy), getattr(policy, "method", None), self._makers()
+        if method not in METHODS or method in known:
+            return
+        missing = {
+            "draft_model": "there is no draft model: give one with --draft-model, or EngineOptions(draft_model=...)",
+            "mtp": f"model {self.model.name} has no prediction module",
+        }
+        if method == "mtp" and self.model.model.is_divided:
+            missing["mtp"] = "a prediction module drafts on one rank, so with tensor_parallel 1"
+        raise ConfigError(
+            f"draft policy {name}: method is {method!r}, and {missing[method]}; accepted here: {', '.join(known)}"
+        )
 
     def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
         self._lead.open(config, shapes)
@@ -372,14 +389,22 @@ class Engine:
 
     def _proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
         """Every method that this engine can draft by, and of those what the policy may ask for."""
-        model, device = self.model, self.device
-        makers: dict[str, Maker] = {"ngram": lambda _: NgramProposer(), "suffix": lambda _: SuffixProposer()}
-        if (smaller := self.draft_model) is not None:
-            makers["draft_model"] = lambda _: draft_model_proposer(smaller, config, device, draw_draft)
-        if model.mtp is not None:
-            makers["mtp"] = lambda runner: mtp_proposer(model, runner, config, device, draw_draft)
         method = getattr(policies.draft, "method", None)
+        makers: dict[str, Maker] = {name: partial(make, config) for name, make in self._makers().items()}
         return EngineDrafts(makers, [method] if method in METHODS else METHODS)
+
+    def _makers(self) -> dict[str, Callable[[InstanceConfig, Runner], Proposer]]:
+        """What opens each method for a run."""
+        model, device = self.model, self.device
+        makers: dict[str, Callable[[InstanceConfig, Runner], Proposer]] = {
+            "ngram": lambda *_: NgramProposer(),
+            "suffix": lambda *_: SuffixProposer(),
+        }
+        if (smaller := self.draft_model) is not None:
+            makers["draft_model"] = lambda config, _: draft_model_proposer(smaller, config, device, draw_draft)
+        if model.mtp is not None:
+            makers["mtp"] = lambda config, runner: mtp_proposer(model, runner, config, device, draw_draft)
+        return makers
 
     def _prompt_ids(self, request: Request, seed: int) -> TokenIds:
         return prompt_token_ids(request, vocab_size=self.model.config.vocab_size, seed=seed)

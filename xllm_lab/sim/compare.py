@@ -18,6 +18,8 @@ METRICS = (
     "prefix_hit_frac",
     "num_preemptions",
     "num_steps",
+    "acceptance_length",
+    "num_wasted_tokens",
 )
 ACCEPTED_ERROR_FRAC = 0.10
 ACCEPTED_SPREADS = 2.0

@@ -26,9 +26,11 @@ METHODS = ("ngram", "suffix", "draft_model", "mtp")
 RECENT_VERIFICATIONS = 16
 
 _ALGORITHM = Flag("speculative_algorithm", words=(("mtp", "MTP"), ("suffix", "Suffix")))
+# xLLM adapts the depth of drafts whose probabilities it has, which those by suffix are without.
+_ADAPTED = Flag("speculative_algorithm", words=(("mtp", "MTP"),))
 # Fields that several policies have.
 Method = Annotated[str, Choice(*METHODS), _ALGORITHM]
-MethodOrAuto = Annotated[str, Choice("auto", *METHODS), _ALGORITHM]
+MethodOrAuto = Annotated[str, Choice("auto", *METHODS), _ADAPTED]
 Depth = Annotated[int, Knob(1, 15, log=True), Flag("num_speculative_tokens")]
 
 

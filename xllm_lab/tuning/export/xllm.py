@@ -6,14 +6,19 @@ command line wins over the file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
+from xllm_lab.policies.api import Flag
 from xllm_lab.policies.catalog import flags, policies, policy_name, values_of
 
 # Its overlap is ours that foresees no end; it has no other.
 _OVERLAPS = ("off", "on")
+# What drafts need in xLLM besides their flags (scheduler and speculative configuration at 3906f5a).
+_DRAFT_MODEL = "the path of MTP's weights, which no run of ours knows"
+_NO_MIX = "xLLM computes no prompts beside drafts: num_speculative_tokens turns enable_mix_batch off"
 
 
 class XllmConfig(NamedTuple):
@@ -33,7 +38,9 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
     parts: list[tuple[str, Any]] = [("", candidate.instance)]
     for decides, policy in candidate.policies:
         always = getattr(policy, "xllm_flags", None)
-        if always is not None:
+        if (unsaid := _unsaid(policy)) is not None and decides != "batch":
+            left_out[decides] = f"{policy_name(policy)}, {unsaid}"
+        elif always is not None:
             fixed.update(always)
             parts.append(("" if decides == "batch" else f"{decides}.", policy))
         elif decides == "batch":
@@ -49,12 +56,34 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
                 if value not in _OVERLAPS:
                     left_out[field] = value
             elif field in named and value is not None:
-                config[named[field].name] = _in_units(value, named[field].divide_by)
+                config[named[field].name] = _as_told(value, named[field])
             elif value is not None and field not in told_otherwise:
                 left_out[prefix + field] = value
-    return XllmConfig({**config, **fixed}, left_out)
+    config |= fixed
+    return XllmConfig(config, left_out | _drafts_need(config))
 
 
-def _in_units(value: Any, divide_by: int) -> Any:
+def _drafts_need(told: Mapping[str, Any]) -> dict[str, str]:
+    """What is not in the flags that switch drafts on."""
+    need: dict[str, str] = {}
+    if told.get("speculative_algorithm") == "MTP":
+        need["draft_model"] = _DRAFT_MODEL
+    if told.get("num_speculative_tokens") and told.get("enable_mix_batch"):
+        need["enable_mix_batch"] = _NO_MIX
+    return need
+
+
+def _unsaid(policy: Any) -> str | None:
+    """What a policy says that xLLM has no word for: without it, its other flags would mean something else."""
+    named = flags(type(policy))
+    for field, value in values_of(policy).items():
+        if field in named and named[field].words and value not in dict(named[field].words):
+            return f"{field} {value!r}; xLLM has {', '.join(word for _, word in named[field].words)}"
+    return None
+
+
+def _as_told(value: Any, flag: Flag) -> Any:
+    if flag.words:
+        return dict(flag.words)[value]
     # A budget of less than one unit is one: with a budget of 0 xLLM schedules nothing at all.
-    return value if divide_by == 1 else max(1, value // divide_by)
+    return value if flag.divide_by == 1 else max(1, value // flag.divide_by)

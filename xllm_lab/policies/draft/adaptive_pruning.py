@@ -96,9 +96,11 @@ class AdaptivePruning:
     ) -> list[Bet]:
         """Of each request the method and depth that pay most if all others draft as deep by it."""
         num, depths = len(requests), range(1, self.num_speculative_tokens + 1)
+        outlook = Outlook(view, methods, len(depths), self.prior_count)
+        if len(methods) == 1:
+            return [Bet(methods[0], 0, outlook.only(request), 0.0) for request in requests]
         share_us = decode_us(view, times) / num
         drafts_us = [[times.draft_us(m, num, depth) / num for depth in depths] for m in methods]
-        outlook = Outlook(view, methods, len(depths), self.prior_count)
         bets: list[Bet] = []
         for request in requests:
             row_us = times.row_us(view.num_tokens, request.num_computed_tokens)

@@ -3,11 +3,15 @@
     python benchmarks/draft_policies.py measure --trace AzureLLMInferenceTrace_conv.csv > points.jsonl
     python benchmarks/draft_policies.py table points.jsonl
     python benchmarks/draft_policies.py draw points.jsonl docs/draft_policies.svg
+    python benchmarks/draft_policies.py tune --trace AzureLLMInferenceTrace_conv.csv
 
 Two machines, parts of the trace that no default was chosen on, ten loads. A load is a fraction of the rate at which the
 machine serves that part without drafts when all of it waits at once: output tokens until the last request leaves the
 queue, over the time of that. Drafts of half of the requests are kept often, those of the others seldom; what is kept of
 a request's drafts depends on the request and the position alone, so policies are compared on the same luck.
+
+`tune` searches batching and drafting together where rows are dear: at a low load whose requests are in a hurry, near
+saturation, and on a trace that goes from one to the other.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -32,7 +37,7 @@ from xllm_lab.hardware import hardware
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.metrics import Summary, summarize
-from xllm_lab.policies.catalog import make_policy
+from xllm_lab.policies.catalog import make_policy, policy_name, values_of
 from xllm_lab.policies.draft import DraftPolicy
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Records
@@ -42,6 +47,9 @@ from xllm_lab.sim.calibrate import Calibration, Residual
 from xllm_lab.sim.machine import Machine, fitted_machine, roofline_machine
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step_time import TERMS, StepTime
+from xllm_lab.tuning.search import tune
+from xllm_lab.tuning.space import Space
+from xllm_lab.verbs import configure
 from xllm_lab.workload import Slo, Workload
 
 METHOD = "mtp"
@@ -50,6 +58,8 @@ DEPTHS = (1, 2, 3, 4, 6, 8)
 ADAPTIVE = ("adaptive-pruning", "acceptance-driven", "load-aware")
 # Requests of the trace before this one are for choosing defaults, those from there on for this benchmark.
 FIRST_HELD_OUT = 9_683
+# A lone request without drafts takes 11 ms a token where rows are dear.
+HURRIED_TPOT_US = 14_000
 
 Point = dict[str, Any]
 
@@ -94,7 +104,7 @@ def calibration(seed: int = 0) -> Calibration:
 
 @cache
 def setting(name: str, seed: int) -> Setting:
-    """ "cheap rows": Qwen3-8B with a prediction layer on an Ascend 910B2, by roofline. "dear rows": see `calibration`."""
+    """One of `MACHINES`: Qwen3-8B with a prediction layer on an Ascend 910B2, by roofline; or see `calibration`."""
     config = InstanceConfig(num_kv_blocks=2000, enable_prefix_cache=False, max_seqs_per_batch=128)
     if name == "dear rows":
         slo = Slo(ttft_us=1_500_000, tpot_us=60_000)
@@ -116,11 +126,11 @@ def requests(trace: Path, name: str, seed: int, num: int, first: int) -> Workloa
     return replace(part, requests=tuple(replace(r, kind="easy" if r.id % 2 else "hard") for r in part.requests))
 
 
-def serve(own: Setting, workload: Workload, draft: DraftPolicy) -> Records:
+def serve(own: Setting, workload: Workload, draft: DraftPolicy, beside: Policies | None = None) -> Records:
     return run_simulation(
         workload,
         own.config,
-        Policies(make_policy("batch", "decode-first"), draft=draft),
+        replace(beside or Policies(make_policy("batch", "decode-first")), draft=draft),
         own.machine.predicts(own.config),
         vocab_size=own.machine.model["vocab_size"],
         step_time=own.machine.step_time,
@@ -182,6 +192,56 @@ def measure(o: argparse.Namespace) -> None:
         for some in pool.map(one, jobs):
             for point in some:
                 print(json.dumps(point), flush=True)
+
+
+def traffics(trace: Path, num: int, first: int) -> dict[str, Workload]:
+    """What `tune` serves, by name."""
+    name = "dear rows"
+    capacity, whole = capacity_per_s(trace, name, 0, num, first), requests(trace, name, 0, num, first)
+    low, high = (
+        transforms.scale_rate_to(transforms.part(whole, *half), capacity * load)
+        for half, load in (((0, num // 2), 0.2), ((num // 2, num), 0.95))
+    )
+    low = transforms.with_slo(low, replace(setting(name, 0).slo, tpot_us=HURRIED_TPOT_US))
+    end_us = low.requests[-1].arrival_us
+    later = replace(high, requests=tuple(r.at(r.arrival_us + end_us) for r in high.requests))
+    return {"load 0.2": low, "load 0.95": high, "0.2, then 0.95": transforms.mix(low, later)}
+
+
+def search(o: argparse.Namespace) -> None:
+    """Print a Markdown table: what a study found, and what other draft policies are worth in its place."""
+    default = configure(
+        settings={"num_kv_blocks": 2000, "max_seqs_per_batch": 128, "draft.method": METHOD}, draft="fixed"
+    )
+    print(
+        "| traffic | trials | default | best | drafts of the best | none in their place | best fixed in their place |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, workload in traffics(o.trace, o.requests, o.first).items():
+        with tempfile.TemporaryDirectory() as folder:
+            study = tune(
+                [workload],
+                calibration(),
+                Space(default, [f"draft.{other}" for other in ("off", *ADAPTIVE)]),
+                num_trials=o.trials,
+                seed=o.seed,
+                out=Path(folder) / "study",
+                num_workers=o.processes,
+            )
+        best = study.best.candidate
+        own = setting("dear rows", 0)._replace(config=best.instance)
+        fixed = {p: d for p, d in drafting().items() if p not in ADAPTIVE}
+        worth = {p: summarize(serve(own, workload, d, best.policies)).goodput_per_s for p, d in fixed.items()}
+        off, depth = worth.pop("off"), max(worth, key=lambda p: worth[p])
+        knobs = ", ".join(
+            f"{knob} {value:.3g}" if isinstance(value, float) else f"{knob} {value}"
+            for knob, value in values_of(best.policies.draft).items()
+        )
+        print(
+            f"| {name} | {o.trials} | {study.default.goodput_per_s:,.0f} | {study.best.goodput_per_s:,.0f} "
+            f"| {policy_name(best.policies.draft)}: {knobs} | {off:,.0f} | {worth[depth]:,.0f} ({depth}) |",
+            flush=True,
+        )
 
 
 def of_load(told: Sequence[Point], machine: str, metric: str) -> Iterator[tuple[float, dict[str, list[float]]]]:
@@ -263,13 +323,20 @@ def main() -> None:
     for_measure.add_argument("--machines", nargs="+", choices=MACHINES, default=MACHINES)
     for_measure.add_argument("--policies", nargs="+", default=(), help="these alone")
     for_measure.add_argument("--processes", type=int, default=2)
+    for_search = verbs.add_parser("tune")
+    for_search.add_argument("--trace", type=Path, required=True)
+    for_search.add_argument("--requests", type=int, default=160)
+    for_search.add_argument("--first", type=int, default=FIRST_HELD_OUT, help="request of the trace")
+    for_search.add_argument("--trials", type=int, default=40)
+    for_search.add_argument("--seed", type=int, default=0)
+    for_search.add_argument("--processes", type=int, default=2)
     for verb in ("table", "draw"):
         verbs.add_parser(verb).add_argument("points", type=Path)
     verbs.choices["draw"].add_argument("svg", type=Path)
     o = parser.parse_args()
-    if o.verb == "measure":
+    if o.verb in {"measure", "tune"}:
         print(f"commit {provenance.commit()[:12]}, {provenance.hardware()['cpu']}", file=sys.stderr)
-        measure(o)
+        (measure if o.verb == "measure" else search)(o)
         return
     told = [json.loads(line) for line in o.points.read_text().splitlines()]
     if o.verb == "table":

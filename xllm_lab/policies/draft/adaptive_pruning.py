@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Flag, Knob, refuse_below
+from xllm_lab.policies.api import Choice, Flag, Knob, refuse_below
 from xllm_lab.policies.draft import (
     DecodingView,
     Depth,
@@ -54,6 +54,7 @@ class AdaptivePruning:
 
     method: MethodOrAuto = "auto"
     num_speculative_tokens: Depth = 8
+    aim: Annotated[str, Choice("tokens", "pace")] = "pace"
     adaptive_speculative_min_gain: Annotated[float, Knob(0.0, 0.1), Flag("adaptive_speculative_min_gain")] = 0.0
     explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.005
     prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
@@ -76,7 +77,7 @@ class AdaptivePruning:
         if not view.decoding:
             return room.plan("nobody decodes")
         requests = sorted(view.decoding, key=drafting_key)
-        pruning = Pruning(view, times, requests, self._bets(view, times, requests, methods))
+        pruning = Pruning(view, times, requests, self._bets(view, times, requests, methods), self.aim)
         depths, per_us = pruning.best(self.adaptive_speculative_min_gain)
         if any(depths):
             self._deepen(pruning, depths, per_us, room)

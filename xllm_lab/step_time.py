@@ -148,9 +148,11 @@ class StepTime:
 
     def row_us(self, num_tokens: int, num_computed_tokens: int) -> float:
         """What one more row, with its logits, adds to a request with so many tokens in KV in a step of `num_tokens`."""
-        small = (float(num_tokens < m) for m in SMALL_BATCHES)
-        added = (0.0, 0.0, *small, 1.0, 0.0, 1.0, num_computed_tokens + 0.5, 1.0)
-        return sum(w * f for w, f in zip(self.weights, added, strict=True))
+        # Asked for every draft that a policy weighs: no loop over all terms.
+        *_, us, _, logits_us, attention_us, kv_read_us = self.weights
+        if num_tokens < SMALL_BATCHES[-1]:
+            us += sum([w for w, m in zip(self.weights[2:], SMALL_BATCHES, strict=False) if num_tokens < m])
+        return us + logits_us + attention_us * (num_computed_tokens + 0.5) + kv_read_us
 
     def step_us(self, chunks: Iterable[Chunk], num_logits: int, graph_tokens: int | None = None) -> float:
         """Predicted time of one step; arguments as of `features`."""

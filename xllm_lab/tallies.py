@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import MutableSequence
 
 from xllm_lab.policies.draft import RECENT_VERIFICATIONS, Tally
 
@@ -41,28 +42,26 @@ class RecentTallies:
     __slots__ = ("_by_method", "_shown")
 
     def __init__(self) -> None:
-        self._by_method: dict[str, deque[tuple[int, int]]] = {}
+        self._by_method: dict[str, tuple[deque[tuple[int, int]], list[int], list[int]]] = {}
         self._shown: dict[str, Tally] = {}
 
     def add(self, method: str, num_drafted: int, num_accepted: int) -> None:
         """A verification is over."""
-        recent = self._by_method.setdefault(method, deque(maxlen=RECENT_VERIFICATIONS))
+        if method not in self._by_method:
+            self._by_method[method] = deque(), [], []
+        recent, drafted, accepted = self._by_method[method]
         recent.append((num_drafted, num_accepted))
-        self._shown.pop(method, None)
+        count(drafted, accepted, num_drafted, num_accepted)
+        if len(recent) > RECENT_VERIFICATIONS:
+            _discount(drafted, accepted, *recent.popleft())
+        self._shown[method] = Tally(tuple(drafted), tuple(accepted))
 
     def of(self, method: str) -> Tally:
         """Of those."""
-        if method not in self._by_method:
-            return _NONE
-        if method not in self._shown:
-            drafted, accepted = array("q"), array("q")
-            for verification in self._by_method[method]:
-                count(drafted, accepted, *verification)
-            self._shown[method] = Tally(tuple(drafted), tuple(accepted))
-        return self._shown[method]
+        return self._shown.get(method, _NONE)
 
 
-def count(drafted: array[int], accepted: array[int], num_drafted: int, num_accepted: int) -> None:
+def count(drafted: MutableSequence[int], accepted: MutableSequence[int], num_drafted: int, num_accepted: int) -> None:
     """Count one verification by position."""
     missing = num_drafted - len(drafted)
     if missing > 0:
@@ -72,3 +71,14 @@ def count(drafted: array[int], accepted: array[int], num_drafted: int, num_accep
         drafted[position] += 1
     for position in range(num_accepted):
         accepted[position] += 1
+
+
+def _discount(drafted: list[int], accepted: list[int], num_drafted: int, num_accepted: int) -> None:
+    """Take one back; what no draft reaches has no place."""
+    for position in range(num_drafted):
+        drafted[position] -= 1
+    for position in range(num_accepted):
+        accepted[position] -= 1
+    while drafted and not drafted[-1]:
+        drafted.pop()
+        accepted.pop()

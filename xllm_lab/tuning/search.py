@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def tune(
     if not 0 <= min_slo_attainment_frac <= 1:
         raise ConfigError(f"min_slo_attainment_frac is {min_slo_attainment_frac}, from 0 to 1 is accepted")
     machine = fitted_machine(calibration)
+    if machine.acceptance is not None:
+        space = space.drafting_by(machine.acceptance.methods)
     for policies in space.alternatives():
         machine.refuse_if_not_priced(policies)
     spec = _open(out, workloads, calibration, space, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
@@ -108,6 +111,8 @@ def _open(
         "checksums": [hashlib.sha256(own.encode(w)).hexdigest() for w in workloads],
         "step_time": list(calibration.step_time_with_host().weights),
         "model": calibration.model,
+        "acceptance": None if calibration.acceptance is None else asdict(calibration.acceptance),
+        "draft_time": calibration.draft_time.weights,
     }
     if (out / "study.json").exists():
         raise RunError(f"{out}: is a finished study; accepted: a new folder, or an unfinished study to resume")

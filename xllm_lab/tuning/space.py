@@ -13,6 +13,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
 from xllm_lab.policies.catalog import knobs, make_policy, policies, policy_class, policy_name, values_of
+from xllm_lab.policies.draft import METHODS
 from xllm_lab.policies.of_instance import DECISIONS, Policies
 
 
@@ -24,6 +25,7 @@ class Space:
     Args:
         default: the incumbent; fields without a knob keep its values.
         also: further policies to choose from, of any decision; "draft.NAME" where several decisions have that name.
+        methods: that drafts can be made by; a choice among methods is one among these.
 
     Attributes:
         names: of the policies to choose from, by decision; the default's own comes first.
@@ -32,14 +34,18 @@ class Space:
         ConfigError: an unknown policy, or a default outside its own knobs' ranges.
     """
 
-    def __init__(self, default: Candidate, also: Sequence[str] = ()) -> None:
-        self.default = default
+    def __init__(self, default: Candidate, also: Sequence[str] = (), *, methods: Sequence[str] = METHODS) -> None:
+        self.default, self._also, self._methods = default, also, methods
         further = [_found(name) for name in also]
         self.names = {
             decides: tuple(dict.fromkeys((policy_name(own), *(name for of, name in further if of == decides))))
             for decides, own in default.policies
         }
         self.default_params()  # which refuses a default outside the ranges
+
+    def drafting_by(self, methods: Sequence[str]) -> Space:
+        """The same space where only these are known; ConfigError if the default drafts otherwise."""
+        return Space(self.default, self._also, methods=methods)
 
     def alternatives(self) -> Iterator[Policies]:
         """The default's policies, and what they are with each one to choose from in its place."""
@@ -57,7 +63,7 @@ class Space:
                 params[_which(decides)] = policy_name(own)
             parts.append((self._prefix(decides, policy_name(own)), own))
         for prefix, part in parts:
-            for name, note in knobs(type(part)).items():
+            for name, note in self._knobs(type(part)).items():
                 value = getattr(part, name)
                 _refuse_outside(prefix + name, value, note)
                 params[prefix + name] = value
@@ -67,12 +73,12 @@ class Space:
         """Draw a candidate. Several policies make a conditional space: only the drawn one's knobs are drawn."""
         # Policies' names, the instance, policies' knobs: in an order that adding a decision does not change.
         names = {decides: self._draw_name(trial, decides) for decides in DECISIONS}
-        instance = replace(self.default.instance, **dict(_draw(trial, "", InstanceConfig)))
+        instance = replace(self.default.instance, **dict(self._draw(trial, "", InstanceConfig)))
         drawn = {}
         for decides, own in self.default.policies:
             name = names[decides]
             values = values_of(own) if name == policy_name(own) else {}
-            values |= _draw(trial, self._prefix(decides, name), policy_class(decides, name))
+            values |= self._draw(trial, self._prefix(decides, name), policy_class(decides, name))
             drawn[decides] = make_policy(decides, name, values)
         return Candidate(instance=self._within_memory(instance), policies=Policies(**drawn))
 
@@ -84,12 +90,31 @@ class Space:
         ranges = {
             prefix + name: list(note.values) if isinstance(note, Choice) else [note.low, note.high, note.log]
             for prefix, cls in parts
-            for name, note in knobs(cls).items()
+            for name, note in self._knobs(cls).items()
         }
         return {
             "policies": {decides: list(names) for decides, names in self.names.items()},
             "knobs": ranges,
             "default": self.default.as_dict(),
+        }
+
+    def _draw(self, trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
+        hints = get_type_hints(cls)
+        for name, note in self._knobs(cls).items():
+            if isinstance(note, Choice):
+                yield name, trial.suggest_categorical(prefix + name, note.values)
+            elif "int" in str(hints[name]):
+                yield name, trial.suggest_int(prefix + name, int(note.low), int(note.high), log=note.log)
+            else:
+                yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
+
+    def _knobs(self, cls: type[Any]) -> dict[str, Knob | Choice]:
+        """Those of the class, less the methods that nobody can draft by: they would be trials in vain."""
+        return {
+            name: Choice(*(v for v in note.values if v not in METHODS or v in self._methods))
+            if isinstance(note, Choice) and set(METHODS) <= set(note.values)
+            else note
+            for name, note in knobs(cls).items()
         }
 
     def _draw_name(self, trial: optuna.Trial, decides: str) -> str:
@@ -125,17 +150,6 @@ def _found(said: str) -> tuple[str, str]:
     if len(found) > 1:
         raise ConfigError(f"policy {said!r} is ambiguous; accepted: {' or '.join(map('.'.join, found))}")
     return found[0]
-
-
-def _draw(trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(cls)
-    for name, note in knobs(cls).items():
-        if isinstance(note, Choice):
-            yield name, trial.suggest_categorical(prefix + name, note.values)
-        elif "int" in str(hints[name]):
-            yield name, trial.suggest_int(prefix + name, int(note.low), int(note.high), log=note.log)
-        else:
-            yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
 
 
 def _refuse_outside(name: str, value: Any, note: Knob | Choice) -> None:

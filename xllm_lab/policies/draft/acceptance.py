@@ -75,6 +75,11 @@ class Outlook:
         self._methods, self._prior_count = methods, prior_count
         self._continuations = [continuation(view.tally(m), depth) for m in methods]
 
+    def only(self, request: DecodingView) -> list[float]:
+        """The chances of its drafts where there is nothing to choose."""
+        (method,), (factors,) = self._methods, self._continuations
+        return expected(request.tally(method), factors, self._prior_count)
+
     def best(self, request: DecodingView, share: float, costs: Sequence[Sequence[float]]) -> Bet:
         """The method and depth with most tokens per cost; of equals the first.
 

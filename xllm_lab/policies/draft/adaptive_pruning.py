@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Flag, Knob, refuse_below
+from xllm_lab.policies.api import Choice, Flag, Knob, refuse_below
 from xllm_lab.policies.draft import (
     DecodingView,
     Depth,
@@ -54,6 +54,7 @@ class AdaptivePruning:
 
     method: MethodOrAuto = "auto"
     num_speculative_tokens: Depth = 8
+    aim: Annotated[str, Choice("tokens", "pace")] = "pace"
     adaptive_speculative_min_gain: Annotated[float, Knob(0.0, 0.1), Flag("adaptive_speculative_min_gain")] = 0.0
     explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.005
     prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
@@ -76,7 +77,7 @@ class AdaptivePruning:
         if not view.decoding:
             return room.plan("nobody decodes")
         requests = sorted(view.decoding, key=drafting_key)
-        pruning = Pruning(view, times, requests, self._bets(view, times, requests, methods))
+        pruning = Pruning(view, times, requests, self._bets(view, times, requests, methods), self.aim)
         depths, per_us = pruning.best(self.adaptive_speculative_min_gain)
         if any(depths):
             self._deepen(pruning, depths, per_us, room)
@@ -96,9 +97,11 @@ class AdaptivePruning:
     ) -> list[Bet]:
         """Of each request the method and depth that pay most if all others draft as deep by it."""
         num, depths = len(requests), range(1, self.num_speculative_tokens + 1)
+        outlook = Outlook(view, methods, len(depths), self.prior_count)
+        if len(methods) == 1:
+            return [Bet(methods[0], 0, outlook.only(request), 0.0) for request in requests]
         share_us = decode_us(view, times) / num
         drafts_us = [[times.draft_us(m, num, depth) / num for depth in depths] for m in methods]
-        outlook = Outlook(view, methods, len(depths), self.prior_count)
         bets: list[Bet] = []
         for request in requests:
             row_us = times.row_us(view.num_tokens, request.num_computed_tokens)

@@ -10,13 +10,14 @@ from xllm_lab.policies.draft.acceptance import Bet
 
 
 class _Candidate(NamedTuple):
-    """A draft behind all before it. Sorted as they are taken: the likely first, the shallow before the deep.
+    """A draft behind all before it. Sorted as they are taken: the dear first, the shallow before the deep.
 
     Attributes:
+        worth: what it adds to the aim; the negative of that, so that the most is the least.
         rank: of its request.
     """
 
-    improbability: float
+    worth: float
     depth: int
     rank: int
 
@@ -34,27 +35,44 @@ class Pruning:
     Args:
         requests, bets: by which method each would draft, and the chances of its drafts.
 
+        aim: "tokens" or "pace".
+
     Attributes:
         alone_us: see `decode_us`.
     """
 
     def __init__(
-        self, view: DraftView, times: DraftTimesView, requests: Sequence[DecodingView], bets: Sequence[Bet]
+        self,
+        view: DraftView,
+        times: DraftTimesView,
+        requests: Sequence[DecodingView],
+        bets: Sequence[Bet],
+        aim: str = "tokens",
     ) -> None:
+        self._for_pace = aim == "pace"
         self._view, self._times, self.requests, self.bets = view, times, requests, bets
         self.alone_us = decode_us(view, times)
+        self._kv_tokens = [r.num_computed_tokens for r in requests]
+        self._most_drafts = sum(len(bet.chances) for bet in bets)
+        self._cheapest_row_us = min(map(self._least_row_us, requests))
 
     def best(self, min_gain: float) -> tuple[list[int], float]:
         """Depths of all requests, for the best score, and that; a draft must raise it by `min_gain` on average."""
         candidates = self._candidates()
-        best, depths = len(self.requests) / self.alone_us, [0] * len(self.requests)
-        for deepest in range(1, max((c.depth for c in candidates), default=0) + 1):
-            taken = [c for c in candidates if c.depth <= deepest][: self._view.tokens_left]
-            score, num_taken = self._best_of(taken, min_gain)
-            if score > best:
-                best, depths = score, [0] * len(self.requests)
-                for candidate in taken[:num_taken]:
-                    depths[candidate.rank] = candidate.depth
+        best, taken, num_taken = len(self.requests) / self.alone_us, candidates, 0
+        likeliest: dict[int, float] = {}
+        for c in candidates:
+            likeliest.setdefault(c.depth, -c.worth)
+        for deepest, chance in sorted(likeliest.items()):
+            if not self._for_pace and chance <= best * self._cheapest_row_us:
+                break  # a limit as before
+            some = [c for c in candidates if c.depth <= deepest][: self._view.tokens_left]
+            score, count = self._best_of(some, min_gain, best)
+            if count:
+                best, taken, num_taken = score, some, count
+        depths = [0] * len(self.requests)
+        for candidate in taken[:num_taken]:
+            depths[candidate.rank] = candidate.depth
         return depths, best
 
     def drafting(self, depths: Sequence[int]) -> dict[str, tuple[int, int]]:
@@ -85,33 +103,53 @@ class Pruning:
     def _candidates(self) -> list[_Candidate]:
         """But for those so unlikely that the score falls with any of them: it is no less than that of no drafts."""
         candidates: list[_Candidate] = []
-        num = len(self.requests)
-        fewest = self._view.num_tokens
+        least = len(self.requests) / self.alone_us
         for rank, (request, bet) in enumerate(zip(self.requests, self.bets, strict=True)):
-            kv_tokens = request.num_computed_tokens
-            most = fewest + len(bet.chances) * num
-            row_us = min(self._times.row_us(fewest, kv_tokens), self._times.row_us(most, kv_tokens))
+            least_chance = 0.0 if self._for_pace else least * self._least_row_us(request)
+            tokens = 1.0
             for depth, chance in enumerate(bet.chances[: request.most_drafts], start=1):
-                if chance * self.alone_us <= num * row_us:
+                if chance <= least_chance:
                     break
-                candidates.append(_Candidate(-chance, depth, rank))
+                worth = 1 / tokens - 1 / (tokens + chance) if self._for_pace else chance
+                tokens += chance
+                candidates.append(_Candidate(-worth, depth, rank))
         return sorted(candidates)
 
-    def _best_of(self, candidates: Sequence[_Candidate], min_gain: float) -> tuple[float, int]:
-        """The best score of the first so many candidates, and how many."""
-        best, best_count = 0.0, 0
-        tokens, us = float(len(self.requests)), self.alone_us
+    def _least_row_us(self, request: DecodingView) -> float:
+        """Of one of its drafts, however many others there are."""
+        fewest, kv_tokens = self._view.num_tokens, request.num_computed_tokens
+        most = fewest + self._most_drafts
+        return min(self._times.row_us(fewest, kv_tokens), self._times.row_us(most, kv_tokens))
+
+    def _best_of(self, candidates: Sequence[_Candidate], min_gain: float, least: float) -> tuple[float, int]:
+        """The best score above `least` of the first so many candidates, and how many; if there is one."""
+        row_us, draft_us = self._times.row_us, self._times.draft_us
+        best, best_count, handicap = least, 0, 1.0
+        num = len(self.requests)
+        aim, us, num_tokens = float(num), self.alone_us, self._view.num_tokens
         drafting: dict[str, tuple[int, int, float]] = {}
-        for count, (improbability, depth, rank) in enumerate(candidates, start=1):
-            tokens -= improbability
-            us += self._times.row_us(self._view.num_tokens + count - 1, self.requests[rank].num_computed_tokens)
+        for count, (worth, depth, rank) in enumerate(candidates, start=1):
+            # Neither this one nor a less likely one can pay for its row.
+            if self._for_pace:
+                # Nor the next ones, though rows get cheaper as the step gets longer: not twice as cheap.
+                if -worth * (us + self._cheapest_row_us) <= 0.5 * aim * self._cheapest_row_us:
+                    break
+                aim += worth
+            elif -worth <= best * self._cheapest_row_us:
+                break
+            else:
+                aim -= worth
+            us += row_us(num_tokens + count - 1, self._kv_tokens[rank])
             method = self.bets[rank].method
-            num, deepest, before_us = drafting.get(method, (0, 0, 0.0))
-            num, deepest = num + (depth == 1), max(deepest, depth)
-            draft_us = self._times.draft_us(method, num, deepest)
-            drafting[method] = (num, deepest, draft_us)
-            us += draft_us - before_us
-            score = tokens / us / (1 + min_gain) ** count
+            num_drafting, deepest, before_us = drafting.get(method, (0, 0, 0.0))
+            if depth == 1 or depth > deepest:
+                num_drafting, deepest = num_drafting + (depth == 1), max(deepest, depth)
+                now_us = draft_us(method, num_drafting, deepest)
+                drafting[method] = (num_drafting, deepest, now_us)
+                us += now_us - before_us
+            handicap *= 1 + min_gain
+            tokens = num * num / aim if self._for_pace else aim
+            score = tokens / us / handicap
             if score > best:
                 best, best_count = score, count
         return best, best_count

@@ -55,6 +55,7 @@ class Manifest:
         fleet: fields of `FleetConfig`; None is a single instance.
         graphs: what became of steps, see `step_shape.ShapeCounts`; of an engine, with its captures and their memory.
             None if every step was eager.
+        drafts: of an engine that may speculate, the methods that it could draft by, and what its draft model was.
     """
 
     host: str
@@ -71,6 +72,7 @@ class Manifest:
     commit: str = field(default_factory=provenance.commit)
     hardware: dict[str, Any] = field(default_factory=provenance.hardware)
     format: int = FORMAT
+    drafts: dict[str, Any] | None = None
 
     def instance_config(self) -> InstanceConfig:
         return configured(InstanceConfig, self.instance)
@@ -184,6 +186,8 @@ def _refuse_other_manifests(manifest: Manifest) -> None:
         ("model", manifest.model, "vocab_size", int),
         ("workload", manifest.workload, "num_requests", int),
     ]
+    if manifest.drafts is not None:
+        needed.append(("drafts", manifest.drafts, "methods", list))
     for part, value, name, kind in needed:
         if not isinstance(value, dict) or not isinstance(value.get(name), kind):
             raise TypeError(f"{part} has no {name}")

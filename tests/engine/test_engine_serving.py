@@ -420,3 +420,14 @@ def test_drafts_that_nothing_here_can_make_are_refused(method: str, missing: str
     message = f"draft policy fixed: method is '{method}', and {missing}; accepted here: ngram, suffix"
     with pytest.raises(ConfigError, match=message):
         engine().replay(crowd(), config(), policies, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("draft", ["acceptance-driven", "adaptive-pruning"])
+def test_parity_chooses_among_the_methods_that_the_engine_had(draft: str, tmp_path: Path) -> None:
+    """Of "auto" the simulator must not try what could not be asked for here: a draft model, a prediction module."""
+    chosen = Policies(make_policy("batch", "decode-first"), draft=make_policy("draft", draft))
+    run = engine().replay(crowd(output=60), config(), chosen, out=tmp_path / "run", step_time=STEP_TIME)
+    assert run.manifest.drafts == {"methods": ["ngram", "suffix"], "model": None}
+    assert {m for s in run.records.steps for m in s.draft_methods} == {"ngram", "suffix"}
+    found = parity(run)
+    assert found.is_identical, f"step {found.step}: engine {found.engine}, simulator {found.simulator}"

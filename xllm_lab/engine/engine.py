@@ -36,6 +36,7 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.draft import METHODS, DraftPolicy
+from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
@@ -301,6 +302,7 @@ class Engine:
                 timing=timing,
                 model=self.describe(),
                 graphs=graphs,
+                drafts=None if isinstance(policies.draft, Off) else self._describe_drafts(),
                 **describe(config, policies, step_time, workload, draft_time),
             )
             fill_run(folder, manifest, workload, records)
@@ -320,6 +322,12 @@ class Engine:
             "kv_bytes_per_token": self.model.model.config.kv_bytes_per_token(dtype),
             "tensor_parallel": self.options.tensor_parallel,
         }
+
+    def _describe_drafts(self) -> dict[str, Any]:
+        """What a policy may choose from, for manifests."""
+        smaller = self.draft_model
+        model = None if smaller is None else {"name": smaller.name, "checksum": smaller.checksum}
+        return {"methods": list(self._makers()), "model": model}
 
     def measure_step_time(self, config: InstanceConfig) -> StepTime:
         """Fit step times to a grid of synthetic steps, as xLLM's `enable_profile_step_time` does at start-up."""

@@ -53,13 +53,12 @@ class _DifferenceError(Exception):
 class Recorded:
     """An engine run's times, drafts and tokens as a simulated host's answers; stops at the first decision that differs.
 
-    Attributes:
-        methods: of drafting, all that the engine may have had.
+    Args:
+        methods: of drafting, those that the engine had.
     """
 
-    methods = METHODS
-
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: Records, *, methods: Sequence[str] = METHODS) -> None:
+        self.methods = methods
         self._steps = records.steps
         self._requests = {r.id: r for r in records.requests}
         self._over_us = max((r.finish_us or 0 for r in records.requests), default=0)
@@ -126,7 +125,8 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
     if run.manifest.host != "engine":
         raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted: an engine run")
     records = run.records
-    recorded = Recorded(records)
+    # Where the engine did not speculate, a policy that would may choose from all.
+    recorded = Recorded(records, methods=METHODS if run.manifest.drafts is None else run.manifest.drafts["methods"])
     try:
         run_simulation(
             _as_it_arrived(run.workload, records),

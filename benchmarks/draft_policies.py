@@ -7,8 +7,8 @@
 
 Two machines, parts of the trace that no default was chosen on, ten loads. A load is a fraction of the rate at which the
 machine serves that part without drafts when it waits at once, many times over: output tokens until the last request
-leaves the queue, over the time of that. Drafts of half of the requests are kept often, those of the others seldom; what is kept of
-a request's drafts depends on the request and the position alone, so policies are compared on the same luck.
+leaves the queue, over the time of that. Drafts of half of the requests are kept often, those of the others seldom; what
+is kept of a request's drafts depends on the request and the position alone, so policies are compared on the same luck.
 
 `tune` searches batching and drafting together where rows are dear: at a low load whose requests are in a hurry, near
 saturation, and on a trace that goes from one to the other.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import mul
+from statistics import harmonic_mean
 
 import pytest
 from hypothesis import given
@@ -24,7 +25,7 @@ from xllm_lab.policies.draft.adaptive_pruning import AdaptivePruning
 from xllm_lab.policies.draft.fixed import Fixed
 from xllm_lab.policies.draft.load_aware import LoadAware
 from xllm_lab.policies.draft.off import OFF
-from xllm_lab.policies.draft.pruning import Pruning, decode_us
+from xllm_lab.policies.draft.pruning import AIMS, Pruning, decode_us
 
 ADAPTIVE: list[DraftPolicy] = [AcceptanceDriven(), AdaptivePruning()]
 UNEXPLORING: list[DraftPolicy] = [AcceptanceDriven(explore_frac=0.0), AdaptivePruning(explore_frac=0.0)]
@@ -120,7 +121,7 @@ def test_xllm_prunes_so_from_counts(probabilities: list[list[float]], expected_d
     many = 10_000_000
     tallies = [kept(many, *(round(many * a) for a in accumulate(p, mul))) for p in probabilities]
     two = [request(i, tallies={"mtp": tally}) for i, tally in enumerate(tallies)]
-    policy = AdaptivePruning(num_speculative_tokens=3, explore_frac=0.0)
+    policy = AdaptivePruning(num_speculative_tokens=3, explore_frac=0.0, aim="tokens")
     view = step(*two, methods=["mtp"], times=ORACLE_TIMES)
     assert depths(policy, view) == {i: depth for i, depth in enumerate(expected_depths) if depth}
 
@@ -133,6 +134,7 @@ def test_xllm_prunes_so_from_counts(probabilities: list[list[float]], expected_d
     call_us=st.floats(0, 2000),
     depth_us=st.floats(0, 200),
     num_prompt_tokens=st.integers(0, 100),
+    aim=st.sampled_from(AIMS),
 )
 def test_no_fixed_depth_has_a_better_score(  # noqa: PLR0917
     chances: list[list[float]],
@@ -142,18 +144,34 @@ def test_no_fixed_depth_has_a_better_score(  # noqa: PLR0917
     call_us: float,
     depth_us: float,
     num_prompt_tokens: int,
+    aim: str,
 ) -> None:
     """Nor no drafts, whatever rows and drafts cost, where all requests have as many tokens in KV."""
     cost = times(token_us=token_us, kv_read_us=kv_read_us, cheap_rows=cheap_rows, call_us=call_us, depth_us=depth_us)
     requests = [request(i) for i in range(len(chances))]
     view = step(*requests, methods=["mtp"], times=cost, num_tokens=len(requests) + num_prompt_tokens)
     bets = [Bet("mtp", 0, list(accumulate(p, mul)), 0.0) for p in chances]
-    _, best = Pruning(view, cost, requests, bets).best(0.0)
+    _, best = Pruning(view, cost, requests, bets, aim).best(0.0)
     for depth in range(6):
         drafts = [a for bet in bets for a in bet.chances[:depth]]
         us = decode_us(view, cost) + sum(cost.row_us(view.num_tokens + n, 100) for n in range(len(drafts)))
         us += cost.draft_us("mtp", len(requests), min(depth, max(map(len, chances)))) if depth else 0.0
-        assert best >= (len(requests) + sum(drafts)) / us * (1 - 1e-9)
+        each = [1 + sum(bet.chances[:depth]) for bet in bets]
+        tokens = sum(each) if aim == "tokens" else len(each) * harmonic_mean(each)
+        assert best >= tokens / us * (1 - 1e-9)
+
+
+def test_pace_does_not_let_all_wait_for_one() -> None:
+    """One of two is easy to guess: for tokens it drafts deeper than for pace; alike, both aims agree."""
+    cost = times(token_us=150.0)
+    view = step(request(0), request(1), methods=["mtp"], times=cost)
+    easy, hard = ([p**n for n in range(1, 9)] for p in (0.9, 0.1))
+
+    def found(aim: str, *chances: list[float]) -> list[int]:
+        return Pruning(view, cost, view.decoding, [Bet("mtp", 0, c, 0.0) for c in chances], aim).best(0.0)[0]
+
+    assert found("tokens", easy, hard)[0] > found("pace", easy, hard)[0] > 0
+    assert found("tokens", easy, easy) == found("pace", easy, easy) != [0, 0]
 
 
 def test_a_gain_that_is_too_small_is_none() -> None:
@@ -190,9 +208,10 @@ def test_where_nothing_is_known_somebody_finds_out(policy: DraftPolicy) -> None:
 def test_a_request_is_known_by_its_own_drafts(policy: DraftPolicy) -> None:
     """More than by what holds for all; and a new one by that."""
     four = [request(0, tally=drafts_of(0.95)), request(1, tally=drafts_of(0.0)), request(2), request(3)]
-    found = depths(policy, step(*four, tally=kept(10_000, 7_000, 4_900, 3_400)))
+    cheap = times(token_us=30.0)
+    found = depths(policy, step(*four, tally=kept(10_000, 7_000, 4_900, 3_400), times=cheap))
     assert found[0] > found[2] == found[3] > 0
-    assert 1 not in found
+    assert found.get(1, 0) < found[2]
 
 
 @pytest.mark.parametrize("policy", UNEXPLORING)
@@ -405,6 +424,7 @@ def test_what_xllm_calls_them() -> None:
         (lambda: LoadAware(max_verify_tokens=-1), "max_verify_tokens is -1, at least 0 is accepted"),
         (lambda: AcceptanceDriven(method="luck"), "method is 'luck', accepted: auto, ngram, suffix"),
         (lambda: AcceptanceDriven(row_cost_frac=0.0), "row_cost_frac is 0.0, at least 0.001 is accepted"),
+        (lambda: AdaptivePruning(aim="luck"), "aim is 'luck', accepted: tokens, pace"),
         (lambda: AdaptivePruning(prior_count=0.0), "prior_count is 0.0, at least 0.001 is accepted"),
         (
             lambda: AdaptivePruning(adaptive_speculative_min_gain=-0.1),

@@ -20,7 +20,7 @@ from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.errors import ConfigError
 from xllm_lab.formats import own
 from xllm_lab.policies.catalog import knobs, make_policy, policies
-from xllm_lab.policies.draft import METHODS
+from xllm_lab.policies.draft import METHODS, DraftPolicy
 from xllm_lab.policies.draft.off import Off
 from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Rates
 from xllm_lab.sim.calibrate import write_calibration
@@ -83,7 +83,7 @@ def study(out: Path, workload: Workload, num_trials: int = 24) -> Study:
     return tune([workload], CALIBRATION, space, num_trials=num_trials, seed=0, out=out, num_workers=1)
 
 
-def goodput_per_s(folder: Path, workload: Workload, candidate: Candidate, draft: object) -> float:
+def goodput_per_s(folder: Path, workload: Workload, candidate: Candidate, draft: DraftPolicy) -> float:
     """Of a candidate with another draft policy."""
     write_calibration(CALIBRATION, folder / "other.json")
     own.write(workload, folder / "other.jsonl")

@@ -19,14 +19,18 @@ from xllm_lab.policies.draft import (
     refuse_unknown,
 )
 from xllm_lab.policies.draft.acceptance import Bet, Outlook, chosen, trial, trial_rate
-from xllm_lab.policies.draft.pruning import Pruning, decode_us
+from xllm_lab.policies.draft.pruning import AIMS, Pruning, decode_us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptivePruning:
-    """The drafts that together make most tokens per microsecond of the step: drafting, decoding and verification.
+    """The drafts that are worth most per microsecond of the step: drafting, decoding and verification.
 
-        score = (requests + sum of the chances that each draft is kept) / (draft_us + step_us + rows_us)
+        score of "tokens" = (requests + sum of the chances that each draft is kept) / (draft_us + step_us + rows_us)
+        score of "pace" = requests / mean of (draft_us + step_us + rows_us) / (1 + sum of the request's chances)
+
+    "tokens" is xLLM's. It may let all wait for deep drafts of those that are easy to guess, and the others miss their
+    TPOT; "pace" makes the mean TPOT least, and is the same where all are as easy to guess.
 
     xLLM's controller (adaptive_speculative_controller.cpp at 3906f5a) takes drafts by falling chance, each if it raises
     the score by `adaptive_speculative_min_gain`. Here, too, but
@@ -40,6 +44,7 @@ class AdaptivePruning:
 
     Attributes:
         num_speculative_tokens: no request drafts more.
+        aim: whose score.
         adaptive_speculative_min_gain: a draft must raise the score by this fraction.
         explore_frac: part of the time that may go into drafts that do not seem to pay.
         prior_count: what holds for the instance weighs like so many drafts of the request.
@@ -54,13 +59,15 @@ class AdaptivePruning:
 
     method: MethodOrAuto = "auto"
     num_speculative_tokens: Depth = 8
-    aim: Annotated[str, Choice("tokens", "pace")] = "pace"
+    aim: Annotated[str, Choice(*AIMS)] = "pace"
     adaptive_speculative_min_gain: Annotated[float, Knob(0.0, 0.1), Flag("adaptive_speculative_min_gain")] = 0.0
     explore_frac: Annotated[float, Knob(0.001, 0.03, log=True)] = 0.005
     prior_count: Annotated[float, Knob(1, 64, log=True)] = 8.0
 
     def __post_init__(self) -> None:
         refuse_unknown(self.method, "auto")
+        if self.aim not in AIMS:
+            raise ValueError(f"aim is {self.aim!r}, accepted: {', '.join(AIMS)}")
         refuse_below(1, num_speculative_tokens=self.num_speculative_tokens)
         refuse_below(
             0, adaptive_speculative_min_gain=self.adaptive_speculative_min_gain, explore_frac=self.explore_frac

@@ -8,16 +8,21 @@ from typing import NamedTuple
 from xllm_lab.policies.draft import DecodingView, DraftTimesView, DraftView
 from xllm_lab.policies.draft.acceptance import Bet
 
+# What a step is to bring most of per microsecond: tokens of all requests together; or the harmonic mean of each one's,
+# which is the least mean time per token.
+AIMS = ("tokens", "pace")
+
 
 class _Candidate(NamedTuple):
-    """A draft behind all before it. Sorted as they are taken: the dear first, the shallow before the deep.
+    """A draft behind all before it. Sorted as they are taken: what is worth most first, the shallow before the deep.
 
     Attributes:
-        worth: what it adds to the aim; the negative of that, so that the most is the least.
+        loss: less than nothing, by what it is worth: the tokens it may be expected to bring, or the steps that the
+            request then needs less for one.
         rank: of its request.
     """
 
-    worth: float
+    loss: float
     depth: int
     rank: int
 
@@ -35,7 +40,7 @@ class Pruning:
     Args:
         requests, bets: by which method each would draft, and the chances of its drafts.
 
-        aim: "tokens" or "pace".
+        aim: one of `AIMS`.
 
     Attributes:
         alone_us: see `decode_us`.
@@ -60,11 +65,11 @@ class Pruning:
         """Depths of all requests, for the best score, and that; a draft must raise it by `min_gain` on average."""
         candidates = self._candidates()
         best, taken, num_taken = len(self.requests) / self.alone_us, candidates, 0
-        likeliest: dict[int, float] = {}
+        dearest: dict[int, float] = {}
         for c in candidates:
-            likeliest.setdefault(c.depth, -c.worth)
-        for deepest, chance in sorted(likeliest.items()):
-            if not self._for_pace and chance <= best * self._cheapest_row_us:
+            dearest.setdefault(c.depth, -c.loss)
+        for deepest, worth in sorted(dearest.items()):
+            if not self._for_pace and worth <= best * self._cheapest_row_us:
                 break  # a limit as before
             some = [c for c in candidates if c.depth <= deepest][: self._view.tokens_left]
             score, count = self._best_of(some, min_gain, best)
@@ -126,19 +131,13 @@ class Pruning:
         row_us, draft_us = self._times.row_us, self._times.draft_us
         best, best_count, handicap = least, 0, 1.0
         num = len(self.requests)
-        aim, us, num_tokens = float(num), self.alone_us, self._view.num_tokens
+        worth, us, num_tokens = 0.0, self.alone_us, self._view.num_tokens
+        all_worth = -sum(c.loss for c in candidates)
         drafting: dict[str, tuple[int, int, float]] = {}
-        for count, (worth, depth, rank) in enumerate(candidates, start=1):
-            # Neither this one nor a less likely one can pay for its row.
-            if self._for_pace:
-                # Nor the next ones, though rows get cheaper as the step gets longer: not twice as cheap.
-                if -worth * (us + self._cheapest_row_us) <= 0.5 * aim * self._cheapest_row_us:
-                    break
-                aim += worth
-            elif -worth <= best * self._cheapest_row_us:
+        for count, (loss, depth, rank) in enumerate(candidates, start=1):
+            if not self._may_win(-loss, all_worth - worth, num - worth, us, best * handicap):
                 break
-            else:
-                aim -= worth
+            worth -= loss
             us += row_us(num_tokens + count - 1, self._kv_tokens[rank])
             method = self.bets[rank].method
             num_drafting, deepest, before_us = drafting.get(method, (0, 0, 0.0))
@@ -148,8 +147,27 @@ class Pruning:
                 drafting[method] = (num_drafting, deepest, now_us)
                 us += now_us - before_us
             handicap *= 1 + min_gain
-            tokens = num * num / aim if self._for_pace else aim
+            tokens = num * num / (num - worth) if self._for_pace else num + worth
             score = tokens / us / handicap
             if score > best:
                 best, best_count = score, count
         return best, best_count
+
+    def _may_win(self, worth: float, rest: float, steps: float, us: float, least: float) -> bool:
+        """Whether any number of further drafts, none worth more than the next one, may lead to a score above `least`.
+
+        Args:
+            worth: of the next one.
+            rest: of all further ones.
+            steps: that one token of each request takes, added up; only for pace.
+            us: of the step so far.
+        """
+        row_us = self._cheapest_row_us
+        if not self._for_pace or worth <= 0:
+            return worth > least * row_us
+        # steps * us falls below this. (steps - k * worth) * (us + k * row_us) is concave in k: it is least for one
+        # more, or for so many that they are worth the rest.
+        most = len(self.requests) ** 2 / least
+        if (steps - worth) * (us + row_us) < most:
+            return True
+        return (steps - rest) * (us + rest / worth * row_us) < most

@@ -104,8 +104,7 @@ def main() -> None:
     print("| load | | engine | spread | simulator | error | within |\n|---|---|---|---|---|---|---|")
     for load, runs in measured.items():
         simulated = {
-            name: side([lab.simulate(runs[name][0], fitted, out=o.out / f"{name}-{load}-simulated")])
-            for name in runs
+            name: side([lab.simulate(runs[name][0], fitted, out=o.out / f"{name}-{load}-simulated")]) for name in runs
         }
         sides = {name: side(each) for name, each in runs.items()}
         for name, label in (("off", "TPOT without drafts, ms"), ("on", "TPOT with drafts, ms")):

@@ -1,18 +1,22 @@
-"""What a draft policy is asked of a planned step, and who makes the drafts. The same in engine and simulator."""
+"""A draft policy at work: what it asks for is made, verified and counted. The same in engine and simulator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from xllm_lab.draft_time import DraftTime
+from xllm_lab.draft_view import DraftTimes, load_of, planned_step
 from xllm_lab.errors import ConfigError, PolicyError
+from xllm_lab.ledger import Ledger
+from xllm_lab.live_view import LiveView
+from xllm_lab.policies.api import BatchPlan
 from xllm_lab.policies.catalog import policy_name
-from xllm_lab.policies.draft import METHODS, DraftPlan, DraftPolicy, Tally
+from xllm_lab.policies.draft import METHODS, Ask, DraftPolicy
 from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.draft_checks import draft_violations
 from xllm_lab.request_state import RequestState
+from xllm_lab.step import Draft
 from xllm_lab.step_time import StepTime
 from xllm_lab.tallies import Tallies
 from xllm_lab.workload import RequestId
@@ -53,48 +57,6 @@ class Proposer(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class PlannedStep:
-    """A `DraftView`: what a batch policy planned, and what that leaves."""
-
-    now_us: int
-    decoding: Sequence[RequestState]
-    num_tokens: int
-    num_waiting: int
-    tokens_left: int
-    blocks_left: int
-    block_size: int
-    methods: Sequence[str]
-    times: DraftTimes | None
-    tallies: Tallies
-
-    def tally(self, method: str) -> Tally:
-        return self.tallies.of(method)
-
-
-class Load(NamedTuple):
-    """A step in sums: what its time depends on."""
-
-    num_tokens: int
-    num_seqs: int
-    num_logits: int
-    attention: float
-    kv_read: int
-
-
-class DraftTimes:
-    """A `DraftTimesView`: what the machine's fitted times say of a step."""
-
-    def __init__(self, step_time: StepTime, draft_time: DraftTime, load: Load) -> None:
-        self._step_time, self._load = step_time, load
-        # As they are: a policy asks for every draft that it weighs.
-        self.row_us, self.draft_us = step_time.row_us, draft_time.us
-
-    @property
-    def step_us(self) -> float:
-        return self._step_time.load_us(*self._load)
-
-
 class Drafting:
     """A draft policy at work in one instance.
 
@@ -122,13 +84,37 @@ class Drafting:
         self._step_time, self._draft_time = step_time, draft_time or DraftTime()
         self._pause = self._num_unasked = 0
 
-    def came(self, any_drafts: bool) -> None:
-        """Drafts were asked for. Each time that none come, it is twice as long before a step waits for them again.
+    def asks(self, view: LiveView, plan: BatchPlan) -> Mapping[RequestId, Ask]:
+        """What the policy asks for in a step that is about to be planned so. PolicyError if that is illegal."""
+        shown = planned_step(view, plan, methods=self.proposer.methods, tallies=self.tallies)
+        if shown is None:
+            return {}
+        if self._step_time is not None:
+            shown.times = DraftTimes(self._step_time, self._draft_time, load_of(view, plan))
+        decided = self.policy.decide(shown)
+        if broken := draft_violations(shown, decided):
+            raise PolicyError(f"draft policy {policy_name(self.policy)}: {'; '.join(broken)}")
+        return decided.asks
 
-        Asking costs what planning ahead saves, and lookups in text that does not repeat itself find nothing for long.
-        """
-        self._pause = 0 if any_drafts else min(max(1, 2 * self._pause), MOST_UNASKED_STEPS)
-        self._num_unasked = self._pause
+    def make(self, asks: Mapping[RequestId, Ask], asking: Sequence[RequestState], ledger: Ledger) -> tuple[Draft, ...]:
+        """Have drafts made for `asking`, in this order; blocks are there for as many as were asked for."""
+        for state in asking:
+            ledger.grow(state.id, state.num_tokens + asks[state.id].depth)
+        asked = [Asked(s, *asks[s.id], ledger.block_table(s.id)) for s in asking]
+        made = [tuple(tokens) for tokens in self.proposer.propose(asked)]
+        self._came(any(made))
+        for (state, method, depth, _), tokens in zip(asked, made, strict=True):
+            assert len(tokens) <= depth, f"{method} makes {len(tokens)} drafts of {depth}"
+            # Who decodes has the blocks of what is in KV; the rest is taken as it is for anybody else.
+            ledger.trim(state.id, state.num_tokens + len(tokens) if tokens else state.num_computed_tokens)
+        return tuple([Draft(a.state.id, a.method, a.depth, tokens) for a, tokens in zip(asked, made, strict=True)])
+
+    def settle(self, state: RequestState, draft: Draft, num_accepted: int, ledger: Ledger) -> None:
+        """Drafts were verified: what was not kept leaves no block behind."""
+        num_drafts = len(draft.token_ids)
+        state.settle(draft.method, num_drafts, num_accepted)
+        ledger.trim(state.id, state.num_computed_tokens)
+        self.tallies.add(draft.method, num_drafts, num_accepted)
 
     def is_waited_for(self) -> bool:
         """Whether the next step is planned ahead only if nobody wants to draft in it; else it counts as unasked."""
@@ -137,35 +123,13 @@ class Drafting:
         self._num_unasked -= 1
         return False
 
-    def decide(
-        self,
-        decoding: Sequence[RequestState],
-        load: Load,
-        *,
-        now_us: int,
-        num_waiting: int,
-        tokens_left: int,
-        blocks_left: int,
-        block_size: int,
-    ) -> DraftPlan:
-        """The policy's plan for a step. PolicyError if it is illegal."""
-        times = None if self._step_time is None else DraftTimes(self._step_time, self._draft_time, load)
-        view = PlannedStep(
-            now_us=now_us,
-            decoding=decoding,
-            num_tokens=load.num_tokens,
-            num_waiting=num_waiting,
-            tokens_left=tokens_left,
-            blocks_left=blocks_left,
-            block_size=block_size,
-            methods=self.proposer.methods,
-            times=times,
-            tallies=self.tallies,
-        )
-        plan = self.policy.decide(view)
-        if broken := draft_violations(view, plan):
-            raise PolicyError(f"draft policy {policy_name(self.policy)}: {'; '.join(broken)}")
-        return plan
+    def _came(self, any_drafts: bool) -> None:
+        """Drafts were asked for. Each time that none come, it is twice as long before a step waits for them again.
+
+        Asking costs what planning ahead saves, and lookups in text that does not repeat itself find nothing for long.
+        """
+        self._pause = 0 if any_drafts else min(max(1, 2 * self._pause), MOST_UNASKED_STEPS)
+        self._num_unasked = self._pause
 
 
 def drafting_of(

@@ -26,7 +26,7 @@ from itertools import accumulate, pairwise
 from operator import add, attrgetter
 from typing import NamedTuple
 
-from xllm_lab.drafting import Asked, Drafting, Load
+from xllm_lab.drafting import Drafting
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import Ledger
@@ -37,9 +37,7 @@ from xllm_lab.policies.api import (
     BatchPolicy,
     StepTimeView,
     arrival_key,
-    blocks_to_take,
     ceil_div,
-    is_decoding,
 )
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
@@ -180,7 +178,7 @@ class Scheduler:
         waits = self._under_way is not None and self.drafting is not None and self.drafting.is_waited_for()
         while self._live:
             plan = self._decide(now_us)
-            if waits and self._wants_drafts(plan, now_us):
+            if waits and self._asks(plan):
                 return None
             for request_id in plan.preempt:
                 self._victims.append(request_id)
@@ -297,7 +295,9 @@ class Scheduler:
             computed = chunk.num_computed_tokens + chunk.num_tokens * len(ends_us)
             if chunk.id in drafts:
                 assert sampled is not None, "asserted above"
-                computed = self._settle(state, drafts[chunk.id], len(sampled[chunk.id].accepted))
+                assert self.drafting is not None, "somebody made the drafts"
+                self.drafting.settle(state, drafts[chunk.id], len(sampled[chunk.id].accepted), self.ledger)
+                computed = state.num_computed_tokens
             if self.ledger.enable_prefix_cache:
                 self._publish(state, computed)
             if chunk.samples and (reason := _take_tokens(state, sampled, now_us)):
@@ -353,49 +353,13 @@ class Scheduler:
         self._count_blocks()
         return not batch_violations(self._view, replace(plan, preempt=()))
 
-    def _wants_drafts(self, plan: BatchPlan, now_us: int) -> bool:
-        """Whether somebody would draft in a step like this one."""
-        return self.drafting is not None and bool(self._asks(self.drafting, plan, now_us))
-
-    def _asks(self, drafting: Drafting, plan: BatchPlan, now_us: int) -> Mapping[RequestId, Ask]:
-        """What the draft policy asks for in a step that is about to be planned so, and whose prompts wait still."""
-        view = self._view
-        lost = set(plan.preempt)
-        decoding = [s for s in view.decoding if s.id not in lost and s.most_drafts > 0] if plan.decode_all else []
-        chunks = [(r, n) for i, n in plan.tokens.items() if (r := view.find(i)) is not None]
-        decoding += [r for r, _ in chunks if r.is_running and is_decoding(r) and r.most_drafts > 0]
-        if not decoding:
-            return {}
-        load = self._load(plan, chunks)
-        blocks = sum(blocks_to_take(view, r, n) for r, n in chunks) + (view.num_decode_blocks if plan.decode_all else 0)
-        return drafting.decide(
-            decoding,
-            load,
-            now_us=now_us,
-            num_waiting=len(view.waiting) - sum(not r.is_running for r, _ in chunks),
-            tokens_left=view.max_tokens_per_batch - load.num_tokens,
-            blocks_left=max(0, view.num_free_blocks - blocks),
-            block_size=view.block_size,
-        ).asks
-
-    def _load(self, plan: BatchPlan, chunks: Sequence[tuple[RequestState, int]]) -> Load:
-        decoding = self._view.decoding if plan.decode_all else []
-        kv_tokens = sum(s.num_computed_tokens for s in decoding)
-        num_tokens, num_seqs, num_logits = len(decoding), len(decoding), len(decoding)
-        attention, kv_read = kv_tokens + 0.5 * num_tokens, kv_tokens + num_tokens
-        for request, new in chunks:
-            computed = request.num_computed_tokens
-            num_tokens += new
-            num_seqs += 1
-            num_logits += computed + new == request.num_tokens
-            attention += new * (computed + 0.5 * new)
-            kv_read += computed + new
-        return Load(num_tokens, num_seqs, num_logits, attention, kv_read)
+    def _asks(self, plan: BatchPlan) -> Mapping[RequestId, Ask]:
+        """Who wants drafts in a step that is about to be planned so."""
+        return {} if self.drafting is None else self.drafting.asks(self._view, plan)
 
     def _act(self, plan: BatchPlan, preempted: tuple[RequestId, ...], now_us: int) -> Step:
         version = self.ledger.version
-        is_alone = self.drafting is not None and self._under_way is None
-        asks = self._asks(self.drafting, plan, now_us) if self.drafting is not None and is_alone else {}
+        asks = self._asks(plan) if self._under_way is None else {}
         scheduled: list[RequestState] = []
         admitted: tuple[RequestId, ...] = ()
         others: tuple[ScheduledChunk, ...] = ()
@@ -404,7 +368,9 @@ class Scheduler:
             scheduled = [self._live[i] for i in plan.tokens]
             # All prefixes first: growing a table may evict the very blocks that the policy counted as cached.
             admitted = tuple([self._admit(state, now_us) for state in scheduled if not state.is_running])
-        drafts = self._draft(self.drafting, asks) if self.drafting is not None and asks else ()
+        drafts: tuple[Draft, ...] = ()
+        if self.drafting is not None and asks:
+            drafts = self.drafting.make(asks, sorted([self._live[i] for i in asks], key=_BY_ADMISSION), self.ledger)
         speculating = [self._live[d.id] for d in drafts if d.token_ids]
         decodes = NO_DECODES
         if plan.decode_all:
@@ -443,20 +409,6 @@ class Scheduler:
             drafts=drafts,
         )
 
-    def _draft(self, drafting: Drafting, asks: Mapping[RequestId, Ask]) -> tuple[Draft, ...]:
-        """Have drafts made, in order of admission; blocks are there for as many as were asked for."""
-        asking = sorted([self._live[i] for i in asks], key=_BY_ADMISSION)
-        for state in asking:
-            self.ledger.grow(state.id, state.num_tokens + asks[state.id].depth)
-        asked = [Asked(s, *asks[s.id], self.ledger.block_table(s.id)) for s in asking]
-        made = [tuple(tokens) for tokens in drafting.proposer.propose(asked)]
-        drafting.came(any(made))
-        for (state, method, depth, _), tokens in zip(asked, made, strict=True):
-            assert len(tokens) <= depth, f"{method} makes {len(tokens)} drafts of {depth}"
-            # Who decodes has the blocks of what is in KV; the rest is taken as it is for anybody else.
-            self.ledger.trim(state.id, state.num_tokens + len(tokens) if tokens else state.num_computed_tokens)
-        return tuple([Draft(a.state.id, a.method, a.depth, tokens) for a, tokens in zip(asked, made, strict=True)])
-
     def _speculate(self, state: RequestState, num_drafts: int) -> ScheduledChunk:
         if state.lockstep is not None:
             self._step_out(state)
@@ -464,15 +416,6 @@ class Scheduler:
         chunk = ScheduledChunk(state.id, 1 + num_drafts, state.num_computed_tokens, True)
         state.speculate(num_drafts)
         return chunk
-
-    def _settle(self, state: RequestState, draft: Draft, num_accepted: int) -> int:
-        """Drafts were verified; returns the tokens in KV."""
-        num_drafts = len(draft.token_ids)
-        state.settle(draft.method, num_drafts, num_accepted)
-        self.ledger.trim(state.id, state.num_computed_tokens)
-        if self.drafting is not None:
-            self.drafting.tallies.add(draft.method, num_drafts, num_accepted)
-        return state.num_computed_tokens
 
     def _forget_drafts(self, request: RequestId) -> None:
         if self.drafting is not None:

@@ -42,8 +42,8 @@ def obey_the_laws(
     useful = without_wasted_rows(config, records)
     every_token_is_accounted_for(config, useful)
     nothing_comes_before_its_cause(workload, useful)
-    computed_catches_up_with_known(config, useful)
-    prefix_hits_were_computed_before(workload, config, useful, vocab_size=vocab_size)
+    computed_catches_up_with_known(config, useful, lost=[_loses(config, s) for s in records.steps])
+    prefix_hits_were_computed_before(workload, config, records, vocab_size=vocab_size)  # rows in vain fill blocks, too
 
 
 def fleet_obeys_the_laws(
@@ -276,12 +276,16 @@ class _Live:
     drawn: int = 0
 
 
-def computed_catches_up_with_known(config: InstanceConfig, records: Records) -> None:
-    """Catching up: replaying the steps yields every count in them, every token time, and the blocks in use."""
+def computed_catches_up_with_known(config: InstanceConfig, records: Records, *, lost: list[Sequence[int]]) -> None:
+    """Catching up: replaying the steps yields every count in them, every token time, and the blocks in use.
+
+    Args:
+        lost: of each step, whose token of the step before is drawn anew.
+    """
     ends: dict[int, RequestRecord] = {r.id: r for r in records.requests}
     live: dict[int, _Live] = {r.id: _Live(known=r.prompt_tokens) for r in records.requests}
     some_draft = any(r.num_drafted for r in records.requests)
-    following = (*(_loses(config, s) for s in records.steps[1:]), ())
+    following = (*lost[1:], ())
     for step, lost_next in zip(records.steps, following, strict=False):
         _lose(live, step)
         for request_id in step.admitted:

@@ -112,7 +112,7 @@ def test_adaptive_depth_is_told_with_what_it_needs() -> None:
         "speculative_algorithm": "MTP",
     }
     assert made.config.items() >= {**told, "adaptive_speculative_min_gain": 0.02}.items()
-    assert set(made.left_out) == {"draft.explore_frac", "draft.prior_count", "draft_model"}
+    assert set(made.left_out) == {"draft.aim", "draft.explore_frac", "draft.prior_count", "draft_model"}
 
 
 def test_mixed_steps_are_lost_to_drafts() -> None:

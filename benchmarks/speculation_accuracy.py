@@ -2,10 +2,10 @@
 
     python benchmarks/speculation_accuracy.py --packages wheels --out runs/speculation > benchmarks/NAME_CPU_DATE.md
 
-Real prompts of five kinds (`speculation_prompts.py`). The engine serves half of them with drafts, and those runs
-calibrate: step times, drafting time, and acceptance by kind. It serves the other half at 30, 60 and 90 % of what it can
-do without drafts, with and without them, in turns, for the machine drifts; the simulator serves those once each. An
-error is within its bound at 10 %.
+Real prompts of five kinds (`speculation_prompts.py`). The engine serves every other one with drafts, and those runs
+calibrate: step times, drafting time, and acceptance by kind. It serves the others at 30, 60 and 90 % of what it can do
+without drafts, with and without them, in turns, for the machine drifts; the simulator serves those once each. An error
+is within its bound at 10 %. Runs that `--out` has already are not made again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -27,7 +28,7 @@ from xllm_lab import provenance
 from xllm_lab.arrivals import poisson, with_arrivals
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.metrics import summarize
-from xllm_lab.runs import Run
+from xllm_lab.runs import Run, read_run
 from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
 LOADS = (0.3, 0.6, 0.9)
@@ -43,10 +44,10 @@ class Side(NamedTuple):
 
 
 def texts(engine: Engine, archives: object, first: int, count: int, output_tokens: int) -> Workload:
-    """`count` prompts of each kind, from the `first` one on, in turns, in the model's chat template."""
+    """Of each kind `count` prompts, every other one from the `first` on, in turns, in the model's chat template."""
     tokenizer = engine.model.load_tokenizer()
     requests = []
-    found = {kind: prompts(archives, kind, first + count)[first:] for kind in KINDS}  # type: ignore[arg-type]
+    found = {kind: prompts(archives, kind, 2 * count)[first::2] for kind in KINDS}  # type: ignore[arg-type]
     for index in range(count):
         for kind, asked in found.items():
             chat = [{"role": "user", "content": asked[index]}]
@@ -61,7 +62,11 @@ def texts(engine: Engine, archives: object, first: int, count: int, output_token
                     kind=kind,
                 )
             )
-    return Workload(requests=tuple(requests), source=f"{count} prompts of each kind from the {first}th on")
+    return Workload(requests=tuple(requests), source=f"{count} prompts of each kind, every other one from {first} on")
+
+
+def replayed(engine: Engine, workload: Workload, *, out: Path, **how: Any) -> Run:
+    return read_run(out) if out.is_dir() else lab.replay(workload, engine=engine, out=out, progress=False, **how)
 
 
 def side(runs: Sequence[Run]) -> Side:
@@ -82,8 +87,8 @@ def main() -> None:
     o = parser.parse_args()
     engine = Engine(EngineOptions(threads=1, clock="virtual", timer="cpu", dtype="float32"))
     archives = downloaded(o.packages)
-    learn, held_out = (texts(engine, archives, k * o.prompts, o.prompts, o.tokens) for k in (0, 1))
-    replay = partial(lab.replay, engine=engine, progress=False)
+    learn, held_out = (texts(engine, archives, k, o.prompts, o.tokens) for k in (0, 1))
+    replay = partial(replayed, engine)
     drafting = {"draft.method": o.method, "draft.num_speculative_tokens": o.depth}
     off, on = {"settings": SETTINGS}, {"settings": {**SETTINGS, **drafting}, "draft": "fixed"}
     num = len(learn.requests)
@@ -102,10 +107,9 @@ def main() -> None:
     print(heading(o, engine, capacity_per_s))
     print(f"Step time, held-out folds: error {fitted.residual.mape_frac:.1%}, sum {fitted.residual.bias_frac:+.1%}.\n")
     print("| load | | engine | spread | simulator | error | within |\n|---|---|---|---|---|---|---|")
+    out = Path(tempfile.mkdtemp())
     for load, runs in measured.items():
-        simulated = {
-            name: side([lab.simulate(runs[name][0], fitted, out=o.out / f"{name}-{load}-simulated")]) for name in runs
-        }
+        simulated = {name: side([lab.simulate(runs[name][0], fitted, out=out / f"{name}-{load}")]) for name in runs}
         sides = {name: side(each) for name, each in runs.items()}
         for name, label in (("off", "TPOT without drafts, ms"), ("on", "TPOT with drafts, ms")):
             print(row(load, label, [us / 1e3 for us in sides[name].tpots_us], simulated[name].tpots_us[0] / 1e3))

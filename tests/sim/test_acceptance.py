@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -140,6 +142,36 @@ def test_what_was_learnt_repeats_what_was_recorded() -> None:
     error = (statistics.variance(ours) / 300 + statistics.variance(theirs) / 300) ** 0.5
     assert statistics.mean(ours) == pytest.approx(statistics.mean(theirs), abs=4 * error)
     assert statistics.stdev(ours) == pytest.approx(statistics.stdev(theirs), rel=0.2)
+
+
+@dataclass(frozen=True)
+class Unruly:
+    """Each request's chances of a draft, and of keeping it, have nothing to do with one another, nor do positions'."""
+
+    methods: Sequence[str] = ("ngram",)
+
+    def outcome(self, request: Request, method: str, position: int, depth: int) -> tuple[int, int]:
+        chances = random.Random(request.id)
+        drafted = tuple(chances.betavariate(1.0, 0.5) for _ in range(depth))
+        kept = tuple(chances.betavariate(0.3, 0.4) for _ in range(depth))
+        coins = random.Random(f"{request.id} {position}")
+
+        def run(fracs: Sequence[float]) -> int:
+            return next((k for k, frac in enumerate(fracs) if coins.random() >= frac), len(fracs))
+
+        num = run(drafted)
+        return num, run(kept[:num])
+
+
+def test_verifications_are_kept_as_recorded_whatever_requests_are_like() -> None:
+    """The fitted family does not hold the truth, and what the requests' verifications yield comes back all the same."""
+    requests = [plain_request(k) for k in range(300)]
+    rows = recorded(Unruly(), requests)
+    learnt = fit_acceptance(rows)
+    assert learnt is not None
+    again = recorded(learnt, [plain_request(1000 + k) for k in range(300)])
+    yields, repeated = (statistics.fmean(1 + row.num_accepted for row in some) for some in (rows, again))
+    assert repeated == pytest.approx(yields, rel=0.03)
 
 
 def kinds(number: int) -> Request:

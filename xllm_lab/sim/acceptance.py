@@ -71,7 +71,7 @@ class Rates:
 
     def of_request(self, quantile: float) -> tuple[float, ...]:
         """Of one that is luckier than this fraction of all: a Beta distribution's quantile, at each position."""
-        return tuple(_beta(quantile, mean, spread) for mean, spread in zip(self.mean, self.spread, strict=True))
+        return tuple(beta_quantile(quantile, mean, spread) for mean, spread in zip(self.mean, self.spread, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,8 @@ def _uniform(*key: int) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def _beta(quantile: float, mean: float, spread: float) -> float:
+def beta_quantile(quantile: float, mean: float, spread: float) -> float:
+    """Of a Beta distribution with that mean, whose variance is `spread` of the most that there could be."""
     from scipy.special import betaincinv
 
     if spread <= 0 or mean <= 0 or mean >= 1:

@@ -1,5 +1,9 @@
 """Acceptance from what engines recorded of drafts.
 
+Each position's probability differs between requests, and who is easy to guess reaches deep positions more often, in
+fewer verifications. So the spread of probabilities comes from requests, and their means from verifications: simulated
+as they are fitted, requests of all quantiles keep the fractions that were recorded.
+
 Record with the policy `fixed` at the largest depth that a simulation will ask for. Policies that adapt ask where
 guessing went well, and their records tell of such requests and such moments only.
 """
@@ -14,7 +18,7 @@ import numpy.typing as npt
 
 from xllm_lab.policies.draft import METHODS
 from xllm_lab.records import StepRecord
-from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Rates
+from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Rates, beta_quantile
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,6 +28,8 @@ _FEWEST_TRIALS = 20
 _BORROWED_REQUESTS = 4.0
 _BORROWED_TRIALS = 4.0
 _NUM_ROUNDS = 50
+# Of the means' fit: quantiles of luck, rounds over all positions, and halvings of an interval for each mean.
+_NUM_QUANTILES, _NUM_PASSES, _NUM_HALVINGS = 32, 5, 20
 
 
 class Verification(NamedTuple):
@@ -60,15 +66,28 @@ def fit_acceptance(recorded: Iterable[Verification]) -> LearntAcceptance | None:
     return LearntAcceptance({m: _method_process(by_method[m]) for m in METHODS if m in by_method})
 
 
+class _Met(NamedTuple):
+    """As verifications met them: of making a draft, and of keeping it; of so many requests."""
+
+    made: Rates
+    held: Rates
+    num_requests: int
+
+    def process(self) -> Process:
+        drafted, kept = _matched(self.made, self.held)
+        return Process(drafted=drafted, kept=kept, num_requests=self.num_requests)
+
+
 def _method_process(recorded: Sequence[Verification]) -> MethodProcess:
-    overall = _process(recorded, None)
+    overall = _met(recorded, None)
     kinds = sorted({one.kind for one in recorded})
     if len(kinds) == 1:
-        return MethodProcess(overall)
-    return MethodProcess(overall, {k: _process([one for one in recorded if one.kind == k], overall) for k in kinds})
+        return MethodProcess(overall.process())
+    by_kind = {k: _met([one for one in recorded if one.kind == k], overall).process() for k in kinds}
+    return MethodProcess(overall.process(), by_kind)
 
 
-def _process(recorded: Sequence[Verification], wider: Process | None) -> Process:
+def _met(recorded: Sequence[Verification], wider: _Met | None) -> _Met:
     requests = {request: row for row, request in enumerate(dict.fromkeys(one.request for one in recorded))}
     depth = max(one.num_asked for one in recorded)
     asked, drafted, kept, tried = (np.zeros((len(requests), depth)) for _ in range(4))
@@ -78,15 +97,16 @@ def _process(recorded: Sequence[Verification], wider: Process | None) -> Process
         drafted[row, : one.num_drafted] += 1
         tried[row, : min(one.num_drafted, one.num_accepted + 1)] += 1
         kept[row, : one.num_accepted] += 1
-    return Process(
-        drafted=_rates(asked, drafted, None if wider is None else wider.drafted),
-        kept=_rates(tried, kept, None if wider is None else wider.kept),
-        num_requests=len(requests),
-    )
+    made = _rates(asked, drafted, None if wider is None else wider.made)
+    held = _rates(tried, kept, None if wider is None else wider.held)
+    return _Met(made, held, len(requests))
 
 
 def _rates(trials: Floats, successes: Floats, wider: Rates | None) -> Rates:
-    """Of each position, from counts of shape [requests, positions]; a `wider` group lends where data are few."""
+    """Of each position, from counts of shape [requests, positions]; a `wider` group lends where data are few.
+
+    Means are over verifications, spreads over requests.
+    """
     means, spreads = [], []
     for k in range(trials.shape[1]):
         is_known = trials[:, k] > 0
@@ -94,13 +114,65 @@ def _rates(trials: Floats, successes: Floats, wider: Rates | None) -> Rates:
             break
         if wider is not None and k >= len(wider.mean):
             break
-        mean, spread, weight = _moments(trials[is_known, k], successes[is_known, k])
+        _, spread, weight = _moments(trials[is_known, k], successes[is_known, k])
+        mean = float(successes[:, k].sum() / max(1.0, trials[:, k].sum()))
         if wider is not None:
             mean = (weight * mean + _BORROWED_TRIALS * wider.mean[k]) / (weight + _BORROWED_TRIALS)
         num, lent = int(is_known.sum()), 0.0 if wider is None else wider.spread[k]
         means.append(mean)
         spreads.append((num * spread + _BORROWED_REQUESTS * lent) / (num + _BORROWED_REQUESTS))
     return Rates(tuple(means), tuple(spreads))
+
+
+def _matched(made: Rates, held: Rates) -> tuple[Rates, Rates]:
+    """Means over requests of all quantiles, so that their verifications have these means: of making, and of keeping.
+
+    A request of quantile u has a number of verifications in proportion to 1 / (tokens that each yields), and reaches a
+    position as often as it passes all before; both follow from the means that are sought, so they are found in turns.
+    """
+    lucks = (np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
+    verifications_u = np.ones(_NUM_QUANTILES)
+    drafted, kept = made, held
+    for _ in range(_NUM_PASSES):
+        drafted, made_uk = _sought(made, lucks, verifications_u[:, None])
+        num_made = np.cumprod(made_uk, axis=1)[:, : len(held.mean)]
+        kept, kept_uk = _sought(held, lucks, verifications_u[:, None] * num_made)
+        yields_u = 1.0 + (num_made * np.cumprod(kept_uk, axis=1)).sum(axis=1)
+        verifications_u = 1.0 / yields_u
+    return drafted, kept
+
+
+def _sought(met: Rates, lucks: Floats, weights: Floats) -> tuple[Rates, Floats]:
+    """Means over requests, and each quantile's probabilities, shape [quantiles, positions].
+
+    Args:
+        met: means over those who reach each position.
+        weights: of quantiles at each position, shape [quantiles, positions or 1], but for passing those before.
+    """
+    reach_u = np.ones(len(lucks))
+    means, columns = [], []
+    for k, (mean, spread) in enumerate(zip(met.mean, met.spread, strict=True)):
+        weights_u = weights[:, min(k, weights.shape[1] - 1)] * reach_u
+        found = _mean_that_is_met_as(mean, spread, lucks, weights_u)
+        column = np.asarray([beta_quantile(u, found, spread) for u in lucks.tolist()])
+        means.append(found)
+        columns.append(column)
+        reach_u = reach_u * column
+    probabilities = np.stack(columns, axis=1) if columns else np.ones((len(lucks), 0))
+    return Rates(tuple(means), met.spread), probabilities
+
+
+def _mean_that_is_met_as(mean: float, spread: float, lucks: Floats, weights_u: Floats) -> float:
+    """The Beta distribution's mean whose quantiles, weighted so, have this mean."""
+    total = float(weights_u.sum())
+    if spread <= 0 or not 0 < mean < 1 or total <= 0:
+        return mean
+    low, high = 0.0, 1.0
+    for _ in range(_NUM_HALVINGS):
+        middle = (low + high) / 2
+        column = np.asarray([beta_quantile(u, middle, spread) for u in lucks.tolist()])
+        low, high = (middle, high) if float((weights_u * column).sum()) < mean * total else (low, middle)
+    return (low + high) / 2
 
 
 def _moments(trials: Floats, successes: Floats) -> tuple[float, float, float]:

@@ -143,5 +143,3 @@ def told(parts: list[bytearray]) -> bytes:
 
 def untouched(parts: list[bytearray]) -> bool:
     return set(told(parts)) <= {0xEE}
-
-

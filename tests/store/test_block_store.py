@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.store.places import (
-    IDENTITY, PATIENT_US, Place, content, key_of, name_of, room, store_at, told, untouched,
+    IDENTITY,
+    PATIENT_US,
+    Place,
+    content,
+    key_of,
+    name_of,
+    room,
+    store_at,
+    told,
+    untouched,
 )  # fmt: skip
 from xllm_lab.store import BlockStore, StoreCounters
 from xllm_lab.store.envelope import HEADER_BYTES
@@ -26,6 +38,24 @@ def chain(length: int) -> list[bytes]:
     return [key_of(example, position) for position in range(length)]
 
 
+@pytest.fixture
+def store(place: Place) -> Iterator[BlockStore]:
+    with store_at(place.spec) as one:
+        yield one
+
+
+class Counted:
+    """What a store counts from here on."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store, self._before = store, asdict(store.counters())
+
+    def __call__(self) -> StoreCounters:
+        now: dict[str, Any] = asdict(self._store.counters())
+        assert not now.pop("reasons")
+        return StoreCounters(**{name: value - self._before[name] for name, value in now.items()})
+
+
 def put(store: BlockStore, keys: list[bytes]) -> int:
     return store.put(keys, [[content(key, BLOCK_BYTES)] for key in keys], PATIENT_US)
 
@@ -36,19 +66,18 @@ def assert_all_told(c: StoreCounters) -> None:
 
 @given(cuts=st.lists(st.integers(0, BLOCK_BYTES), max_size=4), length=st.integers(0, 7))
 @one_store
-def test_blocks_come_back_as_they_were_put(place: Place, cuts: list[int], length: int) -> None:
+def test_blocks_come_back_as_they_were_put(store: BlockStore, cuts: list[int], length: int) -> None:
     """However their bytes lie in memory, in parts of any size."""
-    with store_at(place.spec) as store:
-        keys, edges = chain(length), [0, *sorted(cuts), BLOCK_BYTES]
-        wanted = [content(key, BLOCK_BYTES) for key in keys]
-        parts = [[memoryview(block)[a:b] for a, b in zip(edges, edges[1:], strict=False)] for block in wanted]
-        assert store.put(keys, parts, PATIENT_US) == length
-        found = room(length)
-        assert store.num_leading(keys, PATIENT_US) == store.get_into(keys, found, PATIENT_US) == length
-        assert [told(block) for block in found] == wanted
-        c = store.counters()
-        assert (c.num_puts, c.num_hits, c.num_asked) == (length, length, length)
-        assert c.read_bytes == c.written_bytes == length * (HEADER_BYTES + BLOCK_BYTES)
+    keys, edges, counted = chain(length), [0, *sorted(cuts), BLOCK_BYTES], Counted(store)
+    wanted = [content(key, BLOCK_BYTES) for key in keys]
+    parts = [[memoryview(block)[a:b] for a, b in zip(edges, edges[1:], strict=False)] for block in wanted]
+    assert store.put(keys, parts, PATIENT_US) == length
+    found = room(length)
+    assert store.num_leading(keys, PATIENT_US) == store.get_into(keys, found, PATIENT_US) == length
+    assert [told(block) for block in found] == wanted
+    c = counted()
+    assert (c.num_puts, c.num_hits, c.num_asked) == (length, length, length)
+    assert c.read_bytes == c.written_bytes == length * (HEADER_BYTES + BLOCK_BYTES)
 
 
 def damaged(draw: st.DrawFn, envelope: bytes, others: list[bytes]) -> bytes:
@@ -71,60 +100,53 @@ def damaged(draw: st.DrawFn, envelope: bytes, others: list[bytes]) -> bytes:
 
 @given(data=st.data())
 @one_store
-def test_no_damage_gives_wrong_bytes(place: Place, data: st.DataObject) -> None:
+def test_no_damage_gives_wrong_bytes(place: Place, store: BlockStore, data: st.DataObject) -> None:
     """Whatever happens to stored bytes, a get ends before them, says so, and the next put mends them."""
-    with store_at(place.spec) as store:
-        keys = chain(6)
-        assert put(store, keys) == 6
-        stored = [place.stored(name_of(key)) for key in keys]
-        envelopes = [envelope for envelope in stored if envelope is not None]
-        assert len(envelopes) == 6
-        victims = sorted(data.draw(st.sets(st.integers(0, 5), min_size=1, max_size=3)))
-        is_wrong = False
-        for victim in victims:
-            others = [e for e in envelopes if e is not envelopes[victim]]
-            wrong = data.draw(st.composite(damaged)(envelopes[victim], others))
-            place.replace(name_of(keys[victim]), wrong)
-            if wrong != envelopes[victim] and not is_wrong:
-                is_wrong, first = True, victim
-        if not is_wrong:
-            return
-        found = room(6)
-        assert store.get_into(keys, found, PATIENT_US) == first
-        assert [told(block) for block in found[:first]] == [content(key, BLOCK_BYTES) for key in keys[:first]]
-        assert all(untouched(block) for block in found[first:])
-        c = store.counters()
-        assert c.num_short + c.num_corrupted + c.num_foreign == 1
-        assert_all_told(c)
-        for _ in victims:  # each get finds one more wrong block, and lets it go
-            put(store, keys)
-            store.get_into(keys, room(6), PATIENT_US)
+    keys, counted = chain(6), Counted(store)
+    assert put(store, keys) == 6
+    envelopes = [place.stored(name_of(key)) for key in keys]
+    assert None not in envelopes
+    victims = sorted(data.draw(st.sets(st.integers(0, 5), min_size=1, max_size=3)))
+    wrong = []
+    for victim in victims:
+        others = [e for k, e in enumerate(envelopes) if e is not None and k != victim]
+        envelope = data.draw(st.composite(damaged)(envelopes[victim], others))
+        place.replace(name_of(keys[victim]), envelope)
+        if envelope != envelopes[victim]:
+            wrong.append(victim)
+    num_right = min(wrong, default=6)
+    found = room(6)
+    assert store.get_into(keys, found, PATIENT_US) == num_right
+    assert [told(block) for block in found[:num_right]] == [content(key, BLOCK_BYTES) for key in keys[:num_right]]
+    assert all(untouched(block) for block in found[num_right:])
+    c = counted()
+    assert c.num_short + c.num_corrupted + c.num_foreign == bool(wrong)
+    assert_all_told(c)
+    for _ in wrong:  # each get finds one more wrong block, and lets it go
         put(store, keys)
-        assert store.get_into(keys, room(6), PATIENT_US) == 6
+        store.get_into(keys, room(6), PATIENT_US)
+    assert put(store, keys) == store.get_into(keys, room(6), PATIENT_US) == 6
 
 
 @given(there=st.sets(st.integers(0, 7)), asked=st.integers(0, 8))
 @one_store
-def test_answers_are_about_the_longest_beginning(place: Place, there: set[int], asked: int) -> None:
+def test_answers_are_about_the_longest_beginning(store: BlockStore, there: set[int], asked: int) -> None:
     """A block behind one that is missing is of no use."""
-    with store_at(place.spec) as store:
-        keys = chain(8)
-        for k in sorted(there):
-            assert put(store, [keys[k]]) == 1
-        leading = min((k for k in range(asked) if k not in there), default=asked)
-        assert store.num_leading(keys[:asked], PATIENT_US) == leading
-        assert store.get_into(keys[:asked], room(asked), PATIENT_US) == leading
-        c = store.counters()
-        assert (c.num_hits, c.num_absent) == (leading, int(leading < asked))
-        assert_all_told(c)
-        assert put(store, keys) == 8
-        assert store.counters().num_already_there == len(there)
+    keys, counted = chain(8), Counted(store)
+    for k in sorted(there):
+        assert put(store, [keys[k]]) == 1
+    leading = min((k for k in range(asked) if k not in there), default=asked)
+    assert store.num_leading(keys[:asked], PATIENT_US) == leading
+    assert store.get_into(keys[:asked], room(asked), PATIENT_US) == leading
+    c = counted()
+    assert (c.num_hits, c.num_absent) == (leading, int(leading < asked))
+    assert_all_told(c)
+    assert put(store, keys) == 8
+    assert counted().num_already_there == len(there)
 
 
 def test_another_model_finds_nothing(place: Place) -> None:
     """Nor another part of the same one, even where a shelf mixes names up."""
-    from dataclasses import replace
-
     keys, other = chain(2), replace(IDENTITY, tp_rank=1, tp_size=2)
     with store_at(place.spec) as mine, store_at(place.spec, identity=other) as theirs:
         assert put(mine, keys) == 2

@@ -21,7 +21,7 @@ from xllm_lab.store.envelope import Bytes
 
 METADATA: Final = "P2PHANDSHAKE"
 # ErrorCode of mooncake-store/include/types.h.
-_NOT_FOUND: Final = -704
+_NOT_FOUND, _INVALID_PARAMS = -704, -600
 # For `get` and `put`, which copy; ours are read and written where they lie.
 _LOCAL_BUFFER_BYTES: Final = 16 << 20
 # Read by the library as it is loaded or set up; whoever has set one has his reasons.
@@ -76,7 +76,7 @@ class MooncakeShelf:
     def read(self, names: Sequence[str], slots: Bytes, used_ns: int) -> list[int | str | None]:
         """As `Shelf.read`."""
         codes = self._store.batch_get_into(list(names), *_places(slots))
-        return [_found(code) for code in codes]
+        return [_found(code, slots.shape[1]) for code in codes]
 
     def write(self, names: Sequence[str], slots: Bytes, used_ns: int) -> list[str | None]:
         """As `Shelf.write`; the library keeps what is there already, and calls it put."""
@@ -128,9 +128,11 @@ def _places(slots: Bytes) -> tuple[list[int], list[int]]:
     return [start + k * stride for k in range(len(slots))], [slots.shape[1]] * len(slots)
 
 
-def _found(code: int) -> int | str | None:
+def _found(code: int, slot_bytes: int) -> int | str | None:
     if code == _NOT_FOUND:
         return None
+    if code == _INVALID_PARAMS:  # of ours only the room can be wrong: more is stored than a block has
+        return slot_bytes + 1
     return code if code >= 0 else f"Mooncake: get failed with {code}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -70,7 +70,7 @@ def test_blocks_come_back_as_they_were_put(store: BlockStore, cuts: list[int], l
     """However their bytes lie in memory, in parts of any size."""
     keys, edges, counted = chain(length), [0, *sorted(cuts), BLOCK_BYTES], Counted(store)
     wanted = [content(key, BLOCK_BYTES) for key in keys]
-    parts = [[memoryview(block)[a:b] for a, b in zip(edges, edges[1:], strict=False)] for block in wanted]
+    parts = [[memoryview(block)[a:b] for a, b in pairwise(edges)] for block in wanted]
     assert store.put(keys, parts, PATIENT_US) == length
     found = room(length)
     assert store.num_leading(keys, PATIENT_US) == store.get_into(keys, found, PATIENT_US) == length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +35,9 @@ class _Put(NamedTuple):
 class BlockStore:
     """Blocks of one identity and size on one shelf.
 
+    While a call is out past its deadline, further ones of its kind are late at once: nobody waits for what does not
+    answer, and a library that spins meanwhile (Mooncake does, a core for each read of an owner that is gone) spins once.
+
     Keys are the ledger's, in token order: every answer is about the longest beginning of them, since no block is of use
     without those before it. Any thread may call; whoever calls waits until his deadline and never longer, apart from
     the copy of one block. All that a shelf reads and writes is memory of the store's own (`lanes.py`): a block is
@@ -56,6 +60,7 @@ class BlockStore:
         self._batch_blocks = batch_blocks
         self._lanes = Lanes(num_lanes, batch_blocks, HEADER_BYTES + block_bytes)
         self._counting = threading.Lock()
+        self._out: dict[str, dict[object, int]] = defaultdict(dict)  # deadlines of calls under way, by kind
         self._counters = StoreCounters()
         self._is_closed = False
         for lane in self._lanes.all:
@@ -127,21 +132,44 @@ class BlockStore:
         folder = self._digest.hex()
         return [f"{folder}/{key.hex()}" for key in keys]
 
-    def _run(self, lane: Lane, call: Callable[[], T], deadline_us: int) -> T:
+    def _run(self, kind: str, lane: Lane, call: Callable[[], T], deadline_us: int) -> T:
+        """What the call returns, on the lane's thread.
+
+        Raises:
+            LateError: it does not return by the deadline.
+        """
+        token, out = object(), self._out[kind]
+
+        def called() -> T:
+            try:
+                return call()
+            finally:
+                with self._counting:
+                    del out[token]
+
+        with self._counting:
+            out[token] = deadline_us
         try:
-            return lane.run(call, deadline_us)
+            return lane.run(called, deadline_us)
         except LateError:
             with self._counting:
                 self._counters.num_left_behind += 1
             raise
 
+    def _answers(self, kind: str) -> bool:
+        """Whether no call of this kind is out past its deadline."""
+        with self._counting:
+            return all(deadline_us > now_us() for deadline_us in self._out[kind].values())
+
     def _has(self, names: list[str], deadline_us: int, used_ns: int) -> list[bool] | None:
         """None if the shelf does not say by the deadline."""
         if not names:
             return []
+        if not self._answers("has"):
+            return None
         try:
             with self._lanes.take(deadline_us) as lane:
-                return self._run(lane, lambda: self._shelf.has(names, used_ns), deadline_us)
+                return self._run("has", lane, lambda: self._shelf.has(names, used_ns), deadline_us)
         except LateError:
             return None
 
@@ -150,11 +178,11 @@ class BlockStore:
         done: list[str | None] = []
         try:
             with self._lanes.take(deadline_us) as lane:
-                num_sealed = self._seal(lane, batch, deadline_us)
+                num_sealed = self._seal(lane, batch, deadline_us) if self._answers("write") else 0
                 names, slots = [one.name for one in batch[:num_sealed]], lane.slots[:num_sealed]
                 first_ns = used_ns - 1000 * batch[0].position
                 if names:
-                    done = self._run(lane, lambda: self._shelf.write(names, slots, first_ns), deadline_us)
+                    done = self._run("write", lane, lambda: self._shelf.write(names, slots, first_ns), deadline_us)
         except LateError:
             pass
         num_put = _num_true([failure is None for failure in done])
@@ -180,9 +208,11 @@ class BlockStore:
     ) -> tuple[int, Miss | None]:
         """(How many of the first are right and copied, why the next one is not)."""
         names = self._names(keys)
+        if not self._answers("read"):
+            return 0, "late"
         try:
             with self._lanes.take(deadline_us) as lane:
-                num_right, miss = self._run(lane, lambda: self._read(lane, names, keys, used_ns), deadline_us)
+                num_right, miss = self._run("read", lane, lambda: self._read(lane, names, keys, used_ns), deadline_us)
                 for slot in range(num_right):
                     if now_us() >= deadline_us:
                         return slot, "late"
@@ -211,7 +241,7 @@ class BlockStore:
         """Let go of a block that was not right, so that a put mends it; not at the cost of the deadline."""
         try:
             with self._lanes.take(deadline_us) as lane:
-                self._run(lane, lambda: self._shelf.forget(name), deadline_us)
+                self._run("forget", lane, lambda: self._shelf.forget(name), deadline_us)
         except LateError:
             pass
 

@@ -162,6 +162,7 @@ class DirectoryShelf:
                 os.ftruncate(file, num_bytes)  # so that a count sees what is reserved
             except OSError:
                 os.close(file)
+                os.unlink(part)
                 raise
             return file
 

@@ -53,6 +53,7 @@ class MooncakeShelf:
             os.environ.setdefault(name, value)
         for name in ("MC_RPC_TIMEOUT_MS", "MC_RPC_CONNECT_TIMEOUT_MS"):
             os.environ.setdefault(name, str(rpc_timeout_ms))
+        keeps_to_loopback = _is_loopback(listen)
         library = _library()
         _expect_master(master, rpc_timeout_ms / 1000)
         before = set(listening_sockets())
@@ -60,8 +61,11 @@ class MooncakeShelf:
         code = self._store.setup(listen, METADATA, segment_bytes, _LOCAL_BUFFER_BYTES, protocol, "", master)
         if code != 0:
             raise ConfigError(f"mooncake://{master}: the store cannot be joined (Mooncake's error {code})")
+        self._config = library.ReplicateConfig()
+        if segment_bytes:  # what is put here is read here most, and goes with nobody else
+            self._config.preferred_segment = self._store.get_hostname()
         ours = [file for file in listening_sockets() if file not in before]
-        if ipaddress.ip_address(listen).is_loopback:
+        if keeps_to_loopback:
             _keep_to_loopback(ours)
         self.listens_on = tuple(_address(file) for file in ours)
         where = ", ".join(self.listens_on) or "nothing"
@@ -80,7 +84,7 @@ class MooncakeShelf:
 
     def write(self, names: Sequence[str], slots: Bytes, used_ns: int) -> list[str | None]:
         """As `Shelf.write`; the library keeps what is there already, and calls it put."""
-        codes = self._store.batch_put_from(list(names), *_places(slots))
+        codes = self._store.batch_put_from(list(names), *_places(slots), self._config)
         return [None if code == 0 else f"Mooncake: put failed with {code}" for code in codes]
 
     def has(self, names: Sequence[str], used_ns: int) -> list[bool]:
@@ -98,6 +102,13 @@ class MooncakeShelf:
     def close(self) -> None:
         """Leave; what this process lent is gone."""
         self._store.close()
+
+
+def _is_loopback(listen: str) -> bool:
+    try:
+        return ipaddress.ip_address(listen).is_loopback
+    except ValueError as error:
+        raise ConfigError(f"listen is {listen!r}; an address of this machine is accepted, as 127.0.0.1") from error
 
 
 def _library() -> Any:

@@ -89,7 +89,7 @@ $(NPU_STAMP): pyproject.toml constraints.txt
 $(CLUSTER_STAMP): $(STAMP)
 	$(PYTHON) -m venv $(CLUSTER)/venv
 	$(CLUSTER_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mooncake-transfer-engine-non-cuda
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$($(CLUSTER_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth"
 	$(CLUSTER_BIN)/python -m xllm_lab.cluster_services install
 	touch $(CLUSTER_STAMP)

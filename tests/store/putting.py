@@ -1,6 +1,6 @@
 """A process that puts and gets chains of blocks, until it is killed or has done its rounds.
 
-    python -m tests.store.putting SPEC SEED [ROUNDS]
+    python -m tests.store.putting SPEC SEED FIRST_CHAIN [ROUNDS]
 
 It says "ready" when one chain is there, and ends with status 3 if it ever gets wrong bytes.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import cache
 from itertools import count
 
 from tests.store.places import content, key_of, room, store_at, told
@@ -22,19 +23,22 @@ def chain(number: int) -> list[bytes]:
     return [key_of(number, position) for position in range(LENGTH)]
 
 
-CONTENT = {key: content(key, BLOCK_BYTES) for number in range(NUM_CHAINS) for key in chain(number)}
+@cache
+def right(key: bytes) -> bytes:
+    """Its only right bytes."""
+    return content(key, BLOCK_BYTES)
 
 
-def main(spec: str, seed: str, rounds: str = "") -> int:
+def main(spec: str, seed: str, first: str, rounds: str = "") -> int:
     """See above."""
     dice = random.Random(int(seed))
     with store_at(spec, BLOCK_BYTES) as store:
         for done in range(int(rounds)) if rounds else count():
-            keys = chain(dice.randrange(NUM_CHAINS))
-            store.put(keys, [[CONTENT[key]] for key in keys], TIMEOUT_US)
+            keys = chain(int(first) + dice.randrange(NUM_CHAINS))
+            store.put(keys, [[right(key)] for key in keys], TIMEOUT_US)
             found = room(LENGTH, BLOCK_BYTES)
             num_hits = store.get_into(keys, found, TIMEOUT_US)
-            if any(told(found[k]) != CONTENT[keys[k]] for k in range(num_hits)):
+            if any(told(found[k]) != right(keys[k]) for k in range(num_hits)):
                 return 3
             if done == 0:
                 print("ready", flush=True)  # noqa: T201

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -56,7 +57,8 @@ def test_every_part_of_an_identity_tells() -> None:
     key = b"k" * 16
     for field in fields(BlockIdentity):
         value = getattr(IDENTITY, field.name)
-        other = replace(IDENTITY, **{field.name: value + 1 if isinstance(value, int) else value + "'"})
+        changed: dict[str, Any] = {field.name: value + 1 if isinstance(value, int) else value + "'"}
+        other = replace(IDENTITY, **changed)
         assert miss_of(sealed(b"kv", key, other), HEADER_BYTES + 2, IDENTITY.digest, key) == "foreign", field.name
 
 

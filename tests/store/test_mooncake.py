@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -26,7 +26,7 @@ from tests.store.places import (
     told,
     untouched,
 )  # fmt: skip
-from tests.store.putting import BLOCK_BYTES, LENGTH, NUM_CHAINS, chain
+from tests.store.putting import BLOCK_BYTES, LENGTH, NUM_CHAINS, chain, right
 from tests.store.test_processes import SLACK_US, num_right, putting
 from xllm_lab.cluster_services import LOOPBACK, Service, free_ports, start_master
 from xllm_lab.errors import ConfigError
@@ -34,6 +34,7 @@ from xllm_lab.store import BlockStore, open_store
 from xllm_lab.store.lanes import now_us
 
 TIMEOUT_US = 200_000
+PATIENCE_US = 1_000_000  # for calls that may be counted as failed
 
 
 @pytest.fixture
@@ -95,6 +96,23 @@ def test_an_owner_that_stops_is_late(master: tuple[MooncakePlace, Service]) -> N
         assert all(untouched(block) for block in found)
 
 
+def test_what_a_dead_owner_had_is_put_anew(master: tuple[MooncakePlace, Service]) -> None:
+    """At once, though the master still believes in it: a read that came short has told it otherwise."""
+    place, _ = master
+    with store_at(place.reading_spec, BLOCK_BYTES) as store:
+        with putting(place.spec, 0) as owner:
+            there = next(n for n in range(NUM_CHAINS) if num_right(store, n) == LENGTH)
+        assert owner.wait() == -signal.SIGKILL
+        keys, blocks = chain(there), [[right(key)] for key in chain(there)]
+        assert store.num_leading(keys, PATIENT_US) == LENGTH
+        assert store.get_into(keys, room(LENGTH, BLOCK_BYTES), PATIENT_US) == 0
+        assert store.counters().num_short == 1
+        assert store.num_leading(keys, PATIENT_US) == 0
+        with store_at(place.spec, BLOCK_BYTES) as other:
+            assert other.put(keys[:1], blocks[:1], PATIENT_US) == 1
+            assert store.get_into(keys[:1], room(1, BLOCK_BYTES), PATIENT_US) == 1
+
+
 def test_without_a_master_every_call_ends(master: tuple[MooncakePlace, Service]) -> None:
     """By its deadline, counted; and when there is one again, blocks go in and out again."""
     place, service = master
@@ -104,11 +122,12 @@ def test_without_a_master_every_call_ends(master: tuple[MooncakePlace, Service])
         assert store.put(keys, blocks, PATIENT_US) == 3
         service.process.kill()
         service.process.wait()
-        for call in (
+        calls: list[Callable[[], int]] = [
             lambda: store.get_into(keys, room(3), TIMEOUT_US),
             lambda: store.put(keys, blocks, TIMEOUT_US),
             lambda: store.num_leading(keys, TIMEOUT_US),
-        ):
+        ]
+        for call in calls:
             since_us = now_us()
             assert call() == 0
             assert now_us() - since_us < TIMEOUT_US + SLACK_US
@@ -144,7 +163,7 @@ def test_a_full_store_forgets_and_counts(master: tuple[MooncakePlace, Service]) 
         num_hits = 0
         for key in keys:
             found = room(1, 1 << 20)
-            if store.get_into([key], found, PATIENT_US):
+            if store.get_into([key], found, PATIENCE_US):
                 assert told(found[0]) == content(key, 1 << 20)
                 num_hits += 1
         c = store.counters()
@@ -155,7 +174,7 @@ def test_a_full_store_forgets_and_counts(master: tuple[MooncakePlace, Service]) 
 
 
 def _put_one(store: BlockStore, key: bytes) -> int:
-    return store.put([key], [[content(key, 1 << 20)]], PATIENT_US)
+    return store.put([key], [[content(key, 1 << 20)]], PATIENCE_US)
 
 
 def test_a_name_says_whose_block_it_is(master: tuple[MooncakePlace, Service]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.store.places import PATIENT_US, DirectoryPlace, Place, name_of, room, store_at, told
-from tests.store.putting import BLOCK_BYTES, CONTENT, LENGTH, NUM_CHAINS, TIMEOUT_US, chain
+from tests.store.putting import BLOCK_BYTES, LENGTH, NUM_CHAINS, TIMEOUT_US, chain, right
 from xllm_lab.store import BlockStore
 from xllm_lab.store.envelope import HEADER_BYTES
 from xllm_lab.store.lanes import now_us
@@ -23,9 +23,9 @@ SLACK_US = 5_000_000
 
 
 @contextmanager
-def putting(spec: str, seed: int, rounds: str = "") -> Iterator[subprocess.Popen[str]]:
+def putting(spec: str, seed: int, *, first: int = 0, rounds: str = "") -> Iterator[subprocess.Popen[str]]:
     """Another process that has put a chain."""
-    command = [sys.executable, "-m", "tests.store.putting", spec, str(seed), *([rounds] if rounds else [])]
+    command = [sys.executable, "-m", "tests.store.putting", spec, str(seed), str(first), *([rounds] if rounds else [])]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -42,7 +42,7 @@ def num_right(store: BlockStore, number: int) -> int:
     num_hits = store.get_into(keys, found, TIMEOUT_US)
     assert now_us() - since_us < TIMEOUT_US + SLACK_US
     for key, block in list(zip(keys, found, strict=True))[:num_hits]:
-        assert told(block) == CONTENT[key]
+        assert told(block) == right(key)
     return num_hits
 
 
@@ -59,14 +59,15 @@ def test_an_owner_is_killed_at_any_moment(place: Place) -> None:
     dice, hits_while_alive = random.Random(7), 0
     with store_at(place.reading_spec, BLOCK_BYTES) as store:
         for moment in range(20):
-            with putting(place.spec, seed=moment) as owner:
+            numbers = range(moment * NUM_CHAINS, (moment + 1) * NUM_CHAINS)  # of this owner alone
+            with putting(place.spec, seed=moment, first=numbers[0]) as owner:
                 for _ in range(dice.randrange(1, 60)):
-                    hits_while_alive += num_right(store, dice.randrange(NUM_CHAINS))
+                    hits_while_alive += num_right(store, dice.choice(numbers))
                 owner.kill()
-                for number in range(NUM_CHAINS):
+                for number in numbers:
                     num_right(store, number)
         c = store.counters()
-        assert hits_while_alive > 0
+        assert hits_while_alive > 20 * LENGTH
         assert c.num_asked == c.num_hits + c.num_misses + c.num_behind_a_miss
 
 
@@ -74,7 +75,11 @@ def test_processes_that_fill_a_directory_never_exceed_it(tmp_path: Path) -> None
     """They evict one another's blocks meanwhile, and none is ever wrong."""
     capacity_bytes = 20 * (HEADER_BYTES + BLOCK_BYTES)  # of the 60 blocks that they put
     spec = f"dir:{tmp_path}?bytes={capacity_bytes}"
-    with putting(spec, 1, "150") as one, putting(spec, 2, "150") as two, store_at(spec, BLOCK_BYTES) as store:
+    with (
+        putting(spec, 1, rounds="150") as one,
+        putting(spec, 2, rounds="150") as two,
+        store_at(spec, BLOCK_BYTES) as store,
+    ):
         most_bytes, number = 0, 0
         while one.poll() is None or two.poll() is None:
             most_bytes = max(most_bytes, bytes_in(tmp_path))
@@ -99,7 +104,7 @@ def test_the_dead_leave_no_room_behind(tmp_path: Path) -> None:
     """Half a file of a process that was killed is removed by the next count, and its room is found again."""
     place = DirectoryPlace(tmp_path)
     with store_at(place.spec, BLOCK_BYTES) as store:
-        store.put(chain(0), [[CONTENT[key]] for key in chain(0)], PATIENT_US)
+        store.put(chain(0), [[right(key)] for key in chain(0)], PATIENT_US)
     left = tmp_path / name_of(chain(0)[0]).partition("/")[0] / ".1-0.part"
     left.write_bytes(bytes(1000))
     capacity_bytes = LENGTH * (HEADER_BYTES + BLOCK_BYTES)

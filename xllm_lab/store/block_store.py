@@ -36,7 +36,7 @@ class BlockStore:
     """Blocks of one identity and size on one shelf.
 
     While a call is out past its deadline, further ones of its kind are late at once: nobody waits for what does not
-    answer, and a library that spins meanwhile (Mooncake does, a core for each read of an owner that is gone) spins once.
+    answer, and a library that spins meanwhile (Mooncake, a core for each read of an owner that is gone) spins once.
 
     Keys are the ledger's, in token order: every answer is about the longest beginning of them, since no block is of use
     without those before it. Any thread may call; whoever calls waits until his deadline and never longer, apart from

@@ -15,10 +15,10 @@ class StoreCounters:
 
     Attributes:
         num_absent: the store had none, or has forgotten it.
-        num_short: less came than a block, or more.
+        num_short: less came than a block, or more; nothing, where its owner is gone.
         num_corrupted: the checksum is not that of the bytes.
         num_foreign: a whole block that is not the one asked for.
-        num_failed: an error came in its place, as from a vanished owner; `reasons` has it.
+        num_failed: an error came in its place; `reasons` has it.
         num_late: not there and proven by the deadline.
         read_bytes, written_bytes: of hits, and of blocks put; envelopes included.
         num_evictions: blocks that this process removed to make room; a shelf that evicts by itself does not tell.

@@ -21,7 +21,7 @@ from xllm_lab.store.envelope import Bytes
 
 METADATA: Final = "P2PHANDSHAKE"
 # ErrorCode of mooncake-store/include/types.h.
-_NOT_FOUND, _INVALID_PARAMS = -704, -600
+_NOT_FOUND, _INVALID_PARAMS, _TRANSFER_FAIL = -704, -600, -800
 # For `get` and `put`, which copy; ours are read and written where they lie.
 _LOCAL_BUFFER_BYTES: Final = 16 << 20
 # Read by the library as it is loaded or set up; whoever has set one has his reasons.
@@ -144,6 +144,8 @@ def _found(code: int, slot_bytes: int) -> int | str | None:
         return None
     if code == _INVALID_PARAMS:  # of ours only the room can be wrong: more is stored than a block has
         return slot_bytes + 1
+    if code == _TRANSFER_FAIL:  # its owner is gone, as a rule; the master finds out after `client_ttl`, 10 s
+        return 0
     return code if code >= 0 else f"Mooncake: get failed with {code}"
 
 

@@ -66,10 +66,10 @@ def main() -> None:
 def opened(running: ExitStack, folder: Path) -> dict[str, str]:
     """Each store's spec; Mooncake's master, and a process that lends memory, run until the end."""
     port, metrics_port = free_ports(2)
-    # Objects may be evicted as soon as they were read, so that there is room for every turn.
-    running.enter_context(start_master(port=port, metrics_port=metrics_port, options=("--default_kv_lease_ttl=1ms",)))
+    # Objects may be evicted a second after they were read, so that there is room for every turn.
+    options = ("--default_kv_lease_ttl=1s",)
+    running.enter_context(start_master(port=port, metrics_port=metrics_port, options=options))
     lent_port, lent_metrics_port = free_ports(2)
-    options = ("--default_kv_lease_ttl=1ms",)
     running.enter_context(start_master(port=lent_port, metrics_port=lent_metrics_port, options=options))
     lender = subprocess.Popen(
         [sys.executable, "-c", LEND, f"mooncake://{LOOPBACK}:{lent_port}?segment_bytes=3GiB"],

@@ -21,7 +21,12 @@ NPU_BIN   := $(NPU)/venv/bin
 NPU_STAMP := $(NPU)/venv/.ready
 NPU_TESTS ?= tests/npu
 
-.PHONY: demo test test-fast test-npu mutations-npu lint compiled clean
+# Stores and registries that processes share: Mooncake beside all of $(VENV), which therefore needs none of its libraries.
+CLUSTER       := build/cluster
+CLUSTER_BIN   := $(CLUSTER)/venv/bin
+CLUSTER_STAMP := $(CLUSTER)/venv/.ready
+
+.PHONY: demo test test-fast test-npu mutations-npu cluster test-cluster lint compiled clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -39,6 +44,13 @@ test-npu: $(NPU_STAMP)
 # Ten minutes: mistakes made in copies of the tree, each of which a named test has to find.
 mutations-npu: $(NPU_STAMP)
 	$(NPU_BIN)/python -m tests.npu.mutations
+
+# Mooncake's master and etcd on this machine, until Ctrl-C.
+cluster: $(CLUSTER_STAMP)
+	$(CLUSTER_BIN)/python -m xllm_lab.cluster_services
+
+test-cluster: $(CLUSTER_STAMP)
+	$(CLUSTER_BIN)/python -m pytest -p tests.store.with_mooncake -p no:cacheprovider --durations=5 tests/store
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -73,6 +85,14 @@ $(NPU_STAMP): pyproject.toml constraints.txt
 	$(NPU_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch torch_npu
 	$(NPU_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[engine,sim]" pytest hypothesis
 	touch $(NPU_STAMP)
+
+$(CLUSTER_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(CLUSTER)/venv
+	$(CLUSTER_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mooncake-transfer-engine-non-cuda
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(CLUSTER_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth"
+	$(CLUSTER_BIN)/python -m xllm_lab.cluster_services install
+	touch $(CLUSTER_STAMP)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -68,7 +68,7 @@ class Seat(Protocol):
         ...
 
     def begin(self) -> None:
-        """It comes up, empty."""
+        """It comes up, empty; if it can, as `is_up` says."""
         ...
 
     def fail(self) -> Lost:
@@ -87,6 +87,9 @@ class Seat(Protocol):
 class Dispatch:
     """Brings a workload to a fleet, and sees every request to its end.
 
+    Args:
+        asks_for_loads: heartbeats are taken at each period; else instances send theirs.
+
     Attributes:
         router: what it knows and decides.
         num_open: requests that have not ended.
@@ -103,6 +106,7 @@ class Dispatch:
         vocab_size: int,
         on_transfer: Callable[[Transfer], None] | None = None,
         on_decision: OnDecision | None = None,
+        asks_for_loads: bool = True,
     ) -> None:
         self.config = config
         self.calendar = calendar
@@ -112,6 +116,7 @@ class Dispatch:
         self._workload, self._vocab_size = workload, vocab_size
         self._feed = WorkloadFeed(workload)
         self._looks_at_us: int | None = None
+        self._asks_for_loads = asks_for_loads
         self._seats: Sequence[Seat] = ()
         self._links = [Wire(config.link, InstanceId(k), on_transfer) for k in range(config.num_instances)]
         self.router = Router(config, instance, self._load_now, self._prompt_keys, on_decision)
@@ -119,11 +124,13 @@ class Dispatch:
     def begin(self, seats: Sequence[Seat]) -> None:
         """All instances come up, and everything that is known to happen is put on the calendar."""
         self._seats = seats
-        for seat in seats:
+        for seat, known in zip(seats, self.router.known, strict=True):
             seat.begin()
+            if not seat.is_up:
+                self.router.goes_down(known)
         for outage in self.config.outages:
             self.calendar.call(outage.start_us, OUTAGES, self._outage(outage))
-        if self.config.heartbeat_us:
+        if self.config.heartbeat_us and self._asks_for_loads:
             self._beat()
         self._look_for_clients()
 
@@ -152,7 +159,11 @@ class Dispatch:
     def repair(self, instance: InstanceId) -> None:
         """An instance comes back, and takes what was held."""
         seat = self._seats[instance]
+        if seat.is_up:
+            return
         seat.begin()
+        if not seat.is_up:
+            return
         for request, record in self.router.comes_up(self.router.known[instance], seat.load()):
             self._route(request, record)
 
@@ -175,11 +186,12 @@ class Dispatch:
 
     def _go_out(self, outage: Outage) -> None:
         seat = self._seats[outage.instance]
-        if not self.num_open and seat.is_at_rest:
+        if not self.num_open and (seat.is_at_rest or not seat.is_up):
             return  # all is over, and nobody would notice
         # On the calendar first: who is lost may wait for it.
         self.calendar.call(outage.end_us, OUTAGES, lambda: self.repair(outage.instance))
-        self.fail(outage.instance)
+        if seat.is_up:
+            self.fail(outage.instance)
 
     def _look_for_clients(self) -> None:
         """Be there when the next client comes or goes, which may be sooner than it was."""

@@ -29,6 +29,8 @@ class Load(NamedTuple):
 
     Attributes:
         cached_keys: of its prefix cache; None if nobody asks for them.
+        num_unseen, num_unseen_tokens: requests that had been sent there and had not been looked at, and their prompt
+            tokens, if the other figures do not count them.
     """
 
     as_of_us: int
@@ -37,6 +39,8 @@ class Load(NamedTuple):
     num_outstanding_tokens: int
     kv_used_frac: float
     cached_keys: AbstractSet[BlockKey] | None
+    num_unseen: int = 0
+    num_unseen_tokens: int = 0
 
 
 class RequestInHand:
@@ -141,7 +145,8 @@ class Known:
     def beat(self, load: Load) -> None:
         """A heartbeat arrives at the router."""
         self._last = load
-        self._num_sent, self._num_sent_tokens = self.num_under_way, self.num_tokens_under_way
+        self._num_sent = self.num_under_way + load.num_unseen
+        self._num_sent_tokens = self.num_tokens_under_way + load.num_unseen_tokens
 
 
 class RouteQuestion(NamedTuple):

@@ -276,16 +276,15 @@ class _Serving:
         self.open_dispatch(calendar, asks_for_loads=True)
         seats = [LockstepSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
         self._begin(seats)
-        while self.dispatch.num_open:
+        while self.dispatch.num_open or any(seat.is_up and not seat.is_at_rest for seat in seats):
             self._look_after(seats, calendar)
-            if not self.dispatch.num_open:
-                break
-            if not calendar.has_more:
+            if not calendar.has_more and self.dispatch.num_open:
                 raise PolicyError(
                     f"the batch policy leaves {self.dispatch.num_open} requests waiting for ever "
                     f"at {calendar.now_us} us"
                 )
-            calendar.run_next()
+            if calendar.has_more:
+                calendar.run_next()
         self._end(seats)
         return seats
 

@@ -41,7 +41,7 @@ class Pace(ABC):
         self._channel = channel
         self._vocab_size, self._seed = vocab_size, seed
         self._index = IndexTeller() if tells_index else None
-        self._events: deque[Event] = deque()
+        self._events: deque[tuple[int, Event]] = deque()  # with when they were sent
         self._requests: dict[RequestId, Request] = {}
         self._prompts: dict[RequestId, TokenIds] = {}
         self._took: list[tuple[int, str, RequestId]] = []
@@ -62,9 +62,10 @@ class Pace(ABC):
 
     def pop_due(self, now_us: int) -> Event | None:
         self._look(now_us)
-        if not self._events:
+        # A step ended some time before anybody looks: what was sent since belongs to the next look.
+        if not self._events or self._events[0][0] > now_us:
             return None
-        event = self._events.popleft()
+        _, event = self._events.popleft()
         self._took.append((now_us, "arrives" if event.arrives else "leaves", event.request.id))
         if event.arrives:
             assert event.record is not None, "the router has one of each"
@@ -87,7 +88,7 @@ class Pace(ABC):
                 request = event.request
                 self._requests[request.id] = request
                 self._prompts[request.id] = prompt_token_ids(request, vocab_size=self._vocab_size, seed=self._seed)
-            self._events.append(event)
+            self._events.append((message["us"], event))
         self.is_over = self.is_over or bool(message.get("over"))
 
     def _done(self) -> dict[str, Any]:

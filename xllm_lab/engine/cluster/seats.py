@@ -326,7 +326,7 @@ class WallSeat(ProcessSeat):
         if event.arrives:
             self._unseen[event.request.id] = event.request.prompt.num_tokens
         with contextlib.suppress(GoneError):  # which the next look finds out
-            self.channel.tell({"events": self._hand_over()})
+            self.channel.tell({"us": self._calendar.now_us, "events": self._hand_over()})
 
     def hear(self) -> None:
         """Take what it said. GoneError: it is not there any more."""
@@ -353,5 +353,7 @@ class WallSeat(ProcessSeat):
                 if "served" in message:
                     self.graphs = message["graphs"]
                     return
+                self._refuse_error(message)
+                self._commit(message)  # a step that was planned ahead, for requests that ended
             if self._shared.processes.is_lost(self.id):
                 raise GoneError("its lease is lost")

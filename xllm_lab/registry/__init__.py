@@ -91,8 +91,8 @@ class Registry(Protocol):
         """What instances are told, to enter themselves."""
         ...
 
-    def changes(self) -> Sequence[Change]:
-        """What happened since it was asked last, without waiting."""
+    def changes(self, wait_s: float = 0.0) -> Sequence[Change]:
+        """What happened since it was asked last; if nothing did, what happens next, if it is soon enough."""
         ...
 
     def close(self) -> None: ...
@@ -112,18 +112,21 @@ class Mailbox:
     """Changes that one thread notes and another asks for."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._news = threading.Condition()
         self._changes: list[Change] = []
 
     def note(self, change: Change) -> None:
-        with self._lock:
+        with self._news:
             self._changes.append(change)
+            self._news.notify()
 
-    def take(self) -> Sequence[Change]:
+    def take(self, wait_s: float) -> Sequence[Change]:
         """All since the last time."""
-        if not self._changes:  # of one who looks often
+        if not self._changes and not wait_s:  # of one who looks often
             return ()
-        with self._lock:
+        with self._news:
+            if not self._changes:
+                self._news.wait(wait_s)
             taken, self._changes = self._changes, []
         return taken
 

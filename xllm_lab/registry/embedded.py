@@ -47,8 +47,8 @@ class EmbeddedRegistry:
         self._thread = threading.Thread(target=self._serve, name="registry", daemon=True)
         self._thread.start()
 
-    def changes(self) -> Sequence[Change]:
-        return self._mailbox.take()
+    def changes(self, wait_s: float = 0.0) -> Sequence[Change]:
+        return self._mailbox.take(wait_s)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

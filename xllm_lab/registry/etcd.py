@@ -78,8 +78,8 @@ class EtcdRegistry:
         self._thread = threading.Thread(target=self._watch, args=(revision,), name="registry", daemon=True)
         self._thread.start()
 
-    def changes(self) -> Sequence[Change]:
-        return self._mailbox.take()
+    def changes(self, wait_s: float = 0.0) -> Sequence[Change]:
+        return self._mailbox.take(wait_s)
 
     def close(self) -> None:
         self._is_over.set()

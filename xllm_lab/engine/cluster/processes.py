@@ -107,7 +107,7 @@ class Processes:
         """
         process, until_s = self._running[instance], time.monotonic() + _START_S
         while process.channel is None:
-            self._read_registry()
+            self._read_registry(_LOOK_S)
             if process.entry is not None:
                 self._meet(process, process.entry)
                 break
@@ -115,7 +115,6 @@ class Processes:
                 raise InstanceError(how)
             if time.monotonic() > until_s:
                 raise InstanceError(f"instance {instance} did not come up within {_START_S:g} s")
-            time.sleep(_LOOK_S)
         assert process.channel is not None, "they met"
         return process.channel
 
@@ -148,8 +147,8 @@ class Processes:
             raise InstanceError(f"instance {entry.instance}: another process answers at {entry.address}")
         process.channel, process.hello = channel, hello
 
-    def _read_registry(self) -> None:
-        for change in self._registry.changes():
+    def _read_registry(self, wait_s: float = 0.0) -> None:
+        for change in self._registry.changes(wait_s):
             process = self._running.get(change.instance)
             if process is None or process.place.incarnation != change.incarnation:
                 continue  # stale: of one that was given up; or of nobody that was started here

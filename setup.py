@@ -14,6 +14,7 @@ from setuptools import setup
 # What runs once per step, or more often. Policies stay Python: mypyc compiles no frozen dataclass with slots and class
 # variables, and a policy is what people edit. `policies/ordered.py` does, as no native class may inherit from a list.
 COMPILED = (
+    "dispatch",
     "ledger",
     "live_view",
     "lockstep",
@@ -22,6 +23,7 @@ COMPILED = (
     "policies/checks",
     "records",
     "request_state",
+    "router",
     "scheduler",
     "serving",
     "sim/cost/__init__",
@@ -30,6 +32,7 @@ COMPILED = (
     "sim/links",
     "step",
     "step_time",
+    "transfers",
 )
 
 

@@ -8,6 +8,7 @@
     │   ├── ModelError           a model that cannot be loaded
     │   ├── ProfileError         a profiler's output that cannot be read
     │   ├── RankError            a process of a tensor-parallel engine that is lost
+    │   ├── InstanceError        an engine process of a fleet that does not come up
     │   └── RunError             a run folder that is missing, unfinished, or cannot be written
     └── PolicyError              a policy returned an illegal plan; its author is to blame, not the user
 
@@ -47,6 +48,10 @@ class ProfileError(UserError):
 
 class RankError(UserError):
     """A process of a tensor-parallel engine that failed, died, or does not answer."""
+
+
+class InstanceError(UserError):
+    """An engine process of a fleet that does not come up. One that is lost later is a matter of the failover policy."""
 
 
 class RunError(UserError):

@@ -24,6 +24,7 @@ from xllm_lab.settings import DEFAULT, changed
 from xllm_lab.workload import Workload
 
 if TYPE_CHECKING:
+    from xllm_lab.engine.cluster.fleet import EngineFleet
     from xllm_lab.engine.engine import Engine, EngineOptions
     from xllm_lab.fleet_config import FleetConfig
     from xllm_lab.sim.calibrate import Calibration
@@ -64,33 +65,42 @@ def replay(
     out: PathLike,
     policy: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    engine: Engine | EngineOptions | None = None,
+    engine: Engine | EngineOptions | EngineFleet | None = None,
     calibration: Calibration | PathLike | None = None,
+    fleet: FleetConfig | PathLike | None = None,
+    registry: str = "embedded",
+    listen: str = "127.0.0.1",
     progress: bool = True,
     **beside: str | None,
 ) -> Run:
-    """Serve a trace on the engine; see `Engine.replay`.
+    """Serve a trace on the engine; see `Engine.replay`, and `EngineFleet.replay` for a fleet of engine processes.
 
     Args:
-        engine: an open engine, or the options to open one with.
+        engine: an open engine, or the options to open one with; of a fleet, one with as many processes.
+        fleet: a fleet, or the cluster file of one; None is a single engine.
+        registry: where the fleet's instances enter themselves: "embedded", or "etcd://HOST:PORT/PREFIX".
+        listen: the address on which the fleet's processes listen.
         calibration: of steps and drafts, for policies that need times; without it those of steps are measured first.
         beside: policies beside the batch policy, see `configure`.
     """
     workload = _workload(trace)
     chosen = configure(policy, settings, **beside)
     fitted = None if calibration is None else _calibration(calibration)
+    known: dict[str, Any] = {
+        "out": Path(out),
+        "step_time": None if fitted is None else fitted.step_time_with_host(),
+        "draft_time": None if fitted is None else fitted.draft_time,
+    }
+    if fleet is not None:
+        whole = _fleet(fleet)
+        with _opened_fleet(engine, whole.num_instances, registry=registry, listen=listen) as all_of_them:
+            records = watched(len(workload.requests), "replay", show=progress)
+            with records.bar:
+                return all_of_them.replay(workload, whole, chosen.instance, chosen.policies, recorder=records, **known)
     with _opened(engine) as host:
         records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
         with records.bar:
-            return host.replay(
-                workload,
-                chosen.instance,
-                chosen.policies,
-                out=Path(out),
-                step_time=None if fitted is None else fitted.step_time_with_host(),
-                draft_time=None if fitted is None else fitted.draft_time,
-                recorder=records,
-            )
+            return host.replay(workload, chosen.instance, chosen.policies, recorder=records, **known)
 
 
 def calibrate(
@@ -151,7 +161,6 @@ def simulate(
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
-    from xllm_lab.fleet_file import read_fleet
     from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance
     from xllm_lab.sim.simulator import simulate as run_simulator
 
@@ -171,7 +180,7 @@ def simulate(
             chosen.policies,
             priced,
             out=Path(out),
-            fleet=read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet,
+            fleet=None if fleet is None else _fleet(fleet),
             fast_forward=fast_forward,
             keep_steps=keep_steps,
             progress=ended.update,
@@ -425,11 +434,38 @@ def follow() -> bool:
     return True
 
 
+def _fleet(fleet: FleetConfig | PathLike) -> FleetConfig:
+    from xllm_lab.fleet_file import read_fleet
+
+    return read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet
+
+
 @contextlib.contextmanager
-def _opened(engine: Engine | EngineOptions | None) -> Iterator[Engine]:
+def _opened_fleet(
+    engine: Engine | EngineOptions | EngineFleet | None, num_instances: int, *, registry: str, listen: str
+) -> Iterator[EngineFleet]:
+    """A fleet, which says where it listens and is closed in the end if it was opened here."""
+    from xllm_lab.engine.cluster.fleet import EngineFleet
+    from xllm_lab.engine.engine import Engine, EngineOptions
+
+    if isinstance(engine, Engine):
+        raise ConfigError("a fleet on an engine that is open already; accepted: engine options, or an open fleet")
+    if isinstance(engine, EngineFleet):
+        yield engine
+        return
+    with EngineFleet(engine or EngineOptions(), num_instances, registry=registry, host=listen) as opened:
+        opened.tell_where()
+        yield opened
+
+
+@contextlib.contextmanager
+def _opened(engine: Engine | EngineOptions | EngineFleet | None) -> Iterator[Engine]:
     """An engine, closed in the end if it was opened here."""
+    from xllm_lab.engine.cluster.fleet import EngineFleet
     from xllm_lab.engine.engine import Engine
 
+    if isinstance(engine, EngineFleet):
+        raise ConfigError("an open fleet and no fleet to serve as; accepted: with `fleet`")
     if isinstance(engine, Engine):
         yield engine
         return

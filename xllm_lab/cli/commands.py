@@ -19,6 +19,7 @@ from xllm_lab.cli.options import (
     engine_options,
     followed,
     refuse_transforms,
+    served_fleet_options,
     trace_options,
     transform_options,
     workload,
@@ -53,6 +54,8 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
     trace_options(parser)
     configuration_options(parser)
     engine_options(parser)
+    fleet_options(parser)
+    served_fleet_options(parser)
     parser.add_argument("--calibration", type=Path, help="step times for policies that need them; else measured")
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
 
@@ -66,6 +69,9 @@ def _replay(o: argparse.Namespace) -> int:
         **configuration(o),
         engine=engine(o),
         calibration=o.calibration,
+        fleet=fleet(o),
+        registry=o.registry,
+        listen=o.listen,
         progress=not o.quiet,
     )
     return _print_run(run, o)
@@ -139,8 +145,11 @@ def _parity(o: argparse.Namespace) -> int:
     found = verbs.parity(o.run, **configuration(o))
     if found.is_identical:
         line = f"identical: {found.num_steps} decisions"
+        line += f" of instances, {found.num_decisions} of the router" * bool(found.num_decisions)
     else:
-        line = f"step {found.step} differs\n  engine     {found.engine}\n  simulator  {found.simulator}"
+        where = f"instance {found.instance}: " * (found.instance is not None)
+        what = f"{where}step {found.step}" if found.decision is None else f"the router's decision {found.decision}"
+        line = f"{what} differs\n  engine     {found.engine}\n  simulator  {found.simulator}"
     _print(o, {**asdict(found), "is_identical": found.is_identical}, line)
     return 0 if found.is_identical else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,9 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
 def fleet_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("fleet")
     group.add_argument("--cluster", type=Path, metavar="FILE", help="a cluster file (TOML), see `xllm_lab.fleet_file`")
-    group.add_argument("--instances", type=int, metavar="N", help="N instances that take turns, instead of --cluster")
+    group.add_argument("--instances", type=int, metavar="N", help="N instances, instead of --cluster")
+    group.add_argument("--route", metavar="NAME", help="routing policy, instead of the file's; else round-robin")
+    group.add_argument("--failover", metavar="NAME", help="failover policy, instead of the file's; else cancel")
 
 
 def machine(o: argparse.Namespace) -> Machine:
@@ -72,12 +75,22 @@ def fleet(o: argparse.Namespace) -> FleetConfig | None:
     """The fleet that the options describe, or None for a single instance."""
     from xllm_lab.fleet_config import FleetConfig
     from xllm_lab.fleet_file import read_fleet
+    from xllm_lab.policies.catalog import make_policy
 
     if o.cluster is not None and o.instances is not None:
         raise ConfigError("give --cluster or --instances, one of them")
+    chosen = {
+        decides: make_policy(decides, name, {})
+        for decides in ("route", "failover")
+        if (name := getattr(o, decides)) is not None
+    }
     if o.cluster is not None:
-        return read_fleet(o.cluster)
-    return None if o.instances is None else FleetConfig(num_instances=o.instances)
+        return replace(read_fleet(o.cluster), **chosen)
+    if o.instances is not None:
+        return replace(FleetConfig(num_instances=o.instances), **chosen)
+    if chosen:
+        raise ConfigError(f"--{next(iter(chosen))} without a fleet; accepted: with --instances or --cluster")
+    return None
 
 
 def _deployment(o: argparse.Namespace) -> Deployment:

@@ -166,3 +166,10 @@ def engine(o: argparse.Namespace) -> EngineOptions:
 def followed(o: argparse.Namespace) -> bool:
     """Whether torchrun started this process as a rank other than 0; it has then served rank 0 to its end."""
     return o.tensor_parallel > 1 and verbs.follow()
+
+
+def served_fleet_options(parser: argparse.ArgumentParser) -> None:
+    """Of a fleet of engine processes, beside `machine.fleet_options`."""
+    group = parser.add_argument_group("engine processes")
+    group.add_argument("--registry", default="embedded", metavar="URL", help="embedded, or etcd://HOST:PORT/PREFIX")
+    group.add_argument("--listen", default="127.0.0.1", metavar="HOST", help="where all of them listen; else loopback")

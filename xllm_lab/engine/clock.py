@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from xllm_lab.errors import ConfigError
@@ -41,13 +42,17 @@ class Timed(NamedTuple, Generic[T]):
 
 
 class WallClock:
-    """Real time: waiting sleeps."""
+    """Real time: waiting sleeps.
 
-    def __init__(self) -> None:
-        self._start_ns = time.perf_counter_ns()
+    Args:
+        start_ns: of the run, as `machine_ns` reads it; None is now.
+    """
+
+    def __init__(self, start_ns: int | None = None) -> None:
+        self._start_ns = machine_ns() if start_ns is None else start_ns
 
     def now_us(self) -> int:
-        return (time.perf_counter_ns() - self._start_ns) // 1000
+        return (machine_ns() - self._start_ns) // 1000
 
     def wait_until(self, until_us: int) -> int:
         while (now_us := self.now_us()) < until_us:
@@ -80,11 +85,25 @@ class VirtualClock:
         self._zero_ns -= max(0, until_us - self.now_us()) * 1000
         return self.now_us()
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """What happens inside takes no time: it is no work of this engine's. Nothing may run beside it on wall time."""
+        before_ns = self._read_ns()
+        try:
+            yield
+        finally:
+            self._zero_ns += self._read_ns() - before_ns
+
     def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
         start_us = self.now_us() if self._is_shared else not_before_us
         before_ns = self._read_ns()
         result = work()
         return Timed(result, start_us, start_us + (self._read_ns() - before_ns) // 1000)
+
+
+def machine_ns() -> int:
+    """Nanoseconds of the machine's one monotonic clock, which all of its processes read alike; its zero is anywhere."""
+    return time.monotonic_ns()
 
 
 def timer_ns(timer: str) -> Callable[[], int]:

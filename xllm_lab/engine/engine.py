@@ -30,6 +30,7 @@ from xllm_lab.engine.rank_place import refuse_other_size
 from xllm_lab.engine.ranks import Ranks, lead
 from xllm_lab.engine.rehearsal import measure_step_time, warm_up
 from xllm_lab.engine.runner import Runner
+from xllm_lab.engine.seat import Seat
 from xllm_lab.engine.sharding import refuse_if_indivisible
 from xllm_lab.engine.workspace import most_logits
 from xllm_lab.errors import ConfigError
@@ -197,19 +198,25 @@ class Engine:
         """
         self._refuse(workload, config, policies)
         shapes = shapes_of(policies.shapes, config)
-        proposer = self._proposer(policies, config)
+        proposer = self.proposer(policies, config)
         drafting = drafting_of(policies.draft, proposer, step_time=step_time, draft_time=draft_time)
         scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes, drafting=drafting)
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
 
     def serve_on(
-        self, scheduler: Scheduler, feed: Feed, prompt_ids: Callable[[Request], TokenIds]
+        self,
+        scheduler: Scheduler,
+        feed: Feed,
+        prompt_ids: Callable[[Request], TokenIds],
+        *,
+        seat: Seat | None = None,
     ) -> dict[str, Any] | None:
         """Serve what a feed brings, to its end, on a scheduler that its owner can look into meanwhile.
 
         Args:
             prompt_ids: as in `serving.serve`; all in the model's vocabulary.
+            seat: in a fleet; None is alone, and time begins when the engine is warm.
 
         Returns:
             as `serve`.
@@ -223,15 +230,16 @@ class Engine:
             with self.device.refusing_what_does_not_fit("a step at the configured limits"):
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
-            clock = make_clock(self.options.clock, self.options.timer)
+            clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
             with Lane(clock, beside=config.async_scheduling != "off") as lane:
                 drafts = None if scheduler.drafting is None else scheduler.drafting.proposer
                 assert drafts is None or isinstance(drafts, EngineDrafts), "drafts are the engine's own"
                 if drafts is not None:
                     drafts.serve(clock, runner)
                 launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts)
-                conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch)
-                self._answer(conversation, launcher)
+                start_us = 0 if seat is None else seat.start_us
+                conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch, start_us=start_us)
+                self._answer(conversation, launcher, seat)
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
@@ -244,14 +252,17 @@ class Engine:
             self._abandon()
             raise
 
-    def _answer(self, conversation: Conversation, launcher: Launcher) -> None:
+    def _answer(self, conversation: Conversation, launcher: Launcher, seat: Seat | None) -> None:
         try:
             command = next(conversation)
             while True:
                 if isinstance(command, Idle):
-                    assert command.until_us is not None, "a workload says when its next request comes"
-                    answer: Completion | Woke = Woke(launcher.rest(command.until_us))
+                    until_us = command.until_us if seat is None else seat.rest()
+                    assert until_us is not None, "a workload says when its next request comes"
+                    answer: Completion | Woke = Woke(launcher.rest(until_us))
                 else:
+                    if seat is not None:
+                        seat.planned(command)
                     launched, done = launcher.wait_for(command)
                     answer = self._completion(command, launched, done)
                 command = conversation.send(answer)
@@ -302,7 +313,7 @@ class Engine:
                 timing=timing,
                 model=self.describe(),
                 graphs=graphs,
-                drafts=None if isinstance(policies.draft, Off) else self._describe_drafts(),
+                drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
                 **describe(config, policies, step_time, workload, draft_time),
             )
             fill_run(folder, manifest, workload, records)
@@ -323,7 +334,7 @@ class Engine:
             "tensor_parallel": self.options.tensor_parallel,
         }
 
-    def _describe_drafts(self) -> dict[str, Any]:
+    def describe_drafts(self) -> dict[str, Any]:
         """What a policy may choose from, for manifests."""
         smaller = self.draft_model
         model = None if smaller is None else {"name": smaller.name, "checksum": smaller.checksum}
@@ -335,18 +346,16 @@ class Engine:
             return measure_step_time(self._runner(config), config, self._lead, self.options.timer)
 
     def _refuse(self, workload: Workload, config: InstanceConfig, policies: Policies) -> None:
+        self.refuse(config, policies)
+        refuse_unknown_tokens(workload, self.model.config.vocab_size)
+
+    def refuse(self, config: InstanceConfig, policies: Policies) -> None:
+        """ConfigError for a context longer than the model's, or a draft policy that cannot be served here."""
         if config.max_model_len > self.model.config.max_position:
             raise ConfigError(
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
                 f"{self.model.config.max_position}"
             )
-        for request in workload.requests:
-            for token in request.prompt.token_ids or ():
-                if not 0 <= token < self.model.config.vocab_size:
-                    raise ConfigError(
-                        f"request {request.id}: token id {token}; the vocabulary accepts 0 to "
-                        f"{self.model.config.vocab_size - 1}"
-                    )
         self._refuse_method(policies.draft)
 
     def _refuse_method(self, policy: DraftPolicy) -> None:
@@ -395,7 +404,7 @@ class Engine:
         runner.workspace.reserve(tokens=longest, logits=runner.most_logits)
         return runner
 
-    def _proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
+    def proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
         """Every method that this engine can draft by, and of those what the policy may ask for."""
         method = getattr(policies.draft, "method", None)
         makers: dict[str, Maker] = {name: partial(make, config) for name, make in self._makers().items()}
@@ -425,3 +434,13 @@ class Engine:
     def _stops(self, request: Request, token: int) -> bool:
         sampling = request.sampling
         return not sampling.ignore_eos and (token in sampling.stop_token_ids or token in self.model.eos_token_ids)
+
+
+def refuse_unknown_tokens(workload: Workload, vocab_size: int) -> None:
+    """ConfigError for a prompt with a token that is not in the vocabulary."""
+    for request in workload.requests:
+        for token in request.prompt.token_ids or ():
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"request {request.id}: token id {token}; the vocabulary accepts 0 to {vocab_size - 1}"
+                )

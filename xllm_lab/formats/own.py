@@ -96,6 +96,16 @@ def encode(workload: Workload) -> bytes:
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
+def request_cells(request: Request) -> dict[str, Any]:
+    """A request as a row of the file."""
+    return _cells(request)
+
+
+def request_from(cells: dict[str, Any], where: str) -> Request:
+    """Inverse of `request_cells`; TraceError names `where`, and the field of what cannot be read."""
+    return _value(Request, Row(Path(where), 1, cells), "")
+
+
 class _Header(typing.NamedTuple):
     seed: int
     closed_loop: ClosedLoop | None

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from xllm_lab.dispatch import FIRST_INSTANCE
 from xllm_lab.draft_time import DraftTime, draft_loads
 from xllm_lab.drafting import Proposer
 from xllm_lab.request_state import placeholder
@@ -34,8 +35,6 @@ from xllm_lab.workload import RequestId
 _MOST_STEPS = 256
 # Fewer are priced faster one by one.
 _FEWEST_STEPS = 4
-# At equal times: what comes from outside, then instances in order of id.
-FROM_OUTSIDE, FIRST_INSTANCE = 0, 1
 
 
 class Stretch:

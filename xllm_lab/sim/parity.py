@@ -32,21 +32,36 @@ class Decision(NamedTuple):
     drafts: tuple[tuple[int, str, int, int], ...] = ()  # (id, method, asked for, made)
 
 
+class RouterDecision(NamedTuple):
+    """What parity compares of a router: the instance or the action that was chosen, and why."""
+
+    chosen: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """The outcome. `step` is the first that differs, with what each host decided; `None` if all are identical."""
+    """The outcome. `step` is the first that differs, with what each host decided; `None` if all are identical.
+
+    Attributes:
+        instance: of a fleet, whose step it is.
+        num_decisions: of a fleet's router, all alike if `decision` is None, which else is the first that differs.
+    """
 
     num_steps: int
     step: int | None = None
-    engine: Decision | None = None
-    simulator: Decision | None = None
+    engine: Decision | RouterDecision | None = None
+    simulator: Decision | RouterDecision | None = None
+    instance: int | None = None
+    num_decisions: int = 0
+    decision: int | None = None
 
     @property
     def is_identical(self) -> bool:
-        return self.step is None
+        return self.step is None and self.decision is None
 
 
-class _DifferenceError(Exception):
+class DifferenceError(Exception):
     """`args` are the step's index and its `Decision`: SimPy raises what a process raised anew, from its args alone."""
 
 
@@ -90,8 +105,8 @@ class Recorded:
 
     def stretch(self, step: Step) -> Stretch:
         decided = _decision_of_step(step)
-        if self._next == len(self._steps) or _decision_of_record(self._steps[self._next]) != decided:
-            raise _DifferenceError(step.index, decided)
+        if self._next == len(self._steps) or decision_of_record(self._steps[self._next]) != decided:
+            raise DifferenceError(step.index, decided)
         self._next += 1
         return Stretch((self._steps[step.index].end_us,), (False,))
 
@@ -124,12 +139,16 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
     """
     if run.manifest.host != "engine":
         raise ConfigError(f"{run.path}: is a {run.manifest.host} run; accepted: an engine run")
+    if run.manifest.fleet is not None:
+        from xllm_lab.sim.fleet_parity import fleet_parity  # which needs what stands here
+
+        return fleet_parity(run, policies=policies)
     records = run.records
     # Where the engine did not speculate, a policy that would may choose from all.
     recorded = Recorded(records, methods=METHODS if run.manifest.drafts is None else run.manifest.drafts["methods"])
     try:
         run_simulation(
-            _as_it_arrived(run.workload, records),
+            as_it_arrived(run.workload, records),
             run.manifest.instance_config(),
             policies or run.manifest.instance_policies(),
             recorded,
@@ -137,15 +156,15 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
             step_time=run.manifest.step_time_model(),
             draft_time=run.manifest.draft_time_model(),
         )
-    except _DifferenceError as difference:
+    except DifferenceError as difference:
         step, simulator = difference.args
-        engine = _decision_of_record(records.steps[step]) if step < len(records.steps) else None
+        engine = decision_of_record(records.steps[step]) if step < len(records.steps) else None
         return Parity(num_steps=len(records.steps), step=step, engine=engine, simulator=simulator)
     except PolicyError:
         pass  # it gave up before the engine did; the count below says where
     step = recorded.num_replayed
     if step < len(records.steps):
-        return Parity(num_steps=len(records.steps), step=step, engine=_decision_of_record(records.steps[step]))
+        return Parity(num_steps=len(records.steps), step=step, engine=decision_of_record(records.steps[step]))
     return Parity(num_steps=len(records.steps))
 
 
@@ -160,7 +179,7 @@ def _drawn(request: RequestRecord, num_tokens: int, num_accepted: int) -> Sample
     return Sampled(request.output_token_ids[position], is_last and request.finish_reason is FinishReason.STOP, accepted)
 
 
-def _as_it_arrived(workload: Workload, records: Records) -> Workload:
+def as_it_arrived(workload: Workload, records: Records) -> Workload:
     """The workload with the arrivals of a run, which in a closed loop are known only afterwards."""
     arrival_us = {r.id: r.arrival_us for r in records.requests}
 
@@ -177,7 +196,8 @@ def _decision_of_step(step: Step) -> Decision:
     )
 
 
-def _decision_of_record(step: StepRecord) -> Decision:
+def decision_of_record(step: StepRecord) -> Decision:
+    """What an engine decided for a step."""
     tokens = tuple(zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True))
     admitted, preempted, graph_tokens = tuple(step.admitted), tuple(step.preempted), step.graph_tokens
     drafts = tuple(zip(step.draft_ids, step.draft_methods, step.num_asked, step.num_drafted, strict=True))

@@ -1,0 +1,356 @@
+"""The engine's fleet: a router in this process, and an engine process for each instance."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from xllm_lab.decisions import (
+    DECISIONS_FILE,
+    DELIVERIES_FILE,
+    DecisionLog,
+    Delivery,
+    FleetDecision,
+    decision_table,
+    delivery_table,
+)
+from xllm_lab.dispatch import Dispatch
+from xllm_lab.draft_time import DraftTime
+from xllm_lab.engine.clock import make_clock
+from xllm_lab.engine.cluster.calendar import VirtualCalendar, WallCalendar
+from xllm_lab.engine.cluster.processes import Processes
+from xllm_lab.engine.cluster.seats import LockstepSeat, ProcessSeat, Surroundings, WallSeat
+from xllm_lab.engine.engine import EngineOptions, refuse_unknown_tokens
+from xllm_lab.errors import ConfigError, InstanceError, PolicyError
+from xllm_lab.fleet_config import FleetConfig, LinkConfig
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.catalog import policy_name, values_of
+from xllm_lab.policies.draft.off import Off
+from xllm_lab.policies.of_instance import Policies
+from xllm_lab.policies.routing import InstanceId
+from xllm_lab.progress import tell
+from xllm_lab.records import Records
+from xllm_lab.registry import open_registry
+from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
+from xllm_lab.step_time import StepTime
+from xllm_lab.wire import GoneError
+from xllm_lab.workload import Workload
+
+_LOOK_S = 0.02  # at who is lost, in real time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a serving leaves behind beside its records.
+
+    Attributes:
+        graphs: of each instance that was up in the end.
+    """
+
+    decisions: Sequence[FleetDecision]
+    deliveries: Sequence[Delivery]
+    graphs: dict[str, Any] | None
+
+
+class EngineFleet:
+    """Engine processes with the model loaded; they serve any number of workloads, one after another. Close it.
+
+    Args:
+        options: of each engine. On a virtual clock they serve in lockstep, on a wall clock side by side.
+        registry: "embedded", or "etcd://HOST:PORT/PREFIX".
+        host: on which all of them listen.
+
+    Raises:
+        ConfigError: options that a fleet cannot have, or a registry that does not answer.
+        InstanceError: an engine process does not come up.
+    """
+
+    def __init__(
+        self, options: EngineOptions, num_instances: int, *, registry: str = "embedded", host: str = "127.0.0.1"
+    ) -> None:
+        make_clock(options.clock, options.timer)
+        if options.tensor_parallel != 1:
+            raise ConfigError(f"tensor_parallel is {options.tensor_parallel} in a fleet; accepted: 1")
+        if num_instances < 1:
+            raise ConfigError(f"num_instances is {num_instances}, at least 1 is accepted")
+        self.options = options
+        opened = open_registry(registry, host)
+        self.processes = Processes(options, num_instances, opened, host)
+        self.registry_url = opened.url
+        try:
+            self._come_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _come_up(self) -> None:
+        for instance in self.processes.instances:
+            self.processes.start(instance)
+        for instance in self.processes.instances:
+            self.processes.await_up(instance)
+        hellos = [self._hello(instance) for instance in self.processes.instances]
+        self.model: dict[str, Any] = hellos[0]["model"]
+        self.drafts: dict[str, Any] = hellos[0]["drafts"]
+        for instance, hello in zip(self.processes.instances, hellos, strict=True):
+            if hello["model"]["checksum"] != self.model["checksum"]:
+                raise InstanceError(f"instance {instance} loaded another model; accepted: the same for all")
+
+    def _hello(self, instance: InstanceId) -> dict[str, Any]:
+        process = self.processes.process(instance)
+        assert process is not None, "it came up"
+        return process.hello
+
+    @property
+    def process_ids(self) -> dict[InstanceId, int]:
+        """Of the instances whose process was started and not given up."""
+        running = {instance: self.processes.process(instance) for instance in self.processes.instances}
+        return {instance: process.popen.pid for instance, process in running.items() if process is not None}
+
+    @property
+    def addresses(self) -> dict[InstanceId, str]:
+        """Where the engine processes listened, HOST:PORT."""
+        running = {instance: self.processes.process(instance) for instance in self.processes.instances}
+        return {i: p.entry.address for i, p in running.items() if p is not None and p.entry is not None}
+
+    def close(self) -> None:
+        """All engine processes end."""
+        self.processes.close()
+
+    def __enter__(self) -> EngineFleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def serve(
+        self,
+        workload: Workload,
+        fleet: FleetConfig,
+        config: InstanceConfig,
+        policies: Policies,
+        records: Records,
+        *,
+        step_time: StepTime | None = None,
+        draft_time: DraftTime | None = None,
+    ) -> Served:
+        """Serve a workload to its end. Every request ends once, finished or with a reason, whoever is lost.
+
+        Raises:
+            ConfigError: the model, the clock or the number of processes does not go with what is asked for.
+            PolicyError: a policy planned something illegal, or starves a request.
+            InstanceError: an engine process does not come up.
+        """
+        self._refuse(workload, fleet, config, policies, step_time)
+        by_method = {} if draft_time is None else draft_time.weights
+        opening = {
+            "instance": values_of(config),
+            "policies": policies.as_dict(),
+            "step_time": None if step_time is None else list(step_time.weights),
+            "draft_time": {method: list(weights) for method, weights in by_method.items()},
+            "seed": workload.seed,
+            "heartbeat_us": fleet.heartbeat_us,
+        }
+        serving = _Serving(
+            processes=self.processes,
+            workload=workload,
+            fleet=fleet,
+            config=config,
+            vocab_size=self.model["vocab_size"],
+            records=records,
+            opening=opening,
+        )
+        try:
+            seats = serving.in_real_time() if self.options.clock == "wall" else serving.in_lockstep()
+        except BaseException:
+            self.close()  # nobody knows where each of them is
+            raise
+        records.steps.sort(key=lambda s: (s.end_us, s.instance))
+        graphs = [seat.graphs for seat in seats]
+        known = {"instances": graphs} if any(g is not None for g in graphs) else None
+        return Served(decisions=serving.log.decisions, deliveries=serving.deliveries, graphs=known)
+
+    def replay(
+        self,
+        workload: Workload,
+        fleet: FleetConfig,
+        config: InstanceConfig,
+        policies: Policies,
+        *,
+        out: Path,
+        step_time: StepTime | None = None,
+        draft_time: DraftTime | None = None,
+        recorder: Records | None = None,
+    ) -> Run:
+        """Serve a workload and write the run folder: as a simulated fleet's, and every decision with its view.
+
+        Raises:
+            RequestTooLargeError: a request could never run on this configuration.
+            as `serve`, and RunError if the folder exists or cannot be written.
+        """
+        for request in workload.requests:
+            config.refuse_if_too_large(request)
+        records = Records() if recorder is None else recorder
+        with new_folder(out) as folder:
+            served = self.serve(
+                *(workload, fleet, config, policies, records), step_time=step_time, draft_time=draft_time
+            )
+            timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
+            manifest = Manifest(
+                host="engine",
+                timing={**timing, "registry": self.registry_url.partition(":")[0]},
+                model=self.model,
+                fleet=fleet.as_dict(),
+                graphs=served.graphs,
+                drafts=None if isinstance(policies.draft, Off) else self.drafts,
+                **describe(config, policies, step_time, workload, draft_time),
+            )
+            fill_run(folder, manifest, workload, records)
+            pq.write_table(decision_table(served.decisions), folder / DECISIONS_FILE, write_page_checksum=True)
+            pq.write_table(delivery_table(served.deliveries), folder / DELIVERIES_FILE, write_page_checksum=True)
+        return Run(out, manifest)
+
+    def tell_where(self) -> None:
+        """One line for people: who listens where."""
+        where = ", ".join(f"{instance} at {address}" for instance, address in self.addresses.items())
+        tell(f"xllm-lab: registry {self.registry_url}; instances: {where}")
+
+    def _refuse(
+        self,
+        workload: Workload,
+        fleet: FleetConfig,
+        config: InstanceConfig,
+        policies: Policies,
+        step_time: StepTime | None,
+    ) -> None:
+        options, num = self.options, len(self.processes.instances)
+        if fleet.num_instances != num:
+            raise ConfigError(f"num_instances is {fleet.num_instances}, and {num} processes are up; accepted: {num}")
+        if options.clock == "wall" and fleet.link != LinkConfig():
+            raise ConfigError("[link] on clock 'wall', where links are real; accepted: clock 'virtual'")
+        if options.clock == "virtual" and options.timer == "wall" and config.async_scheduling != "off":
+            raise ConfigError(
+                f"async_scheduling is {config.async_scheduling!r}: a fleet in lockstep cannot tell host from device "
+                "on wall time; accepted: timer 'cpu', clock 'wall', or async_scheduling 'off'"
+            )
+        for decides, policy in policies:
+            if step_time is None and getattr(policy, "needs_step_time", False):
+                name = policy_name(policy)
+                raise ConfigError(f"{decides} policy {name} needs step times; accepted: a machine's calibration")
+        refuse_unknown_tokens(workload, self.model["vocab_size"])
+
+
+@dataclass(slots=True, kw_only=True)
+class _Serving:
+    """One workload's way through the fleet."""
+
+    processes: Processes
+    workload: Workload
+    fleet: FleetConfig
+    config: InstanceConfig
+    vocab_size: int
+    records: Records
+    opening: dict[str, Any]
+    log: DecisionLog = field(default_factory=DecisionLog)
+    deliveries: list[Delivery] = field(default_factory=list)
+    dispatch: Dispatch = field(init=False)
+
+    def open_dispatch(self, calendar: VirtualCalendar, *, asks_for_loads: bool) -> None:
+        self.dispatch = Dispatch(
+            *(self.workload, self.fleet, self.config, calendar),
+            recorder=self.records,
+            vocab_size=self.vocab_size,
+            on_decision=self.log.listener(),
+            asks_for_loads=asks_for_loads,
+        )
+        self.log.sees_index = self.opening["tells_index"] = self.dispatch.router.needs_index
+
+    def in_lockstep(self) -> Sequence[ProcessSeat]:
+        """The router's virtual time is everybody's."""
+        calendar = VirtualCalendar()
+        self.open_dispatch(calendar, asks_for_loads=True)
+        seats = [LockstepSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
+        self._begin(seats)
+        while self.dispatch.num_open or any(seat.is_up and not seat.is_at_rest for seat in seats):
+            self._look_after(seats, calendar)
+            if not calendar.has_more and self.dispatch.num_open:
+                raise PolicyError(
+                    f"the batch policy leaves {self.dispatch.num_open} requests waiting for ever "
+                    f"at {calendar.now_us} us"
+                )
+            if calendar.has_more:
+                calendar.run_next()
+        self._end(seats)
+        return seats
+
+    def in_real_time(self) -> Sequence[ProcessSeat]:
+        """All engines serve side by side, from the moment in which the last of them is warm."""
+        calendar = WallCalendar()
+        self.open_dispatch(calendar, asks_for_loads=False)
+        seats = [WallSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
+        for seat in seats:
+            seat.dispatch = self.dispatch
+            _prepared(seat)
+        calendar.start()
+        self._begin(seats)
+        while self.dispatch.num_open:
+            calendar.run_due()
+            self._look_after(seats, calendar)
+            self._listen(seats, calendar)
+        self._end(seats)
+        return seats
+
+    def _listen(self, seats: Sequence[WallSeat], calendar: WallCalendar) -> None:
+        """Until somebody says something, or something is due."""
+        wait_s = _LOOK_S if calendar.next_us is None else min(_LOOK_S, calendar.left_s())
+        speaking = {seat.channel.fileno(): seat for seat in seats if seat.is_up}
+        ready, _, _ = select.select(list(speaking), [], [], wait_s)
+        calendar.run_due()
+        for number in ready:
+            seat = speaking[number]
+            try:
+                if seat.is_up:
+                    seat.hear()
+            except GoneError:
+                self.dispatch.fail(seat.id)
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(self.processes, self.records, self.deliveries, self.opening, self._comes_back)
+
+    def _comes_back(self, instance: InstanceId, now_us: int) -> bool:
+        return any(o.instance == instance and o.start_us <= now_us < o.end_us for o in self.fleet.outages)
+
+    def _begin(self, seats: Sequence[ProcessSeat]) -> None:
+        for seat in seats:
+            seat.dispatch = self.dispatch
+        self.dispatch.begin(seats)
+
+    def _look_after(self, seats: Sequence[ProcessSeat], calendar: VirtualCalendar) -> None:
+        """Whoever is lost fails; when nobody is left and nobody comes back, what is held is given up."""
+        for seat in seats:
+            if seat.is_up and self.processes.is_lost(seat.id):
+                self.dispatch.fail(seat.id)
+        comes = any(o.end_us >= calendar.now_us for o in self.fleet.outages)
+        if not self.dispatch.router.up and not comes:
+            self.dispatch.give_up()
+
+    def _end(self, seats: Sequence[ProcessSeat]) -> None:
+        """They are ready for another serving."""
+        for seat in seats:
+            with contextlib.suppress(GoneError):
+                seat.end()
+        for instance in self.processes.instances:
+            if self.processes.is_lost(instance):
+                self.processes.kill(instance)
+
+
+def _prepared(seat: WallSeat) -> None:
+    try:
+        seat.prepare()
+    except GoneError as error:
+        raise InstanceError(f"instance {seat.id}: {error}") from None

@@ -1,0 +1,214 @@
+"""Parity of an engine's fleet: every life of every instance scheduled anew, every decision of the router taken anew.
+
+an instance's life      from the moment in which it comes up to its end, or to its failure: what it met and when it
+                        looked is in deliveries.parquet, how long its steps took in steps.parquet
+a router's decision     decisions.parquet has the view that it was taken on
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import simpy
+
+from xllm_lab.decisions import (
+    DECISION_SCHEMA,
+    DECISIONS_FILE,
+    DELIVERIES_FILE,
+    DELIVERY_SCHEMA,
+    Delivery,
+    FleetDecision,
+    SeenFailover,
+    SeenRoute,
+    decisions_from,
+    deliveries_from,
+)
+from xllm_lab.drafting import drafting_of
+from xllm_lab.errors import PolicyError
+from xllm_lab.fleet_config import FleetConfig, fleet_config
+from xllm_lab.policies.draft import METHODS
+from xllm_lab.policies.of_instance import Policies
+from xllm_lab.policies.routing import ById
+from xllm_lab.records import Records, RequestRecord, StepRecord
+from xllm_lab.request_state import new_record
+from xllm_lab.runs import Run, read_parquet
+from xllm_lab.scheduler import Scheduler
+from xllm_lab.serving import Event, serve
+from xllm_lab.sim.instance import Instance
+from xllm_lab.sim.parity import DifferenceError, Parity, Recorded, RouterDecision, as_it_arrived, decision_of_record
+from xllm_lab.step_shape import shapes_of
+from xllm_lab.workload import Request, RequestId, TokenIds, prompt_token_ids
+
+
+@dataclass(slots=True)
+class Life:
+    """One incarnation of an instance.
+
+    Attributes:
+        down_us: when it failed; None if it did not.
+        met: what it looked at, in order.
+    """
+
+    instance: int
+    up_us: int
+    down_us: int | None = None
+    met: list[Delivery] = field(default_factory=list)
+
+    def has(self, step: StepRecord) -> bool:
+        """Whether a step is its."""
+        is_before_its_end = self.down_us is None or step.start_us < self.down_us
+        return step.instance == self.instance and self.up_us <= step.start_us and is_before_its_end
+
+
+class Met:
+    """A `Feed` of what an instance met, at the times when it looked."""
+
+    def __init__(self, events: Iterable[tuple[int, Event]]) -> None:
+        self._events = deque(events)
+
+    @property
+    def next_us(self) -> int | None:
+        return self._events[0][0] if self._events else None
+
+    @property
+    def is_over(self) -> bool:
+        return not self._events
+
+    def pop_due(self, now_us: int) -> Event | None:
+        return self._events.popleft()[1] if self._events and self._events[0][0] <= now_us else None
+
+    def on_end(self, request: RequestId, now_us: int) -> None:
+        """Who comes next is known."""
+
+
+class RecordedLife(Recorded):
+    """As `Recorded`; it is known when the engine looked."""
+
+    def wake_us(self, until_us: int) -> int:
+        return until_us
+
+
+def fleet_parity(run: Run, *, policies: Policies | None = None) -> Parity:
+    """Compare an engine fleet's decisions with the simulator's on the same deliveries, step times, tokens and views.
+
+    Args:
+        policies: as of `parity`; the router's are the run's own.
+
+    Raises:
+        RunError: the run does not say what its router saw.
+    """
+    assert run.manifest.fleet is not None, "a fleet's run"
+    deliveries = deliveries_from(read_parquet(run.path / DELIVERIES_FILE, DELIVERY_SCHEMA))
+    decisions = decisions_from(read_parquet(run.path / DECISIONS_FILE, DECISION_SCHEMA))
+    num_steps = len(run.records.steps)
+    requests = {r.id: r for r in as_it_arrived(run.workload, run.records).requests}
+    for life in lives_of(deliveries):
+        differs = _life_differs(run, policies or run.manifest.instance_policies(), life, requests)
+        if differs is not None:
+            return differs
+    for number, (engine, simulator) in enumerate(_routed_again(fleet_config(run.manifest.fleet), decisions)):
+        if engine != simulator:
+            return Parity(
+                num_steps=num_steps,
+                num_decisions=len(decisions),
+                decision=number,
+                engine=engine,
+                simulator=simulator,
+            )
+    return Parity(num_steps=num_steps, num_decisions=len(decisions))
+
+
+def lives_of(deliveries: Sequence[Delivery]) -> list[Life]:
+    """Lives in order of their beginnings."""
+    present: dict[int, Life] = {}
+    lives: list[Life] = []
+    for met in deliveries:
+        if met.kind == "up":
+            present[met.instance] = Life(met.instance, met.us)
+            lives.append(present[met.instance])
+        elif met.kind == "down":
+            present[met.instance].down_us = met.us
+        else:
+            present[met.instance].met.append(met)
+    return lives
+
+
+def _life_differs(run: Run, policies: Policies, life: Life, requests: Mapping[RequestId, Request]) -> Parity | None:
+    """The first step that was decided otherwise, if there is one."""
+    manifest, config = run.manifest, run.manifest.instance_config()
+    steps = [step for step in run.records.steps if life.has(step)]
+    recorded = RecordedLife(
+        Records(run.records.requests, steps), methods=METHODS if manifest.drafts is None else manifest.drafts["methods"]
+    )
+    step_time, draft_time = manifest.step_time_model(), manifest.draft_time_model()
+    scheduler = Scheduler(
+        config,
+        policies.batch,
+        Records(),
+        step_time=step_time,
+        shapes=shapes_of(policies.shapes, config),
+        drafting=drafting_of(policies.draft, recorded, step_time=step_time, draft_time=draft_time),
+        instance=life.instance,
+    )
+
+    def prompt_ids(request: Request) -> TokenIds:
+        return prompt_token_ids(request, vocab_size=manifest.model["vocab_size"], seed=run.workload.seed)
+
+    env = simpy.Environment(initial_time=life.up_us)
+    feed = Met(_events(life, requests, {r.id: r for r in run.records.requests}))
+    Instance(env, serve(scheduler, feed, prompt_ids, start_us=life.up_us), recorded, feed)
+    at, simulator = None, None
+    try:
+        env.run()
+    except DifferenceError as difference:
+        at, simulator = difference.args
+    except PolicyError:
+        pass  # it gave up before the engine did; the count below says where
+    if recorded.num_replayed == len(steps) and (at is None or life.down_us is not None):
+        return None  # of one that failed, the next step never was
+    at = recorded.num_replayed if at is None else at
+    engine = decision_of_record(steps[at]) if at < len(steps) else None
+    index = steps[at].step if at < len(steps) else len(steps)
+    return Parity(
+        num_steps=len(run.records.steps), step=index, engine=engine, simulator=simulator, instance=life.instance
+    )
+
+
+def _events(
+    life: Life, requests: Mapping[RequestId, Request], records: Mapping[RequestId, RequestRecord]
+) -> Iterator[tuple[int, Event]]:
+    for us, _, kind, request_id in life.met:
+        assert request_id is not None, f"{kind} of no request"
+        request = requests[request_id]
+        record = _as_it_came(request, records[request_id], us) if kind == "arrives" else None
+        yield us, Event(kind == "arrives", request, record)
+
+
+def _as_it_came(request: Request, ended: RequestRecord, us: int) -> RequestRecord:
+    """The record of a request that came with the tokens that it had, if its instance had failed."""
+    record = new_record(request)
+    num_tokens = bisect_right(ended.token_times_us, us)
+    record.token_times_us = array("q", ended.token_times_us[:num_tokens])
+    record.output_token_ids = array("i", ended.output_token_ids[:num_tokens])
+    return record
+
+
+def _routed_again(
+    fleet: FleetConfig, decisions: Sequence[FleetDecision]
+) -> Iterator[tuple[RouterDecision, RouterDecision]]:
+    """Of each decision, the recorded one and the one that the policy takes on the recorded view."""
+    for d in decisions:
+        if d.instances is None:
+            lost = fleet.failover.decide(SeenFailover(d.now_us, d.request, d.num_up_instances))
+            again = RouterDecision(lost.action, lost.reason)
+        else:
+            assert d.num_routed is not None, "a routing decision"
+            assert d.block_size is not None, "a routing decision"
+            up = ById(d.instances)
+            plan = fleet.route.decide(SeenRoute(d.now_us, d.request, d.num_routed, d.block_size, up))
+            again = RouterDecision(str(plan.instance), plan.reason)
+        yield RouterDecision(d.chosen, d.reason), again

@@ -39,6 +39,7 @@ from xllm_lab.sim.instance import FROM_OUTSIDE, Instance, Timing, at
 from xllm_lab.sim.links import Link, Transfer
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
+from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 # Before what comes from clients, at equal times.
@@ -273,6 +274,7 @@ class Fleet:
                 step_time=step_time,
                 shapes=self.shapes,
                 drafting=drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time),
+                pages=virtual_kv_of(policies.pages, instance),
                 instance=k,
             )
             for k in range(config.num_instances)

@@ -480,6 +480,8 @@ class Scheduler:
         if ahead is not None:
             ahead.index += num_more
             ahead.decodes = ahead.decodes.later(num_more)
+            if ahead.pages is not None:
+                ahead.pages = ahead.pages.later(num_more * ahead.num_new_tokens)
             if self.shapes is not None:
                 self.shapes.place(ahead)
 

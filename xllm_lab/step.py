@@ -87,6 +87,10 @@ class PageMoves(NamedTuple):
         """Whether the step leaves the mapping as it is."""
         return not (self.maps or self.ahead or self.unmaps)
 
+    def later(self, num_tokens: int) -> PageMoves:
+        """The same when so many tokens more are there, which enter no page."""
+        return self._replace(kv_tokens=self.kv_tokens + num_tokens)
+
 
 class Decodes:
     """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""

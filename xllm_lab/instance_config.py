@@ -12,6 +12,7 @@ from xllm_lab.workload import Request
 # The ledger keeps every block in memory. Of 128 tokens each, so many hold half a billion tokens.
 MOST_KV_BLOCKS = 2**22
 ASYNC_SCHEDULING = ("off", "on", "length_aware")
+KV_LAYOUTS = ("paged", "virtual")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class InstanceConfig:
         async_scheduling: plan a step while the one before it runs, xLLM's `enable_schedule_overlap`: "off"; "on", where
             a request that ended is in one more step, in vain; or "length_aware", as in vLLM, where an end by length is
             foreseen, who is preempted keeps a token under way, and prompts can be shared once they are scheduled.
+        kv_layout: how attention sees a request's KV blocks: "paged", through its block table; or "virtual", xLLM's
+            xTensor, as one range of addresses into which they are mapped.
     """
 
     max_tokens_per_batch: Annotated[int, Knob(64, 10240, log=True), Flag("max_tokens_per_batch")] = 10240
@@ -37,6 +40,7 @@ class InstanceConfig:
     enable_prefix_cache: Annotated[bool, Choice(False, True), Flag("enable_prefix_cache")] = True
     max_model_len: int = 8192
     async_scheduling: Annotated[str, Flag("enable_schedule_overlap")] = "off"
+    kv_layout: Annotated[str, Choice("paged", "virtual"), Flag("enable_xtensor")] = "paged"
 
     def __post_init__(self) -> None:
         for name in ("max_tokens_per_batch", "max_seqs_per_batch", "block_size", "num_kv_blocks", "max_model_len"):
@@ -45,6 +49,8 @@ class InstanceConfig:
         if self.async_scheduling not in ASYNC_SCHEDULING:
             accepted = ", ".join(ASYNC_SCHEDULING)
             raise ConfigError(f"async_scheduling is {self.async_scheduling!r}, accepted: {accepted}")
+        if self.kv_layout not in KV_LAYOUTS:
+            raise ConfigError(f"kv_layout is {self.kv_layout!r}, accepted: {', '.join(KV_LAYOUTS)}")
         if self.num_kv_blocks > MOST_KV_BLOCKS:
             raise ConfigError(f"num_kv_blocks is {self.num_kv_blocks}, at most {MOST_KV_BLOCKS} is accepted")
 

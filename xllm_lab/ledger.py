@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import xxhash
@@ -56,6 +57,8 @@ class Ledger:
         self._tables: dict[RequestId, list[int]] = {}
         self._block_of: dict[BlockKey, int] = {}
         self._key_of: list[BlockKey | None] = [None] * num_blocks
+        # Of tables that changed: from which place on. For who follows them, and forgets what it has seen.
+        self.changed: dict[RequestId, int] | None = None
 
     @property
     def num_free_blocks(self) -> int:
@@ -97,6 +100,11 @@ class Ledger:
             num_idle += self._num_users[block] == 0
         return num_cached, num_idle
 
+    def next_blocks(self, num_blocks: int) -> list[int]:
+        """The blocks that would be taken next, in order, if nobody gave any back before; at most all free ones."""
+        found = self._clean[: -num_blocks - 1 : -1]
+        return found + list(islice(self._idle, num_blocks - len(found)))
+
     def attach(self, request: RequestId, keys: Sequence[BlockKey]) -> Sequence[int]:
         """Open a table with the longest cached run of `keys`, and return it; it grows as the request does."""
         assert request not in self._tables, f"request {request} holds blocks already"
@@ -107,6 +115,8 @@ class Ledger:
             self._num_users[block] += 1
         self._tables[request] = table
         self.version += 1
+        if self.changed is not None:
+            self.changed[request] = 0
         return table
 
     def grow(self, request: RequestId, num_tokens: int) -> None:
@@ -118,6 +128,8 @@ class Ledger:
     def extend(self, request: RequestId, num_blocks: int) -> None:
         """Give a request more blocks, clean ones first. The caller has checked that they are there."""
         table, clean = self._tables[request], self._clean
+        if self.changed is not None:
+            self.changed.setdefault(request, len(table))
         if num_blocks <= len(clean):
             table += clean[: -num_blocks - 1 : -1]
             del clean[len(clean) - num_blocks :]
@@ -132,11 +144,15 @@ class Ledger:
             block = table.pop()
             assert self._key_of[block] is None, f"request {request} gives up block {block}, which is indexed"
             self._clean.append(block)
+            if self.changed is not None:
+                self.changed[request] = min(len(table), self.changed.get(request, len(table)))
 
     def extend_each(self, requests: Iterable[RequestId]) -> None:
         """As `extend`, by one block each."""
         tables, clean = self._tables, self._clean
         for request in requests:
+            if self.changed is not None:
+                self.changed.setdefault(request, len(tables[request]))
             tables[request].append(clean.pop() if clean else self._evict())
 
     def publish(self, request: RequestId, first_block: int, keys: Sequence[BlockKey]) -> None:

@@ -158,6 +158,15 @@ class Lockstep:
         left = num_blocks - rounds * len(self.members)
         return rounds * self._block_size + bisect.bisect_right(list(accumulate(self._next_round())), left)
 
+    def due(self, num_ticks: int) -> list[RequestState]:
+        """Who takes a block with the tick after `num_ticks` more, in the order in which they take them."""
+        return list(self._due[(self.clock + num_ticks) % self._block_size].values())
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in KV of all members, at the clock."""
+        return self._offset_sum + len(self.members) * self.clock
+
     def _next_round(self) -> list[int]:
         """Blocks that each of the next ticks takes, as many ticks as a block has tokens; then it begins again."""
         due = self.clock % self._block_size

@@ -10,12 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from xllm_lab.exact_counts import ExactCounts
-from xllm_lab.records import FinishReason, Records, RequestRecord
+from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.request_columns import Flags, Floats, Ints, RequestColumns, columns_of
 
 SERVED = (FinishReason.LENGTH, FinishReason.STOP)
@@ -147,6 +147,11 @@ class Summary:
         acceptance_length: mean tokens that a step with drafts draws for a request, as vLLM and xLLM count it; at least
             1. What speculation saves in steps; None without it.
         num_drafted_tokens, num_wasted_tokens: drafts that were verified, and those of them in vain.
+        unused_page_frac: of mapped pages of virtual KV, those that no running request uses, mean over steps; this and
+            the next three are None where KV is paged.
+        unfilled_page_frac: of what the pages of running requests could hold, what is empty: internal fragmentation.
+        page_reuse_frac: of the pages that requests began to need, those that were mapped already.
+        map_frac: of the time of all steps, what they waited for pages.
     """
 
     num_requests: int
@@ -166,6 +171,10 @@ class Summary:
     acceptance_length: float | None
     num_drafted_tokens: int | None
     num_wasted_tokens: int | None
+    unused_page_frac: float | None
+    unfilled_page_frac: float | None
+    page_reuse_frac: float | None
+    map_frac: float | None
     ttft_us: Distribution | None
     tpot_us: Distribution | None
     itl_us: Distribution | None
@@ -174,6 +183,24 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class PageSums(NamedTuple):
+    """Sums over steps: columns of their records, and the pages that were mapped while they waited."""
+
+    num_late_pages: int
+    num_reused_pages: int
+    mapped_tokens: int
+    table_tokens: int
+    kv_tokens: int
+    map_us: int
+
+
+def page_sums(steps: Iterable[StepRecord]) -> PageSums:
+    """Of steps of virtual KV; of others there is nothing to add."""
+    virtual = [s for s in steps if s.mapped_tokens is not None]
+    counts = {name: sum(getattr(s, name) or 0 for s in virtual) for name in PageSums._fields[1:]}
+    return PageSums(sum(sum(s.page_maps[3::4]) for s in virtual), **counts)
 
 
 class Tally:
@@ -220,6 +247,10 @@ class Tally:
         """Steps that took so long in all."""
         self._sums.update(steps=num_steps, busy_us=busy_us)
 
+    def add_pages(self, pages: PageSums) -> None:
+        """What these steps had of virtual KV."""
+        self._sums.update(pages._asdict())
+
     def summary(self) -> Summary:
         """All metrics; at least one request has been added."""
         sums = self._sums
@@ -242,9 +273,25 @@ class Tally:
             acceptance_length=1 + sums["accepted"] / sums["verifications"] if sums["verifications"] else None,
             num_drafted_tokens=sums["drafted"] if sums["verifications"] else None,
             num_wasted_tokens=sums["drafted"] - sums["accepted"] if sums["verifications"] else None,
+            **self._pages(),
             itl_us=self._itl(),
-            **{name: self._distribution(parts) for name, parts in self._latencies.items()},
+            **self._distributions(),
         )
+
+    def _distributions(self) -> dict[str, Any]:
+        return {name: self._distribution(parts) for name, parts in self._latencies.items()}
+
+    def _pages(self) -> dict[str, Any]:
+        sums, names = self._sums, ("unused_page_frac", "unfilled_page_frac", "page_reuse_frac", "map_frac")
+        if not sums["mapped_tokens"]:
+            return dict.fromkeys(names)
+        values = (
+            1 - sums["table_tokens"] / sums["mapped_tokens"],
+            1 - _ratio(sums["kv_tokens"], sums["table_tokens"]),
+            _ratio(sums["num_reused_pages"], sums["num_reused_pages"] + sums["num_late_pages"]),
+            _ratio(sums["map_us"], sums["busy_us"]),
+        )
+        return dict(zip(names, values, strict=True))
 
     def _itl(self) -> Distribution | None:
         values, counts = self._itl_us.in_order()
@@ -265,6 +312,8 @@ def summarize(records: Records) -> Summary:
     else:
         steps_us = [(1, s.step_us) for s in records.steps]
     tally.add_steps(sum(num for num, _ in steps_us), sum(us for _, us in steps_us))
+    if not records.spans or any(s.pages is not None for s in records.spans):
+        tally.add_pages(page_sums(records.steps))
     return tally.summary()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from xllm_lab.drawn_draft_views import DrawnDraftView, drawn_draft_view
 from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_failover_view, drawn_route_view
+from xllm_lab.drawn_pages_views import DrawnPagesView, drawn_pages_view
 from xllm_lab.drawn_shape_views import DrawnShapeView, drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.policies.api import (
@@ -27,6 +28,8 @@ from xllm_lab.policies.draft_checks import draft_violations
 from xllm_lab.policies.failover import FailoverPlan
 from xllm_lab.policies.fleet_checks import failover_violations, route_violations
 from xllm_lab.policies.ordered import ByAdmission, ByArrival
+from xllm_lab.policies.pages import PagePlan
+from xllm_lab.policies.pages_checks import pages_violations
 from xllm_lab.policies.routing import ById, RoutePlan
 from xllm_lab.policies.shape_checks import shape_violations
 from xllm_lab.policies.shapes import ShapePlan
@@ -173,6 +176,30 @@ def _renamed_shapes(answer: int | None, rename: Rename) -> int | None:
     return answer
 
 
+# Nobody asks in which order slots are reclaimed.
+_PagesAnswer = tuple[int, tuple[tuple[int, int], ...], int]
+
+
+def _pages_answer(view: DrawnPagesView, plan: PagePlan) -> _PagesAnswer:
+    return plan.num_ahead, tuple(sorted(plan.reclaim.items())), plan.holds_for
+
+
+def _relisted_pages(view: DrawnPagesView) -> list[DrawnPagesView]:
+    shuffled = replace(view, free_slots=view.free_slots[::-1])
+    random.Random(view.number).shuffle(shuffled.free_slots)
+    return [shuffled]
+
+
+def _rename_pages(view: DrawnPagesView, rename: Rename) -> None:
+    for slot in view.free_slots:
+        slot.id = rename(slot.id)
+
+
+def _renamed_pages(answer: _PagesAnswer, rename: Rename) -> _PagesAnswer:
+    num_ahead, reclaim, holds_for = answer
+    return num_ahead, tuple((rename(slot), kept) for slot, kept in reclaim), holds_for
+
+
 KINDS = {
     "batch": Kind(
         drawn_view=drawn_view,
@@ -197,6 +224,14 @@ KINDS = {
         relisted=_relisted_failover,
         rename=_rename_failover,
         renamed=_renamed_failover,
+    ),
+    "pages": Kind(
+        drawn_view=drawn_pages_view,
+        violations=pages_violations,
+        answer=_pages_answer,
+        relisted=_relisted_pages,
+        rename=_rename_pages,
+        renamed=_renamed_pages,
     ),
     "route": Kind(
         drawn_view=drawn_route_view,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from xllm_lab.policies.api import RequestId
-from xllm_lab.step import Step, Work
+from xllm_lab.step import PageRun, Step, Work
 
 
 class FinishReason(enum.StrEnum):
@@ -104,6 +104,13 @@ class StepRecord:
         draft_ids, draft_methods, num_asked, num_drafted, num_accepted: per request that asked for drafts: its id, the
             method, how many it asked for, how many there were (`num_tokens` counts them), and how many were kept.
         draft_us: the host waited so long for drafts, where it was measured; `host_us` counts it.
+        page_maps, page_maps_ahead, page_unmaps: of virtual KV, what was mapped before the step, and mapped and unmapped
+            while it ran: each run of pages as four numbers, see `step.PageRun`.
+        num_reused_pages: pages that it began to need and that were mapped already; None where KV is paged.
+        mapped_tokens, table_tokens, kv_tokens: after its plan, tokens that all mapped pages could hold; that those of
+            running requests could; and tokens that these have. None where KV is paged.
+        map_us: the host waited so long for `page_maps`, where it was measured; `host_us` counts it.
+        beside_us: mapping and unmapping beside the step took so long, where it was measured.
     """
 
     step: int
@@ -130,6 +137,15 @@ class StepRecord:
     num_drafted: list[int] = field(default_factory=list)
     num_accepted: list[int] = field(default_factory=list)
     draft_us: int | None = None
+    page_maps: list[int] = field(default_factory=list)
+    page_maps_ahead: list[int] = field(default_factory=list)
+    page_unmaps: list[int] = field(default_factory=list)
+    num_reused_pages: int | None = None
+    mapped_tokens: int | None = None
+    table_tokens: int | None = None
+    kv_tokens: int | None = None
+    map_us: int | None = None
+    beside_us: int | None = None
 
     @property
     def step_us(self) -> int:
@@ -168,9 +184,39 @@ def steps_of(span: Step) -> Iterable[StepRecord]:
             num_drafted=[len(d.token_ids) for d in span.drafts],
             num_accepted=list(span.num_accepted),
             draft_us=span.draft_us,
+            **_pages(span, k),
             **({} if span.work is None else span.work._asdict()),
         )
         start_us = end_us
+
+
+def _pages(span: Step, num_repeats: int) -> dict[str, Any]:
+    """The fields of virtual KV, of a step or a repeat of it: that maps nothing, and has as much more in its pages."""
+    pages = span.pages
+    if pages is None:
+        return {}
+    is_first = num_repeats == 0
+    return {
+        "page_maps": flat(pages.maps) if is_first else [],
+        "page_maps_ahead": flat(pages.ahead) if is_first else [],
+        "page_unmaps": flat(pages.unmaps) if is_first else [],
+        "num_reused_pages": pages.num_reused if is_first else 0,
+        "mapped_tokens": pages.mapped_tokens,
+        "table_tokens": pages.table_tokens,
+        "kv_tokens": pages.kv_tokens + num_repeats * span.num_new_tokens,
+        "map_us": span.map_us if is_first else None,
+        "beside_us": span.beside_us if is_first else None,
+    }
+
+
+def flat(runs: Iterable[PageRun]) -> list[int]:
+    """Runs of pages as a record has them."""
+    return [*chain.from_iterable(runs)]
+
+
+def page_runs(numbers: Sequence[int]) -> tuple[PageRun, ...]:
+    """Inverse of `flat`."""
+    return tuple(PageRun(*numbers[k : k + 4]) for k in range(0, len(numbers), 4))
 
 
 class Recorder(Protocol):
@@ -223,6 +269,10 @@ class Records:
     __hash__ = None  # type: ignore[assignment]
 
 
+# Columns of virtual KV.
+PAGE_LISTS = ("page_maps", "page_maps_ahead", "page_unmaps")
+PAGE_COUNTS = ("num_reused_pages", "mapped_tokens", "table_tokens", "kv_tokens", "map_us", "beside_us")
+
 _INT32S = pa.list_(pa.int32())
 _INT64S = pa.list_(pa.int64())
 
@@ -270,6 +320,8 @@ STEP_SCHEMA = pa.schema(
         pa.field("draft_methods", pa.list_(pa.string()), nullable=False),
         *(pa.field(name, _INT32S, nullable=False) for name in ("num_asked", "num_drafted", "num_accepted")),
         pa.field("draft_us", pa.int64()),
+        *(pa.field(name, _INT64S, nullable=False) for name in PAGE_LISTS),
+        *(pa.field(name, pa.int64()) for name in PAGE_COUNTS),
     ]
 )
 
@@ -352,6 +404,7 @@ def step_table(spans: Sequence[Step]) -> pa.Table:
         "graph_tokens": _nullable([s.shape.num_tokens for s in spans], of_span),
         "draft_us": _nullable([s.draft_us for s in spans], of_span),
         **_draft_columns(spans, of_span),
+        **_page_columns(spans, of_span, ahead, is_first),
     }
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
@@ -415,6 +468,18 @@ def _draft_columns(spans: Sequence[Step], of_span: npt.NDArray[np.int64]) -> dic
     }
     rows = pa.array(of_span)
     return {name: pa.array(lists, type=kind).take(rows) for name, (kind, lists) in columns.items()}
+
+
+def _page_columns(
+    spans: Sequence[Step], of_span: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64], is_first: npt.NDArray[np.bool_]
+) -> dict[str, pa.Array]:
+    if all(s.pages is None for s in spans):
+        nobody: list[list[int]] = [[]] * len(spans)
+        columns = {name: _first_only(nobody, is_first) for name in PAGE_LISTS}
+        return columns | {name: pa.nulls(len(of_span), pa.int64()) for name in PAGE_COUNTS}
+    rows = [_pages(spans[s], k) for s, k in zip(of_span.tolist(), ahead.tolist(), strict=True)]
+    made = {name: pa.array([row.get(name, []) for row in rows], type=_INT64S) for name in PAGE_LISTS}
+    return made | {name: pa.array([row.get(name) for row in rows], type=pa.int64()) for name in PAGE_COUNTS}
 
 
 def _measured(spans: Sequence[Step], name: str) -> list[int | None]:

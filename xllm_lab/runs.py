@@ -34,7 +34,7 @@ from xllm_lab.records import (
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
-FORMAT = 5
+FORMAT = 6
 _FINISHED = "a Parquet file of a finished run"
 
 

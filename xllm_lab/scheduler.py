@@ -46,6 +46,7 @@ from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.step import NO_DECODES, Decodes, Draft, ScheduledChunk, Step
 from xllm_lab.step_shape import Shapes
+from xllm_lab.virtual_kv import VirtualKv
 from xllm_lab.workload import Request, RequestId, TokenIds
 
 _BY_ARRIVAL, _BY_ADMISSION = attrgetter("arrival_order"), attrgetter("admission_order")
@@ -68,6 +69,7 @@ class Scheduler:
     Args:
         shapes: says in which graph a step runs; None: eagerly.
         drafting: says who drafts; None: nobody.
+        pages: says what of virtual KV is mapped; None: KV is paged.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Scheduler:
         step_time: StepTimeView | None = None,
         shapes: Shapes | None = None,
         drafting: Drafting | None = None,
+        pages: VirtualKv | None = None,
         instance: int = 0,
     ) -> None:
         if getattr(policy, "needs_step_time", False) and step_time is None:
@@ -87,10 +90,11 @@ class Scheduler:
         self.config = config
         self.policy = policy
         self.instance = instance
-        self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
-        self._recorder = recorder
         self.shapes = shapes
         self.drafting = drafting
+        self.pages = pages
+        self.ledger = self._new_ledger()
+        self._recorder = recorder
         self._under_way: Step | None = None
         self._num_steps = self._num_recorded = 0
         self._live: dict[RequestId, RequestState] = {}
@@ -212,6 +216,8 @@ class Scheduler:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
         most = self._num_alike(step, ahead)
+        if self.pages is not None and most:
+            most = self.pages.most_repeats(most, step, ahead)
         return most if self.shapes is None or not most else self.shapes.num_alike(step, most)
 
     def _num_alike(self, step: Step, ahead: Step | None) -> int:
@@ -240,6 +246,8 @@ class Scheduler:
             # Nor may blocks that a waiting request would find be published in the middle.
             return 0 if is_read else self._num_chunk_repeats(step, min(most, latest.holds_for))
         free = ledger.num_clean_blocks if is_read else ledger.num_free_blocks
+        if self.pages is not None:
+            free = 0  # a block that is taken is a page to find
         return min(most, latest.holds_for, lockstep.most_ticks(free))
 
     @property
@@ -249,7 +257,7 @@ class Scheduler:
 
     def _num_chunk_repeats(self, step: Step, most: int) -> int:
         """Of `most` repeats of a step with a prompt's chunk, those for which blocks are left."""
-        left = self.ledger.num_free_blocks - step.keeps_free_blocks
+        left = self.ledger.num_free_blocks - step.keeps_free_blocks if self.pages is None else 0
         taken = map(add, self._lockstep.blocks_per_tick(most), self._chunk_blocks_per_repeat(most))
         return sum(total <= left for total in accumulate(taken))
 
@@ -283,6 +291,8 @@ class Scheduler:
         self._record(step, ends_us, ahead)
         if num_more:
             self._repeat(num_more, ahead)
+        if self.pages is not None:
+            self.pages.slots.over(step.index + num_more)
         now_us = ends_us[-1]
         ended: list[tuple[RequestState, FinishReason]] = []
         if step.decodes.ids:
@@ -325,11 +335,19 @@ class Scheduler:
         self._owed.clear()
         self._due.clear()
         self._victims.clear()
-        config = self.config
-        self.ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
-        self._lockstep = Lockstep(config.block_size)
+        self.ledger = self._new_ledger()
+        if self.pages is not None:
+            self.pages.reset()
+        self._lockstep = Lockstep(self.config.block_size)
         self._num_steps = self._num_recorded
         return lost
+
+    def _new_ledger(self) -> Ledger:
+        config = self.config
+        ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
+        if self.pages is not None:
+            ledger.changed = {}
+        return ledger
 
     def _decide(self, now_us: int) -> BatchPlan:
         view = self._view
@@ -391,7 +409,7 @@ class Scheduler:
         # What this step evicted, the policy did not know.
         is_news = ledger.version != version and self._is_prefix_index_read
         # Keywords would take three times as long, on every step of every simulation.
-        return Step(
+        step = Step(
             index,
             now_us,
             decodes,
@@ -408,6 +426,15 @@ class Scheduler:
             self.instance,
             drafts=drafts,
         )
+        if self.pages is not None:
+            self.pages.place(step, ledger, self._lockstep, tuple(self._singles.values()), self._num_kv_tokens())
+        return step
+
+    def _num_kv_tokens(self) -> int:
+        """Of all running requests, prefixes that several share as often as they are shared."""
+        view = self._view
+        alone = (*self._singles.values(), *view.prefilling, *view.draining)
+        return self._lockstep.kv_tokens + sum([state.num_computed_tokens for state in alone])
 
     def _speculate(self, state: RequestState, num_drafts: int) -> ScheduledChunk:
         if state.lockstep is not None:
@@ -453,6 +480,8 @@ class Scheduler:
         if ahead is not None:
             ahead.index += num_more
             ahead.decodes = ahead.decodes.later(num_more)
+            if ahead.pages is not None:
+                ahead.pages = ahead.pages.later(num_more * ahead.num_new_tokens)
             if self.shapes is not None:
                 self.shapes.place(ahead)
 
@@ -524,7 +553,7 @@ class Scheduler:
         self._forget_drafts(state.id)
         if self._foresees_length and state.num_drawn > state.record.output_tokens:
             self._due.append(state)
-        self.ledger.release(state.id)
+        self._release(state)
         state.record.num_preemptions += 1
         state.lose_kv()
         self._enter(self._view.waiting, state)
@@ -611,12 +640,17 @@ class Scheduler:
 
     def _end(self, state: RequestState, now_us: int, reason: FinishReason) -> None:
         self._forget_drafts(state.id)
-        self.ledger.release(state.id)
+        self._release(state)
         del self._live[state.id]
         _fill_placeholders(state)
         state.record.finish_us = now_us
         state.record.finish_reason = reason
         self._recorder.request(state.record)
+
+    def _release(self, state: RequestState) -> None:
+        self.ledger.release(state.id)
+        if self.pages is not None:
+            self.pages.slots.leave(state.id, self._num_steps - 1)
 
     def _record(self, step: Step, ends_us: Sequence[int], ahead: Step | None) -> None:
         step.ends_us, num_more = ends_us, len(ends_us) - 1

@@ -52,6 +52,46 @@ class Work(NamedTuple):
     gap_us: int | None
 
 
+class PageRun(NamedTuple):
+    """Pages [page, page + num_pages) of a slot, and the blocks [block, block + num_pages) that they are to show."""
+
+    slot: int
+    page: int
+    block: int
+    num_pages: int
+
+
+class PageMoves(NamedTuple):
+    """What a step does to the mapping of virtual KV.
+
+    Attributes:
+        maps: before it runs, because it needs them.
+        ahead: while it runs, for steps to come.
+        unmaps: then, too; their `block` is -1.
+        num_reused: pages that it began to need and that showed the right block already.
+        mapped_tokens: that pages mapped after it could hold, of all slots.
+        table_tokens: of those, that the pages of running requests could hold.
+        kv_tokens: of those, that are there; prefixes that several share count for each.
+    """
+
+    maps: tuple[PageRun, ...] = ()
+    ahead: tuple[PageRun, ...] = ()
+    unmaps: tuple[PageRun, ...] = ()
+    num_reused: int = 0
+    mapped_tokens: int = 0
+    table_tokens: int = 0
+    kv_tokens: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step leaves the mapping as it is."""
+        return not (self.maps or self.ahead or self.unmaps)
+
+    def later(self, num_tokens: int) -> PageMoves:
+        """The same when so many tokens more are there, which enter no page."""
+        return self._replace(kv_tokens=self.kv_tokens + num_tokens)
+
+
 class Decodes:
     """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""
 
@@ -92,6 +132,9 @@ class Step:
         rows_apart: in its graph each row of drafts is a sequence of its own, that shares its request's blocks.
         draft_us: how long the host waited for drafts, where it was measured. What a draft model computed beside earlier
             steps is not in it.
+        pages: of virtual KV; None where KV is paged.
+        map_us: how long the host waited for `pages.maps`, where it was measured.
+        beside_us: how long the rest of `pages` took beside the step, where it was measured.
         num_accepted: once it is over: of each of `drafts`, how many tokens were kept.
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
@@ -117,6 +160,9 @@ class Step:
     drafts: tuple[Draft, ...] = ()
     rows_apart: bool = False
     draft_us: int | None = None
+    pages: PageMoves | None = None
+    map_us: int | None = None
+    beside_us: int | None = None
     num_accepted: tuple[int, ...] = ()
     num_repeats: int = 0
     ends_us: Sequence[int] = ()
@@ -136,3 +182,8 @@ class Step:
     def num_logits(self) -> int:
         num_drafts = sum(len(d.token_ids) for d in self.drafts)
         return len(self.decodes.ids) + sum(c.samples for c in self.others) + num_drafts
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that it adds to KV, drafts included."""
+        return len(self.decodes.ids) + sum([c.num_tokens for c in self.others])

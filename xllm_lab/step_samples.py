@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from xllm_lab.draft_time import Drafted, draft_loads
 from xllm_lab.errors import ConfigError
-from xllm_lab.records import StepRecord
+from xllm_lab.page_time import Mapped
+from xllm_lab.records import StepRecord, page_runs
 from xllm_lab.step_time import Chunk, features
 
 
@@ -49,15 +50,24 @@ class StepSample:
 
 
 def samples(steps: Iterable[StepRecord]) -> Iterator[StepSample]:
-    """The recorded steps of a run as samples, without the time that drafting took, which is the host's."""
+    """The recorded steps of a run as samples, without the time of drafting and of mapping, which is the host's."""
     for s in steps:
         chunks = tuple(map(Chunk, s.num_tokens, s.num_computed_tokens))
-        draft_us = s.draft_us or 0
-        host_us = None if s.host_us is None else max(0, s.host_us - draft_us)
-        step_us = max(1, s.step_us - draft_us if s.device_us is None else s.device_us)
+        aside_us = (s.draft_us or 0) + (s.map_us or 0)
+        host_us = None if s.host_us is None else max(0, s.host_us - aside_us)
+        step_us = max(1, s.step_us - aside_us if s.device_us is None else s.device_us)
         yield StepSample(
             chunks=chunks, num_logits=s.num_logits, step_us=step_us, host_us=host_us, graph_tokens=s.graph_tokens
         )
+
+
+def mapped(steps: Iterable[StepRecord]) -> Iterator[Mapped]:
+    """What the steps of a run mapped and unmapped, where that was timed."""
+    for s in steps:
+        if s.page_maps and s.map_us is not None:
+            yield Mapped(page_runs(s.page_maps), (), s.map_us)
+        if (s.page_maps_ahead or s.page_unmaps) and s.beside_us is not None:
+            yield Mapped(page_runs(s.page_maps_ahead), page_runs(s.page_unmaps), s.beside_us)
 
 
 def drafted(steps: Iterable[StepRecord]) -> Iterator[Drafted]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.compute as pc
 
 from xllm_lab.columns import batches, ints
 from xllm_lab.errors import RunError
-from xllm_lab.metrics import Summary, Tally
+from xllm_lab.metrics import PageSums, Summary, Tally
 from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
 from xllm_lab.request_columns import NAMES, columns_from
 from xllm_lab.run_writer import REQUESTS_FILE, STEPS_FILE
@@ -32,6 +33,11 @@ def summarize_run(run: Run) -> Summary:
         tally.add_requests(requests)
         count += len(requests.finish_reason)
     run.expect_all(REQUESTS_FILE, count)
-    for batch in batches(run.path / STEPS_FILE, STEP_SCHEMA, ("start_us", "end_us")):
+    for batch in batches(
+        run.path / STEPS_FILE, STEP_SCHEMA, ("start_us", "end_us", "page_maps", *PageSums._fields[1:])
+    ):
         tally.add_steps(len(batch["end_us"]), int((ints(batch["end_us"]) - ints(batch["start_us"])).sum()))
+        counts = {name: pc.sum(batch[name]).as_py() or 0 for name in PageSums._fields[1:]}
+        late = ints(batch["page_maps"].flatten())[3::4]
+        tally.add_pages(PageSums(int(late.sum()), **counts))
     return tally.summary()

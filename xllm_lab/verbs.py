@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xllm_lab.engine.cluster.fleet import EngineFleet
     from xllm_lab.engine.engine import Engine, EngineOptions
     from xllm_lab.fleet_config import FleetConfig
+    from xllm_lab.page_time import PageTime
     from xllm_lab.sim.calibrate import Calibration
     from xllm_lab.sim.compare import Row
     from xllm_lab.sim.machine import Machine
@@ -144,6 +145,7 @@ def simulate(
     settings: Mapping[str, Any] | None = None,
     fleet: FleetConfig | PathLike | None = None,
     acceptance: Sequence[float] | None = None,
+    page_time: PageTime | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
@@ -156,12 +158,13 @@ def simulate(
         fleet: a fleet, or the cluster file of one; None is a single instance.
         acceptance: probability by position that a draft is kept if all before it were, by whatever method; without it
             what the machine's calibration learnt.
+        page_time: what mapping pages of virtual KV takes; without it as calibrated.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
-    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance
+    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance, with_page_time
     from xllm_lab.sim.simulator import simulate as run_simulator
 
     own = _configuration(trace) if isinstance(trace, Run) else DEFAULT
@@ -170,6 +173,8 @@ def simulate(
     priced = machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine))
     if acceptance is not None:
         priced = with_acceptance(priced, acceptance)
+    if page_time is not None:
+        priced = with_page_time(priced, page_time)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)

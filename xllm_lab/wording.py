@@ -21,6 +21,10 @@ _OTHERS = {
     "acceptance_length": "Tokens a verification",
     "num_drafted_tokens": "Drafted tokens",
     "num_wasted_tokens": "Drafted in vain",
+    "unused_page_frac": "Mapped in vain, %",
+    "unfilled_page_frac": "Pages unfilled, %",
+    "page_reuse_frac": "Pages found mapped, %",
+    "map_frac": "Waited for pages, %",
 }
 
 

@@ -93,6 +93,7 @@ def _declare(cann: ctypes.CDLL) -> None:
     arguments: dict[str, list[type]] = {
         "fake_set_order": [ctypes.c_int, u64, u64],
         "fake_set_hbm_bytes": [u64],
+        "fake_set_page_bytes": [u64],
         "fake_set_num_devices": [ctypes.c_uint32],
         "fake_set_timeout_ms": [u64],
         "fake_launch_python": [ctypes.c_void_p, u64, text],
@@ -139,6 +140,16 @@ def hbm(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         library().fake_set_hbm_bytes(64 << 30)
+
+
+@contextmanager
+def page_bytes(num_bytes: int) -> Iterator[None]:
+    """A device whose physical memory comes in pages of so many bytes for the time of a `with` (2 MiB otherwise)."""
+    library().fake_set_page_bytes(num_bytes)
+    try:
+        yield
+    finally:
+        library().fake_set_page_bytes(2 << 20)
 
 
 @contextmanager

@@ -20,10 +20,15 @@ from tests.small_runs import (
     tight_configs,
 )
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
+from xllm_lab.page_time import PageTime
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.admission import ORDERS
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.of_instance import Policies
+from xllm_lab.policies.pages import PagesPolicy
+from xllm_lab.policies.pages.next_page import NextPage
+from xllm_lab.policies.pages.on_demand import ON_DEMAND
+from xllm_lab.policies.pages.xllm_pool import XllmPool
 from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView, eagerly, replayed
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, request_table, step_table
@@ -71,11 +76,16 @@ def simulated(
     *,
     fast_forward: bool,
     shapes: ShapesPolicy = EAGER,
+    pages: PagesPolicy = ON_DEMAND,
 ) -> tuple[Records, Counting]:
-    timing = Counting(cost, fast_forward=fast_forward)
-    records = run_simulation(
-        work, config, Policies(policy, shapes=shapes), timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME
+    timing = Counting(
+        cost,
+        fast_forward=fast_forward,
+        page_time=PageTime(map_run_us=3.0, map_page_us=1.5, unmap_run_us=2.0, unmap_page_us=0.5),
+        hides_mapping=config.async_scheduling == "on",
     )
+    policies = Policies(policy, shapes=shapes, pages=pages)
+    records = run_simulation(work, config, policies, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
     return records, timing
 
 
@@ -123,12 +133,26 @@ def test_skipping_steps_changes_nothing(
     same_records(work, config, policy, mode, shapes)
 
 
+@given(
+    work=busy_workloads() | long_answers(),
+    config=tight_configs(),
+    policy=batch_policies(),
+    mode=st.sampled_from(ASYNC_SCHEDULING),
+    pages=st.sampled_from((ON_DEMAND, XllmPool(), XllmPool(max_reserved_pages=2), NextPage(), NextPage(lead_steps=3))),
+)
+def test_skipping_steps_of_virtual_kv_changes_nothing(
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, pages: PagesPolicy
+) -> None:
+    """Nor does a page, and the step that waits for it."""
+    same_records(work, replace(config, kv_layout="virtual"), policy, mode, pages=pages)
+
+
 def same_records(
-    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, shapes: ShapesPolicy = EAGER
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, shapes: ShapesPolicy = EAGER, **also: Any
 ) -> None:
     config = replace(config, async_scheduling=mode)
-    stepped, slow = simulated(work, config, policy, Uneven(), fast_forward=False, shapes=shapes)
-    skipped, fast = simulated(work, config, policy, Uneven(), fast_forward=True, shapes=shapes)
+    stepped, slow = simulated(work, config, policy, Uneven(), fast_forward=False, shapes=shapes, **also)
+    skipped, fast = simulated(work, config, policy, Uneven(), fast_forward=True, shapes=shapes, **also)
     event(f"skips {(slow.num_events - fast.num_events) * 10 // slow.num_events if slow.num_events else 0}0 %")
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
@@ -164,6 +188,16 @@ def test_steps_are_skipped(mode: str) -> None:
     records, timing = simulated(work, config, DecodeFirst(), Uneven(), fast_forward=True)
     assert timing.num_steps == len(records.steps) > 60
     assert timing.num_events < 20
+
+
+@pytest.mark.parametrize("pages", [ON_DEMAND, XllmPool(), NextPage()])
+def test_steps_between_pages_are_skipped(pages: PagesPolicy) -> None:
+    """Of a hundred steps, those that enter a page are planned, and at most two before each."""
+    work = Workload(requests=(request(0, prompt=8, output=100),))
+    config = instance_config(num_kv_blocks=64, block_size=8, kv_layout="virtual")
+    records, timing = simulated(work, config, DecodeFirst(), Uneven(), fast_forward=True, pages=pages)
+    assert timing.num_steps == len(records.steps) == 100
+    assert timing.num_events <= 3 * 13 + 3
 
 
 def test_chunks_of_a_prompt_are_skipped() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_lab import verbs
 from xllm_lab.cli import accept, imports, profile
-from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options
+from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options, page_time
 from xllm_lab.cli.options import (
     configuration,
     configuration_options,
@@ -117,6 +117,7 @@ def _simulate(o: argparse.Namespace) -> int:
         **configuration(o),
         fleet=fleet(o),
         acceptance=acceptance(o),
+        page_time=page_time(o),
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
         progress=not o.quiet,

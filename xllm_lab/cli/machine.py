@@ -11,6 +11,7 @@ from xllm_lab.errors import ConfigError
 
 if TYPE_CHECKING:
     from xllm_lab.fleet_config import FleetConfig
+    from xllm_lab.page_time import PageTime
     from xllm_lab.sim.machine import Deployment, Machine
 
 _DEPLOYMENT = ("tensor_parallel", "data_parallel", "expert_parallel")
@@ -29,6 +30,8 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host-us-per-seq", type=float, default=0.0, metavar="US", help="of the host, per sequence")
     frac = "drafts that are kept if all before them were, by position: 0.8,0.6; else as calibrated"
     group.add_argument("--acceptance", metavar="FRAC[,FRAC...]", help=frac)
+    us = "mapping a run of pages of virtual KV, each page in it, unmapping a run, each page; else as calibrated"
+    group.add_argument("--page-us", metavar="US[,US...]", help=us)
 
 
 def fleet_options(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,20 @@ def acceptance(o: argparse.Namespace) -> tuple[float, ...] | None:
         return tuple(map(float, o.acceptance.split(",")))
     except ValueError:
         raise ConfigError(f"--acceptance {o.acceptance!r}; accepted: fractions, as 0.8,0.6") from None
+
+
+def page_time(o: argparse.Namespace) -> PageTime | None:
+    """The given times of mapping, or None."""
+    from xllm_lab.page_time import PageTime
+
+    if o.page_us is None:
+        return None
+    names = PageTime.__slots__
+    try:
+        return PageTime(**dict(zip(names, map(float, o.page_us.split(",", len(names) - 1)), strict=False)))
+    except ValueError as error:
+        told = error if isinstance(error, ConfigError) else "no numbers"
+        raise ConfigError(f"--page-us {o.page_us!r}: {told}; accepted: up to {len(names)} times, as 20,5") from None
 
 
 def fleet(o: argparse.Namespace) -> FleetConfig | None:

@@ -20,18 +20,20 @@ from xllm_lab.engine.drafts.ngram import NgramProposer
 from xllm_lab.engine.drafts.suffix import SuffixProposer
 from xllm_lab.engine.drafts.verify import draw_draft, kept_until_stop
 from xllm_lab.engine.graphs import Graphs
-from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.kv import KvLayout, KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.lead import Lead
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
 from xllm_lab.engine.ops.table import check_calls
+from xllm_lab.engine.page_mapper import PageMapper
 from xllm_lab.engine.rank_place import refuse_other_size
 from xllm_lab.engine.ranks import Ranks, lead
 from xllm_lab.engine.rehearsal import measure_step_time, warm_up
 from xllm_lab.engine.runner import Runner
 from xllm_lab.engine.seat import Seat
 from xllm_lab.engine.sharding import refuse_if_indivisible
+from xllm_lab.engine.virtual_kv_pool import VirtualKvPool
 from xllm_lab.engine.workspace import most_logits
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
@@ -48,6 +50,7 @@ from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, Workloa
 from xllm_lab.step import Step, Work
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
+from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 
@@ -200,7 +203,15 @@ class Engine:
         shapes = shapes_of(policies.shapes, config)
         proposer = self.proposer(policies, config)
         drafting = drafting_of(policies.draft, proposer, step_time=step_time, draft_time=draft_time)
-        scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes, drafting=drafting)
+        scheduler = Scheduler(
+            config,
+            policies.batch,
+            recorder,
+            step_time=step_time,
+            shapes=shapes,
+            drafting=drafting,
+            pages=virtual_kv_of(policies.pages, config),
+        )
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
 
@@ -231,18 +242,23 @@ class Engine:
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
-            with Lane(clock, beside=config.async_scheduling != "off") as lane:
+            with Lane(clock, beside=config.async_scheduling != "off") as lane, self._mapper(runner) as mapper:
                 drafts = None if scheduler.drafting is None else scheduler.drafting.proposer
                 assert drafts is None or isinstance(drafts, EngineDrafts), "drafts are the engine's own"
                 if drafts is not None:
                     drafts.serve(clock, runner)
-                launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts)
+                launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts, mapper=mapper)
                 start_us = 0 if seat is None else seat.start_us
                 conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch, start_us=start_us)
                 self._answer(conversation, launcher, seat)
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
+
+    def _mapper(self, runner: Runner) -> contextlib.AbstractContextManager[PageMapper | None]:
+        """What maps pages in a run, if any are."""
+        pool = runner.kv_pool
+        return PageMapper(pool, self.device) if isinstance(pool, VirtualKvPool) else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -356,6 +372,11 @@ class Engine:
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
                 f"{self.model.config.max_position}"
             )
+        if config.kv_layout == "virtual" and self.ranks is not None:
+            raise ConfigError(
+                f"kv_layout 'virtual' with tensor_parallel {self.options.tensor_parallel}: only one rank maps pages; "
+                "accepted: tensor_parallel 1, or 'paged'"
+            )
         self._refuse_method(policies.draft)
 
     def _refuse_method(self, policy: DraftPolicy) -> None:
@@ -383,13 +404,7 @@ class Engine:
             ConfigError: the KV pool or the graphs' does not fit.
         """
         captures = not isinstance(shapes, Eager)
-        pool = KvPool(
-            self.model.model.config,
-            num_blocks=config.num_kv_blocks + captures,  # what pads a graph has a block of its own
-            block_size=config.block_size,
-            dtype=self.model.model.dtype,
-            device=self.device,
-        )
+        pool = self._kv_pool(config, config.num_kv_blocks + captures)  # what pads a graph has a block of its own
         told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
         runner = Runner(self.model.model, pool, self.device, told=told)
         if captures:
@@ -403,6 +418,12 @@ class Engine:
         runner.most_logits = most_logits(config)
         runner.workspace.reserve(tokens=longest, logits=runner.most_logits)
         return runner
+
+    def _kv_pool(self, config: InstanceConfig, num_blocks: int) -> KvLayout:
+        shape, dtype, device = self.model.model.config, self.model.model.dtype, self.device
+        if config.kv_layout == "virtual":
+            return VirtualKvPool(shape, config, num_blocks=num_blocks, dtype=dtype, device=device)
+        return KvPool(shape, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device)
 
     def proposer(self, policies: Policies, config: InstanceConfig) -> EngineDrafts:
         """Every method that this engine can draft by, and of those what the policy may ask for."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.graph_backends import Recorder, recorder_for
 from xllm_lab.engine.graph_inputs import Chunk, GraphInputs, InputMemory
-from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.kv import KvLayout
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.tape import recording
 from xllm_lab.engine.workspace import Workspace, most_logits
@@ -96,7 +96,7 @@ class Graphs:
     def __init__(
         self,
         model: DecoderModel,
-        kv_pool: KvPool,
+        kv_pool: KvLayout,
         device: Device,
         workspace: Workspace,
         *,
@@ -117,15 +117,18 @@ class Graphs:
         assert kv_pool.num_blocks == config.num_kv_blocks + 1, "a block to pad with"
         self._model, self._kv_pool, self._workspace = model, kv_pool, workspace
         self._decode_sizes = graph_sizes(policy, config, is_decode=True)
-        self.plan = _plan(workspace, config, [*self._decode_sizes, *graph_sizes(policy, config, is_decode=False)])
+        longest_table = kv_pool.blocks_per_sequence
+        self.plan = _plan(
+            workspace, config, longest_table, [*self._decode_sizes, *graph_sizes(policy, config, is_decode=False)]
+        )
         _refuse(self.plan, device, pool_bytes)
         self._recorder: Recorder = recorder_for(device)
         self._memory = InputMemory(
             tokens=self.plan.tokens,
             sequences=self.plan.sequences,
             blocks_per_sequence=self.plan.blocks_per_sequence,
-            block_size=config.block_size,
-            padding_block=config.num_kv_blocks,
+            block_size=kv_pool.block_size,
+            padding_block=kv_pool.padding_block,
             device=device,
         )
         workspace.reserve(tokens=self.plan.tokens, logits=self.plan.logits)
@@ -189,13 +192,13 @@ class Graphs:
             return normed_TD, self._model.logits(normed_TD, self._workspace) if has_head else None
 
 
-def _plan(workspace: Workspace, config: InstanceConfig, sizes: Sequence[int]) -> PoolPlan:
+def _plan(workspace: Workspace, config: InstanceConfig, longest_table: int | None, sizes: Sequence[int]) -> PoolPlan:
     longest = min(config.max_tokens_per_batch, config.num_kv_tokens)  # of an eager step
     most_seqs = min(config.max_seqs_per_batch, config.max_tokens_per_batch)
     tokens = max([longest, *sizes])
     logits = most_logits(config)
     # A wasted row of a request that ended may be one token longer than the context.
-    blocks = min(ceil_div(config.max_model_len + 1, config.block_size), config.num_kv_blocks)
+    blocks = longest_table or min(ceil_div(config.max_model_len + 1, config.block_size), config.num_kv_blocks)
     return PoolPlan(
         tokens=tokens,
         logits=logits,

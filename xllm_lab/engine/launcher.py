@@ -19,6 +19,7 @@ from xllm_lab.engine.drafts.engine_drafts import EngineDrafts, Prefill
 from xllm_lab.engine.drafts.verify import Row
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.lead import Lead
+from xllm_lab.engine.page_mapper import PageMapper
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.request_state import RequestState
 from xllm_lab.scheduler import Scheduler
@@ -64,9 +65,10 @@ class Launcher:
         lead: Lead,
         *,
         drafts: EngineDrafts | None = None,
+        mapper: PageMapper | None = None,
     ) -> None:
         self._runner, self._scheduler, self._lane, self._clock, self._lead = runner, scheduler, lane, clock, lead
-        self._drafts = drafts
+        self._drafts, self._mapper = drafts, mapper
         self._launched: dict[int, Launched] = {}
         self._rows: dict[RequestId, int] = {}  # of the tokens that the step launched last draws
         self._working_since_us = clock.now_us()  # on the step to be launched next, without the time it waited
@@ -75,6 +77,10 @@ class Launcher:
         """Write down what the step reads, and queue it."""
         if step.drafts and self._drafts is not None:
             step.draft_us = self._drafts.draft_us
+        if self._mapper is not None:
+            before_us = self._clock.now_us()
+            self._mapper.prepare(step)
+            step.map_us = self._clock.now_us() - before_us
         inputs = self._inputs(step)
         self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
         self._lead.step(inputs.chunks, inputs.graph_tokens, draws=True, tells=not inputs.has_drafts)
@@ -90,6 +96,8 @@ class Launcher:
         before_us = self._clock.now_us()
         done = launched.future.result()
         self._working_since_us += self._clock.wait_until(done.end_us) - before_us
+        if self._mapper is not None:
+            self._mapper.finish(step)
         return launched, done
 
     def rest(self, until_us: int) -> int:
@@ -106,7 +114,7 @@ class Launcher:
         for chunk in step.chunks:
             state, draft = self._scheduler.state(chunk.id), drafts.get(chunk.id)
             behind = () if draft is None else draft.token_ids
-            table = tuple(self._scheduler.ledger.block_table(chunk.id))
+            table = self._table(chunk.id)
             tokens = [*self._tokens(state, chunk, len(behind)), *behind]
             computed = chunk.num_computed_tokens
             if behind and step.rows_apart:
@@ -118,6 +126,12 @@ class Launcher:
                 drawing.append(state.request)
                 rows.append(Row(state.request.sampling, state.id, position, behind, self._proposal(draft)))
         return Inputs(chunks, drawing, rows, step.shape.num_tokens, bool(drafts))
+
+    def _table(self, request: RequestId) -> Sequence[int]:
+        """As the attention reads it."""
+        if self._mapper is None or self._scheduler.pages is None:
+            return tuple(self._scheduler.ledger.block_table(request))
+        return self._mapper.table(self._scheduler.pages.slots.slot(request))
 
     def _prefills(self, step: Step) -> list[Prefill]:
         """Chunks that begin inside a prompt."""

@@ -20,9 +20,10 @@ def warm_up(runner: Runner, config: InstanceConfig, lead: Lead, device: Device) 
     """
     longest = min(512, config.num_kv_tokens, config.max_tokens_per_batch, config.max_model_len)
     for num_tokens in (min(longest, 64), 1) if device.is_host else _halves(longest):
-        chunks = _synthetic((Chunk(num_tokens, 0),), config)
+        chunks = _synthetic((Chunk(num_tokens, 0),), runner)
         lead.step(chunks)
         runner.run(chunks)
+    runner.kv_pool.forget_rehearsals()
     if runner.graphs is not None:
         lead.warm()
         runner.graphs.warm()
@@ -42,7 +43,7 @@ def measure_step_time(runner: Runner, config: InstanceConfig, lead: Lead, timer:
     ]
     rows, times = [], []
     for chunks in grid * 3:
-        steps = _synthetic(chunks, config)
+        steps = _synthetic(chunks, runner)
         clock = make_clock("virtual", timer)
         lead.step(steps)
         runner.run(steps).argmax(-1).tolist()
@@ -55,15 +56,8 @@ def _halves(longest: int) -> list[int]:
     return [longest >> k for k in range(longest.bit_length())]
 
 
-def _synthetic(chunks: Sequence[Chunk], config: InstanceConfig) -> list[SequenceChunk]:
+def _synthetic(chunks: Sequence[Chunk], runner: Runner) -> list[SequenceChunk]:
     """Chunks over made-up tokens, each sequence on blocks of its own."""
-    made: list[SequenceChunk] = []
-    next_block = 0
-    for num_tokens, num_computed in chunks:
-        num_blocks = -(-(num_tokens + num_computed) // config.block_size)
-        table = range(next_block, next_block + num_blocks)
-        next_block += num_blocks
-        # Token 0 is in every vocabulary.
-        made.append(SequenceChunk([0] * num_tokens, num_computed, table, True))
-    assert next_block <= config.num_kv_blocks, "the synthetic step is larger than the pool"
-    return made
+    tables = runner.kv_pool.rehearse([num_tokens + num_computed for num_tokens, num_computed in chunks])
+    # Token 0 is in every vocabulary.
+    return [SequenceChunk([0] * n, computed, table, True) for (n, computed), table in zip(chunks, tables, strict=True)]

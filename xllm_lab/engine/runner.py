@@ -14,7 +14,7 @@ from torch import Tensor
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.drafts.verify import Row, verify
 from xllm_lab.engine.graphs import Graphs
-from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.kv import KvLayout
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.batch import paged_batch, sent
 from xllm_lab.engine.ops.collectives import Group
@@ -60,6 +60,7 @@ class Runner:
         told: ranks that need the tokens that rank 0 draws; None: nobody does.
 
     Attributes:
+        kv_pool: where keys and values are.
         workspace: the memory of a step.
         graphs: captured steps over that memory, if there are to be any.
         most_logits: rows that the head computes at once when tokens are drawn; a sequence's stay together.
@@ -67,8 +68,8 @@ class Runner:
             [T, D], which stands until the next step.
     """
 
-    def __init__(self, model: DecoderModel, kv_pool: KvPool, device: Device, *, told: Group | None = None) -> None:
-        self._model, self._kv_pool, self._device, self._told = model, kv_pool, device, told
+    def __init__(self, model: DecoderModel, kv_pool: KvLayout, device: Device, *, told: Group | None = None) -> None:
+        self._model, self.kv_pool, self._device, self._told = model, kv_pool, device, told
         self.workspace = model.workspace()
         self.graphs: Graphs | None = None
         self.most_logits = 1 << 30
@@ -171,13 +172,13 @@ class Runner:
             [len(chunk.token_ids) for chunk in chunks],
             [chunk.num_computed_tokens for chunk in chunks],
             [chunk.block_table for chunk in chunks],
-            self._kv_pool.layers[0].k_BPKH,
+            self.kv_pool.layers[0].k_BPKH,
         )
         return self._model.run_layers(
             sent(torch.tensor(tokens), device),
             sent(torch.tensor(positions), device),
             batch=batch,
-            kv=self._kv_pool.layers,
+            kv=self.kv_pool.layers,
             workspace=self.workspace,
         )
 

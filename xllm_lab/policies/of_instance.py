@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 from xllm_lab.errors import ConfigError
@@ -11,6 +11,8 @@ from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.catalog import make_policy, policy_name, values_of
 from xllm_lab.policies.draft import DraftPolicy
 from xllm_lab.policies.draft.off import OFF
+from xllm_lab.policies.pages import PagesPolicy
+from xllm_lab.policies.pages.on_demand import ON_DEMAND
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 
@@ -27,6 +29,7 @@ class Policies:
     _: KW_ONLY
     shapes: ShapesPolicy = EAGER
     draft: DraftPolicy = OFF
+    pages: PagesPolicy = ON_DEMAND
 
     def __post_init__(self) -> None:
         for decides, policy in self:
@@ -68,6 +71,11 @@ def refuse_other_decisions(named: Iterable[str], accepted: Sequence[str] = DECIS
     for decides in named:
         if decides not in accepted:
             raise ConfigError(f"unknown decision {decides!r} of an instance; accepted: {', '.join(accepted)}")
+
+
+def asked_where(kv_layout: str, policies: Policies) -> Policies:
+    """These, with the policy that does nothing for what nobody decides where KV lies so."""
+    return policies if kv_layout == "virtual" else replace(policies, pages=ON_DEMAND)
 
 
 def refuse_drafts(policies: Policies) -> None:

@@ -12,19 +12,20 @@ import numpy.typing as npt
 
 from xllm_lab.draft_time import DraftTime, Weights, fit_draft_time
 from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.page_time import PageTime, fit_page_time
 from xllm_lab.runs import Run, new_file, read_json, write_json
 from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Rates
 from xllm_lab.sim.acceptance_fit import fit_acceptance, verifications
 from xllm_lab.sim.cost.host import HostOverhead, fit_host
 from xllm_lab.sim.spread import NUM_FOLDS, UNKNOWN, RunSpread, Spread, held_out, spread_of
-from xllm_lab.step_samples import StepSample, drafted, samples
+from xllm_lab.step_samples import StepSample, drafted, mapped, samples
 from xllm_lab.step_time import TERMS, StepTime, fit
 
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
-# 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps, 4 nothing of drafts: these
-# are refused.
-FORMAT = 5
+# 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps, 4 nothing of drafts, 5
+# nothing of pages: these are refused.
+FORMAT = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class Calibration:
         runs: names of the runs, or of other sources of steps.
         acceptance: what became of drafts; None if there were none.
         draft_time: what making them took, in no step's time.
+        page_time: what mapping pages took, neither; None if KV was paged.
     """
 
     step_time: StepTime
@@ -70,6 +72,7 @@ class Calibration:
     spread: Spread = UNKNOWN
     acceptance: LearntAcceptance | None = None
     draft_time: DraftTime = field(default_factory=DraftTime)
+    page_time: PageTime | None = None
 
     def step_time_with_host(self) -> StepTime:
         """Of whole steps, of a host that the device waits for: what policies are told.
@@ -115,6 +118,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         fitted,
         acceptance=fit_acceptance(verified),
         draft_time=fit_draft_time(one for run in runs for one in drafted(run.records.steps)),
+        page_time=fit_page_time(one for run in runs for one in mapped(run.records.steps)),
     )
 
 
@@ -174,6 +178,7 @@ def read_calibration(path: Path) -> Calibration:
             model=value["model"],
             hardware=value["hardware"],
             runs=tuple(value["runs"]),
+            page_time=None if value["page_time"] is None else _page_time(value["page_time"]),
             acceptance=None if value["acceptance"] is None else _acceptance(value["acceptance"]),
             draft_time=DraftTime(
                 {m: Weights(**{name: w[name] + 0 for name in Weights._fields}) for m, w in value["draft_time"].items()}
@@ -190,6 +195,10 @@ def _host(steps: Sequence[StepSample]) -> HostOverhead:
             f"{len(measured)} of {len(steps)} steps tell the host's time from the device's; accepted: all, or none"
         )
     return fit_host([n for n, _ in measured], [us for _, us in measured])
+
+
+def _page_time(value: dict[str, Any]) -> PageTime:
+    return PageTime(**{name: value[name] + 0 for name in PageTime.__slots__})
 
 
 def _acceptance(value: dict[str, Any]) -> LearntAcceptance:

@@ -28,6 +28,7 @@ from xllm_lab.sim.instance import Instance, Timing, at
 from xllm_lab.sim.links import Transfer
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
+from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import RequestId, Workload
 
 
@@ -178,6 +179,7 @@ class Fleet:
                 step_time=step_time,
                 shapes=self.shapes,
                 drafting=drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time),
+                pages=virtual_kv_of(policies.pages, instance),
                 instance=k,
             )
             for k in range(config.num_instances)

@@ -22,6 +22,7 @@ import simpy
 from xllm_lab.dispatch import FIRST_INSTANCE
 from xllm_lab.draft_time import DraftTime, draft_loads
 from xllm_lab.drafting import Proposer
+from xllm_lab.page_time import PageTime
 from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
@@ -83,6 +84,8 @@ class Predicted:
     Args:
         draft_time: of making drafts, before the step that verifies them.
         drafting_cost: prices steps with drafts, which no host plans ahead; without it `cost` does.
+        page_time: of mapping pages of virtual KV.
+        hides_mapping: a step's pages are mapped while the one before it computes, as steps are planned ahead.
 
     Attributes:
         proposer: of drafts, if there is speculation.
@@ -98,7 +101,13 @@ class Predicted:
         proposer: SimulatedDrafts | None = None,
         draft_time: DraftTime | None = None,
         drafting_cost: CostModel | None = None,
+        page_time: PageTime | None = None,
+        hides_mapping: bool = False,
     ) -> None:
+        self._page_time = page_time or PageTime()
+        self._hides_mapping = hides_mapping
+        # By instance: mapping beside a step may last longer than it, and the next mapping waits for that.
+        self._mapper_free_us: dict[int, float] = {}
         self._cost, self._drafting_cost = cost, drafting_cost or cost
         self.proposer = proposer
         self._draft_time = draft_time or DraftTime()
@@ -124,23 +133,41 @@ class Predicted:
                 draft_us = sum([self._draft_time.us(*load) for load in loads])
                 step.draft_us = round(draft_us)
                 us += draft_us
+            us += self._mapping_us(step, us)
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
-        if num_steps < _FEWEST_STEPS or step.others:
-            return self._one_by_one(step.start_us, batch, num_steps)
+        if num_steps < _FEWEST_STEPS or step.others or (step.pages is not None and not step.pages.is_empty):
+            return self._one_by_one(step, batch, num_steps)
         prices = self._cost.decode_steps(batch, num_steps)
         times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
         times[0] += step.start_us
         # As an array: the records keep it, and a list of integers takes five times the memory.
         return Stretch(array("q", times.cumsum().tobytes()), prices.is_extrapolated)
 
-    def _one_by_one(self, now_us: int, batch: Batch, num_steps: int) -> Stretch:
-        ends_us, are_extrapolated = array("q"), []
+    def _one_by_one(self, step: Step, batch: Batch, num_steps: int) -> Stretch:
+        ends_us, are_extrapolated, now_us = array("q"), list[bool](), step.start_us
         for ahead in range(num_steps):
             us, is_extrapolated = self._cost.step(batch.later(ahead))[:2]
+            if ahead == 0:
+                us += self._mapping_us(step, us)
             now_us += max(1, round(us))
             ends_us.append(now_us)
             are_extrapolated.append(is_extrapolated)
         return Stretch(ends_us, tuple(are_extrapolated))
+
+    def _mapping_us(self, step: Step, us: float) -> float:
+        """What a step of `us` waits for pages; what is mapped beside it takes the mapper's time from when it starts."""
+        pages = step.pages
+        if pages is None or pages.is_empty:
+            return 0.0
+        time, waited = self._page_time, 0.0
+        free_us = self._mapper_free_us.get(step.instance, 0.0)
+        if pages.maps:
+            waited = max(0.0, free_us - step.start_us) + time.map_us(pages.maps)
+            step.map_us = round(waited)
+        beside = time.beside_us(pages)
+        step.beside_us = round(beside)
+        self._mapper_free_us[step.instance] = max(free_us, step.start_us + waited) + beside
+        return max(0.0, waited - us) if self._hides_mapping else waited
 
     def ran(self, stretch: Stretch) -> None:
         num_steps = len(stretch.ends_us)

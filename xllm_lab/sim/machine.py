@@ -14,6 +14,7 @@ from xllm_lab.hardware import Device
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spec
+from xllm_lab.page_time import PageTime
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
@@ -49,6 +50,7 @@ class Machine:
         most_kv_tokens: for which the devices have room beside the weights, where that is known.
         acceptance: what becomes of drafts, where that is known.
         draft_time: what making them takes.
+        page_time: what mapping pages of virtual KV takes; None: nobody knows, and nobody may have any.
     """
 
     cost: CostModel
@@ -60,6 +62,7 @@ class Machine:
     most_kv_tokens: int | None = None
     acceptance: Acceptance | None = None
     draft_time: DraftTime = field(default_factory=DraftTime)
+    page_time: PageTime | None = None
 
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
@@ -73,10 +76,20 @@ class Machine:
             proposer=None if self.acceptance is None else SimulatedDrafts(self.acceptance),
             draft_time=self.draft_time,
             drafting_cost=Hosted(self.cost, self.host),
+            page_time=self.page_time,
+            hides_mapping=config.async_scheduling != "off",
         )
 
-    def refuse_if_not_priced(self, policies: Policies) -> None:
-        """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one."""
+    def refuse_if_not_priced(self, policies: Policies, config: InstanceConfig) -> None:
+        """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one.
+
+        And for virtual KV where nobody knows what mapping costs.
+        """
+        if config.kv_layout == "virtual" and self.page_time is None:
+            raise ConfigError(
+                "kv_layout is 'virtual': what mapping its pages costs is not known; accepted: a calibration on runs "
+                "with virtual KV, or given times"
+            )
         if self.calibration is None:
             return
         has_eager, has_replayed = (self.calibration.highest[TERMS.index(t)] > 0 for t in ("eager_us", "replay_us"))
@@ -148,7 +161,13 @@ def fitted_machine(calibration: Calibration) -> Machine:
         calibration=calibration,
         acceptance=calibration.acceptance,
         draft_time=calibration.draft_time,
+        page_time=calibration.page_time,
     )
+
+
+def with_page_time(machine: Machine, given: PageTime) -> Machine:
+    """The same machine, on which mapping pages takes so long."""
+    return replace(machine, page_time=given, timing={**machine.timing, "page_time": asdict(given)})
 
 
 def with_acceptance(machine: Machine, fracs: Sequence[float]) -> Machine:

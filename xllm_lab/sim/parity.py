@@ -10,13 +10,13 @@ from xllm_lab.drafting import Asked
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.draft import METHODS
 from xllm_lab.policies.of_instance import Policies
-from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
+from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord, flat
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
-from xllm_lab.step import Step
+from xllm_lab.step import PageMoves, Step
 from xllm_lab.workload import RequestId, Workload
 
 
@@ -30,6 +30,7 @@ class Decision(NamedTuple):
     reason: str
     graph_tokens: int | None = None
     drafts: tuple[tuple[int, str, int, int], ...] = ()  # (id, method, asked for, made)
+    pages: tuple[tuple[int, ...], ...] = ()  # mapped before, mapped beside, unmapped; as records have them
 
 
 class RouterDecision(NamedTuple):
@@ -191,8 +192,10 @@ def _decision_of_step(step: Step) -> Decision:
     tokens = tuple((int(c.id), c.num_tokens, c.num_computed_tokens) for c in step.chunks)
     graph_tokens = step.shape.num_tokens
     drafts = tuple((int(d.id), d.method, d.num_asked, len(d.token_ids)) for d in step.drafts)
+    moves = step.pages or PageMoves()
+    pages = tuple(tuple(flat(runs)) for runs in (moves.maps, moves.ahead, moves.unmaps))
     return Decision(
-        step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, graph_tokens, drafts
+        step.start_us, tokens, tuple(step.admitted), tuple(step.preempted), step.reason, graph_tokens, drafts, pages
     )
 
 
@@ -201,4 +204,5 @@ def decision_of_record(step: StepRecord) -> Decision:
     tokens = tuple(zip(step.ids, step.num_tokens, step.num_computed_tokens, strict=True))
     admitted, preempted, graph_tokens = tuple(step.admitted), tuple(step.preempted), step.graph_tokens
     drafts = tuple(zip(step.draft_ids, step.draft_methods, step.num_asked, step.num_drafted, strict=True))
-    return Decision(step.start_us, tokens, admitted, preempted, step.reason, graph_tokens, drafts)
+    pages = (tuple(step.page_maps), tuple(step.page_maps_ahead), tuple(step.page_unmaps))
+    return Decision(step.start_us, tokens, admitted, preempted, step.reason, graph_tokens, drafts, pages)

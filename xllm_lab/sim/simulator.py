@@ -28,6 +28,7 @@ from xllm_lab.sim.instance import Instance, Timing
 from xllm_lab.sim.machine import Machine
 from xllm_lab.step_shape import Shapes, shapes_of
 from xllm_lab.step_time import StepTime
+from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 # More than this fraction of steps outside the calibrated range earns a warning.
@@ -92,7 +93,15 @@ def serve_alone(
 
     shapes = shapes_of(policies.shapes, config)
     drafting = drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time)
-    scheduler = Scheduler(config, policies.batch, recorder, step_time=step_time, shapes=shapes, drafting=drafting)
+    scheduler = Scheduler(
+        config,
+        policies.batch,
+        recorder,
+        step_time=step_time,
+        shapes=shapes,
+        drafting=drafting,
+        pages=virtual_kv_of(policies.pages, config),
+    )
     env = simpy.Environment(initial_time=0)
     feed = WorkloadFeed(workload)
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
@@ -130,7 +139,7 @@ def simulate(
         RunError: the folder exists, or cannot be written.
     """
     machine.refuse_if_too_large(config)
-    machine.refuse_if_not_priced(policies)
+    machine.refuse_if_not_priced(policies, config)
     for request in workload.requests:
         config.refuse_if_too_large(request)
     timing = machine.predicts(config, fast_forward=fast_forward)

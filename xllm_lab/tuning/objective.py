@@ -34,7 +34,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
     summaries: list[dict[str, Any]] = []
     extrapolated = 0.0
     try:
-        machine.refuse_if_not_priced(chosen.policies)
+        machine.refuse_if_not_priced(chosen.policies, chosen.instance)
         for path in spec["workloads"]:
             workload = _workload(path)
             for request in workload.requests:

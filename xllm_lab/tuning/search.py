@@ -64,9 +64,11 @@ def tune(
         raise ConfigError(f"min_slo_attainment_frac is {min_slo_attainment_frac}, from 0 to 1 is accepted")
     machine = fitted_machine(calibration)
     if machine.acceptance is not None:
-        space = space.drafting_by(machine.acceptance.methods)
+        space = space.where(methods=machine.acceptance.methods)
+    if machine.page_time is None:
+        space = space.where(layouts=("paged",))
     for policies in space.alternatives():
-        machine.refuse_if_not_priced(policies)
+        machine.refuse_if_not_priced(policies, space.default.instance)
     spec = _open(out, workloads, calibration, space, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
     journal = out / "trials.journal"
     # The last third asks which changes of the best candidate are needed at all, one knob at a time.

@@ -10,11 +10,11 @@ import optuna
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
-from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.instance_config import KV_LAYOUTS, InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
 from xllm_lab.policies.catalog import knobs, make_policy, policies, policy_class, policy_name, values_of
 from xllm_lab.policies.draft import METHODS
-from xllm_lab.policies.of_instance import DECISIONS, Policies
+from xllm_lab.policies.of_instance import DECISIONS, Policies, asked_where
 
 
 class Space:
@@ -26,6 +26,7 @@ class Space:
         default: the incumbent; fields without a knob keep its values.
         also: further policies to choose from, of any decision; "draft.NAME" where several decisions have that name.
         methods: that drafts can be made by; a choice among methods is one among these.
+        layouts: of KV, likewise: those that somebody can price.
 
     Attributes:
         names: of the policies to choose from, by decision; the default's own comes first.
@@ -34,8 +35,15 @@ class Space:
         ConfigError: an unknown policy, or a default outside its own knobs' ranges.
     """
 
-    def __init__(self, default: Candidate, also: Sequence[str] = (), *, methods: Sequence[str] = METHODS) -> None:
-        self.default, self._also, self._methods = default, also, methods
+    def __init__(
+        self,
+        default: Candidate,
+        also: Sequence[str] = (),
+        *,
+        methods: Sequence[str] = METHODS,
+        layouts: Sequence[str] = KV_LAYOUTS,
+    ) -> None:
+        self.default, self._also, self._methods, self._layouts = default, also, methods, layouts
         further = [_found(name) for name in also]
         self.names = {
             decides: tuple(dict.fromkeys((policy_name(own), *(name for of, name in further if of == decides))))
@@ -43,9 +51,9 @@ class Space:
         }
         self.default_params()  # which refuses a default outside the ranges
 
-    def drafting_by(self, methods: Sequence[str]) -> Space:
-        """The same space where only these are known; ConfigError if the default drafts otherwise."""
-        return Space(self.default, self._also, methods=methods)
+    def where(self, *, methods: Sequence[str] | None = None, layouts: Sequence[str] | None = None) -> Space:
+        """The same space where only these are known; ConfigError if the default is another."""
+        return Space(self.default, self._also, methods=methods or self._methods, layouts=layouts or self._layouts)
 
     def alternatives(self) -> Iterator[Policies]:
         """The default's policies, and what they are with each one to choose from in its place."""
@@ -74,13 +82,14 @@ class Space:
         # Policies' names, the instance, policies' knobs: in an order that adding a decision does not change.
         names = {decides: self._draw_name(trial, decides) for decides in DECISIONS}
         instance = replace(self.default.instance, **dict(self._draw(trial, "", InstanceConfig)))
-        drawn = {}
+        drawn: dict[str, Any] = {}
         for decides, own in self.default.policies:
             name = names[decides]
             values = values_of(own) if name == policy_name(own) else {}
             values |= self._draw(trial, self._prefix(decides, name), policy_class(decides, name))
             drawn[decides] = make_policy(decides, name, values)
-        return Candidate(instance=self._within_memory(instance), policies=Policies(**drawn))
+        policies = asked_where(instance.kv_layout, Policies(**drawn))
+        return Candidate(instance=self._within_memory(instance), policies=policies)
 
     def describe(self) -> dict[str, Any]:
         """The space as plain data, for the study's manifest."""
@@ -109,13 +118,20 @@ class Space:
                 yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
 
     def _knobs(self, cls: type[Any]) -> dict[str, Knob | Choice]:
-        """Those of the class, less the methods that nobody can draft by: they would be trials in vain."""
-        return {
-            name: Choice(*(v for v in note.values if v not in METHODS or v in self._methods))
-            if isinstance(note, Choice) and set(METHODS) <= set(note.values)
-            else note
-            for name, note in knobs(cls).items()
-        }
+        """Those of the class, less what nobody here can do: methods of drafting, layouts. They would be trials in vain.
+
+        What leaves no choice is no knob.
+        """
+        found = {name: self._possible(note) for name, note in knobs(cls).items()}
+        return {name: note for name, note in found.items() if isinstance(note, Knob) or note.values[1:]}
+
+    def _possible(self, note: Knob | Choice) -> Knob | Choice:
+        if not isinstance(note, Choice):
+            return note
+        for every, here in ((METHODS, self._methods), (KV_LAYOUTS, self._layouts)):
+            if set(every) <= set(note.values):
+                return Choice(*(v for v in note.values if v not in every or v in here))
+        return note
 
     def _draw_name(self, trial: optuna.Trial, decides: str) -> str:
         names = self.names[decides]

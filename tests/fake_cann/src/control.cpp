@@ -77,6 +77,7 @@ void fake_set_hbm_bytes(uint64_t bytes) {
   std::lock_guard<std::mutex> lock(fake::mutex);
   settings.hbm_bytes = bytes;
 }
+void fake_set_page_bytes(uint64_t bytes) { settings.page_bytes = bytes; }
 void fake_set_num_devices(uint32_t devices) { settings.num_devices = devices; }
 void fake_set_poison(int on) { settings.poison = on != 0; }
 int fake_poison() { return settings.poison; }

@@ -75,6 +75,7 @@ struct Settings {
   uint64_t max_delay_us = 0;
   uint64_t timeout_ms = 20000;  // a wait longer than this is a dead device
   uint64_t hbm_bytes = 64ull << 30;
+  uint64_t page_bytes = 2ull << 20;  // what physical memory comes in
   uint32_t num_devices = 2;
   bool poison = true;
 };

@@ -169,6 +169,11 @@ aclError aclrtReleaseMemAddress(void* address) {
   return ACL_SUCCESS;
 }
 
+aclError aclrtMemGetAllocationGranularity(aclrtPhysicalMemProp*, aclrtMemGranularityOptions, size_t* bytes) {
+  *bytes = settings.page_bytes;
+  return ACL_SUCCESS;
+}
+
 aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t bytes, const aclrtPhysicalMemProp* prop, uint64_t) {
   count("malloc_physical", bytes);
   const int device = prop ? static_cast<int>(prop->location.id) : current_device();
@@ -176,6 +181,13 @@ aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t bytes, const aclr
   if (aclError error = take(device, bytes)) return error;
   const int file = memfd_create("fake_hbm", MFD_CLOEXEC);
   if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) return ACL_ERROR_RT_MEMORY_ALLOCATION;
+  // Poisoned here and not when it is mapped: what it holds stays, wherever it is mapped next.
+  if (settings.poison) {
+    void* fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (fresh == MAP_FAILED) return ACL_ERROR_RT_MEMORY_ALLOCATION;
+    poison_bytes(fresh, bytes);
+    munmap(fresh, bytes);
+  }
   *handle = new Physical{file, bytes, device};
   return ACL_SUCCESS;
 }
@@ -196,13 +208,14 @@ aclError aclrtMapMem(void* address, size_t bytes, size_t offset, aclrtDrvMemHand
   {
     std::lock_guard<std::mutex> lock(memory_mutex);
     if (!inside(reserved, address, bytes)) return fail(ACL_ERROR_RT_PARAM_INVALID, "map outside reserved addresses");
+    if (mapped.count(reinterpret_cast<uintptr_t>(address)))
+      return fail(ACL_ERROR_RT_PARAM_INVALID, "map over what is mapped");
     void* found = mmap(address, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, physical->file,
                        static_cast<off_t>(offset));
     if (found == MAP_FAILED) return ACL_ERROR_RT_MEMORY_ALLOCATION;
     mapped[reinterpret_cast<uintptr_t>(address)] = bytes;
     device_ranges[reinterpret_cast<uintptr_t>(address)] = {bytes, physical->device};
   }
-  if (settings.poison) poison_bytes(address, bytes);
   return ACL_SUCCESS;
 }
 

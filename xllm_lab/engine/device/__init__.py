@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xllm_lab.engine.device import cpu, npu_setup
+from xllm_lab.engine.device import cpu, cuda_pages, npu_pages, npu_setup
 from xllm_lab.engine.device.cpu import CpuFacts, DeviceMemory, cpu_facts, give_back_freed_memory, survives
+from xllm_lab.engine.device.cpu_pages import PAGE_BYTES, CpuPages, is_there
+from xllm_lab.engine.device.driver_pages import DriverPages
 from xllm_lab.engine.device.streams import Streams
+from xllm_lab.engine.device.virtual_memory import Geometry, VirtualMemory
 from xllm_lab.errors import ConfigError
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "CpuFacts",
     "Device",
     "DeviceMemory",
+    "Geometry",
     "Streams",
+    "VirtualMemory",
     "cpu_facts",
     "give_back_freed_memory",
     "open_device",
@@ -82,6 +87,27 @@ class Device:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeroed memory that is large and stays."""
         return cpu.zeros(shape, dtype) if self.is_host else torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
+    def page_bytes(self) -> int:
+        """Memory that it maps at once. ConfigError where it maps none."""
+        if not self.is_host:
+            page_bytes = npu_pages.page_bytes if self.name == "npu" else cuda_pages.page_bytes
+            return page_bytes(self.torch_device.index or 0)
+        if not is_there():
+            raise ConfigError("kv_layout 'virtual' wants a CPU under Linux; accepted here: 'paged'")
+        return PAGE_BYTES
+
+    def virtual_memory(self, geometry: Geometry) -> VirtualMemory:
+        """Addresses, and pages to show there; pages are multiples of `page_bytes`. ConfigError if it has no more."""
+        if self.is_host:
+            return CpuPages(geometry)
+        driver = (npu_pages if self.name == "npu" else cuda_pages).driver(self.torch_device.index or 0)
+        return DriverPages(geometry, driver, self.torch_device)
+
+    def use_in_this_thread(self) -> None:
+        """A new thread works for this device."""
+        if not self.is_host:
+            torch.accelerator.set_device_index(self.torch_device.index or 0)
 
     def mirrored(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """Zeroed bytes of the host, from which the device can copy by itself, and as many of its own.

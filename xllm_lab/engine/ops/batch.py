@@ -23,17 +23,21 @@ class Gather(NamedTuple):
 
     Attributes:
         block_ids: what to gather.
+        lies_in: the block that holds the whole sequence, which then is read where it lies; None: there are several.
         k_blocks, v_blocks: where to, [own blocks, P, K, H].
         k_1KLH, v_1KLH: the same memory, seen by the attention.
+        kv_len: tokens of the sequence.
         mask_TL: added to the scores when a chunk follows cached tokens; `None` where none or a plain causal one does.
     """
 
     block_ids: Tensor
+    lies_in: int | None
     k_blocks: Tensor
     v_blocks: Tensor
     k_1KLH: Tensor
     v_1KLH: Tensor
     mask_TL: Tensor | None
+    kv_len: int
 
 
 @dataclass(slots=True)
@@ -135,7 +139,9 @@ def chunk_mask(queries: int, kv_len: int, dtype: torch.dtype, device: torch.devi
 
 def _gathers(batch: PagedBatch, pool_BPKH: Tensor) -> list[Gather]:
     _, P, K, H = pool_BPKH.shape
-    k_scratch, v_scratch = pool_BPKH.new_empty((2, batch.block_table_SM.shape[1], P, K, H))
+    longest = max([-(-kv_len // P) for kv_len in batch.kv_lens], default=0)
+    scratch = longest if longest > 1 else 0  # of virtual KV, a block is as long as the longest context
+    k_scratch, v_scratch = pool_BPKH.new_empty((2, scratch, P, K, H))
     starts = batch.query_starts
     made = []
     for row, kv_len in enumerate(batch.kv_lens):
@@ -144,11 +150,13 @@ def _gathers(batch: PagedBatch, pool_BPKH: Tensor) -> list[Gather]:
         made.append(
             Gather(
                 batch.block_table_SM[row, :own],
+                int(batch.block_table_SM[row, 0]) if own == 1 else None,
                 k_scratch[:own],
                 v_scratch[:own],
-                k_scratch.view(1, -1, K, H)[:, :kv_len].transpose(1, 2),
-                v_scratch.view(1, -1, K, H)[:, :kv_len].transpose(1, 2),
+                k_scratch.view(1, scratch * P, K, H)[:, :kv_len].transpose(1, 2),
+                v_scratch.view(1, scratch * P, K, H)[:, :kv_len].transpose(1, 2),
                 mask_TL,
+                kv_len,
             )
         )
     return made

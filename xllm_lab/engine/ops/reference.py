@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from xllm_lab.engine.ops.batch import Gather, PagedBatch
+from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.collectives import Group
 
 
@@ -79,10 +79,14 @@ def paged_attention(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedB
     sequences on, and a call costs only some 10 us. Tokens of q may be strided.
     """
     for gather, (start, end) in zip(batch.gathers(k_BPKH), itertools.pairwise(batch.query_starts), strict=True):
-        torch.index_select(k_BPKH, 0, gather.block_ids, out=gather.k_blocks)
-        torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
+        if gather.lies_in is None:
+            torch.index_select(k_BPKH, 0, gather.block_ids, out=gather.k_blocks)
+            torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
+            k_1KLH, v_1KLH = gather.k_1KLH, gather.v_1KLH
+        else:
+            k_1KLH, v_1KLH = (pool[gather.lies_in, : gather.kv_len].transpose(0, 1)[None] for pool in (k_BPKH, v_BPKH))
         attend = _decode if end - start == 1 else _chunk
-        out_TNH[start:end] = attend(q_TNH[start:end], gather)
+        out_TNH[start:end] = attend(q_TNH[start:end], k_1KLH, v_1KLH, gather.mask_TL)
 
 
 def argmax(logits_RV: Tensor) -> list[int]:
@@ -98,18 +102,17 @@ def all_reduce(x_TD: Tensor, group: Group) -> None:
     torch.sum(parts_nTD, 0, out=x_TD)
 
 
-def _decode(q_1NH: Tensor, gather: Gather) -> Tensor:
+def _decode(q_1NH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, _: Tensor | None) -> Tensor:
     # The query heads of a KV head become rows of one query: repeating K and V for them costs 1.3 to 2.5 times.
-    q_1KGH = q_1NH.reshape(1, gather.k_1KLH.shape[1], -1, q_1NH.shape[-1])
-    return F.scaled_dot_product_attention(q_1KGH, gather.k_1KLH, gather.v_1KLH).view(q_1NH.shape)
+    q_1KGH = q_1NH.reshape(1, k_1KLH.shape[1], -1, q_1NH.shape[-1])
+    return F.scaled_dot_product_attention(q_1KGH, k_1KLH, v_1KLH).view(q_1NH.shape)
 
 
-def _chunk(q_TNH: Tensor, gather: Gather) -> Tensor:
-    mask_TL = gather.mask_TL
+def _chunk(q_TNH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, mask_TL: Tensor | None) -> Tensor:
     out_1NTH = F.scaled_dot_product_attention(
         q_TNH.transpose(0, 1).unsqueeze(0),
-        gather.k_1KLH,
-        gather.v_1KLH,
+        k_1KLH,
+        v_1KLH,
         attn_mask=mask_TL,
         is_causal=mask_TL is None,
         enable_gqa=True,

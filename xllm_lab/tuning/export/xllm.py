@@ -14,10 +14,14 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import Flag
 from xllm_lab.policies.catalog import flags, policies, policy_name, values_of
 
-# Its overlap is ours that foresees no end; it has no other.
-_OVERLAPS = ("off", "on")
+# Fields that are switches in xLLM, with what is off and what is on there: its overlap is ours that foresees no end.
+_SWITCHES = {"async_scheduling": ("off", "on"), "kv_layout": ("paged", "virtual")}
 # What drafts need in xLLM besides their flags (scheduler and speculative configuration at 3906f5a).
 _DRAFT_MODEL = "the path of MTP's weights, which no run of ours knows"
+_XTENSOR_LACKS = {
+    "enable_prefix_cache": "xLLM shares no prefixes with enable_xtensor",
+    "num_reserved_pages": "xLLM keeps 8 to 32 mapped pages, whatever we do",
+}
 _NO_MIX = "xLLM computes no prompts beside drafts: num_speculative_tokens turns enable_mix_batch off"
 
 
@@ -51,15 +55,16 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
     for prefix, part in parts:
         named = flags(type(part))
         for field, value in values_of(part).items():
-            if field == "async_scheduling":
-                config[named[field].name] = value != "off"
-                if value not in _OVERLAPS:
-                    left_out[field] = value
+            if field in _SWITCHES:
+                config[named[field].name] = value != _SWITCHES[field][0]
+                left_out |= {} if value in _SWITCHES[field] else {field: value}
             elif field in named and value is not None:
                 config[named[field].name] = _as_told(value, named[field])
-            elif value is not None and field not in told_otherwise:
+            elif value is not None and field not in named and field not in told_otherwise:
                 left_out[prefix + field] = value
     config |= fixed
+    if config["enable_xtensor"]:
+        left_out |= _XTENSOR_LACKS
     return XllmConfig(config, left_out | _drafts_need(config))
 
 

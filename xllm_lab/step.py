@@ -93,6 +93,7 @@ class Step:
         draft_us: how long the host waited for drafts, where it was measured. What a draft model computed beside earlier
             steps is not in it.
         num_accepted: once it is over: of each of `drafts`, how many tokens were kept.
+        num_copies: between tiers, asked for since the instance began until the step was planned.
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
         used_blocks, idle_blocks: then, `num_used_blocks` and `num_idle_blocks` of each.
@@ -118,6 +119,7 @@ class Step:
     rows_apart: bool = False
     draft_us: int | None = None
     num_accepted: tuple[int, ...] = ()
+    num_copies: int = 0
     num_repeats: int = 0
     ends_us: Sequence[int] = ()
     used_blocks: Sequence[int] = ()

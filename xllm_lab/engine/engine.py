@@ -303,7 +303,7 @@ class Engine:
                 model=self.describe(),
                 graphs=graphs,
                 drafts=None if isinstance(policies.draft, Off) else self._describe_drafts(),
-                **describe(config, policies, step_time, workload, draft_time),
+                **describe(config, policies, step_time, workload, draft_time=draft_time),
             )
             fill_run(folder, manifest, workload, records)
         return Run(out, manifest)

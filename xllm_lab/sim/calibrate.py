@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xllm_lab.copy_time import CopyTime, CopyWeights, fit_copy_time
 from xllm_lab.draft_time import DraftTime, Weights, fit_draft_time
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.runs import Run, new_file, read_json, write_json
@@ -17,14 +18,14 @@ from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Ra
 from xllm_lab.sim.acceptance_fit import fit_acceptance, verifications
 from xllm_lab.sim.cost.host import HostOverhead, fit_host
 from xllm_lab.sim.spread import NUM_FOLDS, UNKNOWN, RunSpread, Spread, held_out, spread_of
-from xllm_lab.step_samples import StepSample, drafted, samples
+from xllm_lab.step_samples import StepSample, copied, drafted, samples
 from xllm_lab.step_time import TERMS, StepTime, fit
 
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
 # 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps, 4 nothing of drafts: these
 # are refused.
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class Calibration:
         runs: names of the runs, or of other sources of steps.
         acceptance: what became of drafts; None if there were none.
         draft_time: what making them took, in no step's time.
+        copy_time: what copies between tiers took, beside the steps.
     """
 
     step_time: StepTime
@@ -70,6 +72,7 @@ class Calibration:
     spread: Spread = UNKNOWN
     acceptance: LearntAcceptance | None = None
     draft_time: DraftTime = field(default_factory=DraftTime)
+    copy_time: CopyTime = field(default_factory=CopyTime)
 
     def step_time_with_host(self) -> StepTime:
         """Of whole steps, of a host that the device waits for: what policies are told.
@@ -87,7 +90,7 @@ class Calibration:
 
 
 def calibrate(runs: Sequence[Run]) -> Calibration:
-    """Fit step times, and what there is to know of drafts, to the steps of engine runs of one model on one machine.
+    """Fit step times, and what there is of drafts and copies, to engine runs of one model on one machine.
 
     Raises:
         ConfigError: a run is not an engine's, models differ, or there are too few steps.
@@ -115,6 +118,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         fitted,
         acceptance=fit_acceptance(verified),
         draft_time=fit_draft_time(one for run in runs for one in drafted(run.records.steps)),
+        copy_time=fit_copy_time(one for run in runs for one in copied(run.records.copies)),
     )
 
 
@@ -152,7 +156,9 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write a calibration file. RunError if it cannot be written."""
     weights = dict(zip(TERMS, calibration.step_time.weights, strict=True))
     draft_time = {method: found._asdict() for method, found in calibration.draft_time.weights.items()}
-    told = {**asdict(calibration), "step_time": weights, "draft_time": draft_time, "format": FORMAT}
+    copy_time = {kind: found._asdict() for kind, found in calibration.copy_time.weights.items()}
+    times = {"step_time": weights, "draft_time": draft_time, "copy_time": copy_time}
+    told = {**asdict(calibration), **times, "format": FORMAT}
     with new_file(path) as file:
         write_json(file, told)
 
@@ -177,6 +183,12 @@ def read_calibration(path: Path) -> Calibration:
             acceptance=None if value["acceptance"] is None else _acceptance(value["acceptance"]),
             draft_time=DraftTime(
                 {m: Weights(**{name: w[name] + 0 for name in Weights._fields}) for m, w in value["draft_time"].items()}
+            ),
+            copy_time=CopyTime(
+                {
+                    kind: CopyWeights(**{name: w[name] + 0 for name in CopyWeights._fields})
+                    for kind, w in value["copy_time"].items()
+                }
             ),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import simpy
 
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import drafting_of
 from xllm_lab.errors import PolicyError
@@ -35,10 +37,12 @@ from xllm_lab.request_state import new_record
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Event, WorkloadFeed, serve
 from xllm_lab.sim.collector import seldom_collecting
+from xllm_lab.sim.copies import SimulatedCopies
 from xllm_lab.sim.instance import FROM_OUTSIDE, Instance, Timing, at
 from xllm_lab.sim.links import Link, Transfer
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
+from xllm_lab.tiering import tiering_of
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 # Before what comes from clients, at equal times.
@@ -245,6 +249,7 @@ class Fleet:
         vocab_size: int,
         step_time: StepTime | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
         on_transfer: Callable[[Transfer], None] | None = None,
     ) -> None:
         self.config = config
@@ -265,6 +270,9 @@ class Fleet:
         self._where: dict[RequestId, Member | RequestRecord] = {}
         self._held: deque[tuple[Request, RequestRecord]] = deque()
         links = [Link(self._env, config.link, InstanceId(k), on_transfer) for k in range(config.num_instances)]
+        self._copies = [
+            SimulatedCopies(self._env, partial(timing.links, instance.block_size)) for _ in range(config.num_instances)
+        ]
         schedulers = (
             Scheduler(
                 instance,
@@ -273,9 +281,10 @@ class Fleet:
                 step_time=step_time,
                 shapes=self.shapes,
                 drafting=drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time),
+                tiering=tiering_of(policies.cache, instance, copies, step_time=step_time, copy_time=copy_time),
                 instance=k,
             )
-            for k in range(config.num_instances)
+            for k, copies in enumerate(self._copies)
         )
         self._members = [Member(self, s, link) for s, link in zip(schedulers, links, strict=True)]
         self._up: ById[Member] = ById(self._members)
@@ -398,7 +407,8 @@ class Fleet:
     def _start(self, member: Member) -> None:
         conversation = serve(member.scheduler, member.inbox, self._prompt_ids, start_us=self.now_us)
         index = member.scheduler.instance
-        member.instance = Instance(self._env, conversation, self._timing, member.inbox, index=index)
+        copies = self._copies[index]
+        member.instance = Instance(self._env, conversation, self._timing, member.inbox, copies=copies, index=index)
 
     def _fail(self, outage: Outage) -> None:
         member = self._members[outage.instance]

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from xllm_lab.copy_time import KINDS
 from xllm_lab.exact_counts import ExactCounts
 from xllm_lab.records import FinishReason, Records, RequestRecord
 from xllm_lab.request_columns import Flags, Floats, Ints, RequestColumns, columns_of
@@ -147,6 +148,8 @@ class Summary:
         acceptance_length: mean tokens that a step with drafts draws for a request, as vLLM and xLLM count it; at least
             1. What speculation saves in steps; None without it.
         num_drafted_tokens, num_wasted_tokens: drafts that were verified, and those of them in vain.
+        num_offloaded_tokens, num_restored_tokens: whose KV was copied from the device to the host, and back; None
+            without tiers.
     """
 
     num_requests: int
@@ -166,6 +169,8 @@ class Summary:
     acceptance_length: float | None
     num_drafted_tokens: int | None
     num_wasted_tokens: int | None
+    num_offloaded_tokens: int | None
+    num_restored_tokens: int | None
     ttft_us: Distribution | None
     tpot_us: Distribution | None
     itl_us: Distribution | None
@@ -220,6 +225,10 @@ class Tally:
         """Steps that took so long in all."""
         self._sums.update(steps=num_steps, busy_us=busy_us)
 
+    def add_copies(self, num_offloaded_tokens: int, num_restored_tokens: int) -> None:
+        """Copies between tiers, those that the run did not wait for included."""
+        self._sums.update(copies=1, offloaded=num_offloaded_tokens, restored=num_restored_tokens)
+
     def summary(self) -> Summary:
         """All metrics; at least one request has been added."""
         sums = self._sums
@@ -242,6 +251,8 @@ class Tally:
             acceptance_length=1 + sums["accepted"] / sums["verifications"] if sums["verifications"] else None,
             num_drafted_tokens=sums["drafted"] if sums["verifications"] else None,
             num_wasted_tokens=sums["drafted"] - sums["accepted"] if sums["verifications"] else None,
+            num_offloaded_tokens=sums["offloaded"] if sums["copies"] else None,
+            num_restored_tokens=sums["restored"] if sums["copies"] else None,
             itl_us=self._itl(),
             **{name: self._distribution(parts) for name, parts in self._latencies.items()},
         )
@@ -265,6 +276,8 @@ def summarize(records: Records) -> Summary:
     else:
         steps_us = [(1, s.step_us) for s in records.steps]
     tally.add_steps(sum(num for num, _ in steps_us), sum(us for _, us in steps_us))
+    if records.copies:
+        tally.add_copies(*(sum(c.num_tokens for c in records.copies if c.kind == kind) for kind in KINDS))
     return tally.summary()
 
 

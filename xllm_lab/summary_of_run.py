@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from xllm_lab.columns import batches, ints
+from xllm_lab.copy_time import KINDS
 from xllm_lab.errors import RunError
 from xllm_lab.metrics import Summary, Tally
-from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
+from xllm_lab.records import COPY_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
 from xllm_lab.request_columns import NAMES, columns_from
-from xllm_lab.run_writer import REQUESTS_FILE, STEPS_FILE
+from xllm_lab.run_writer import COPIES_FILE, REQUESTS_FILE, STEPS_FILE
 from xllm_lab.runs import Run
 
 _REASONS = ("", *FinishReason)
@@ -34,4 +35,8 @@ def summarize_run(run: Run) -> Summary:
     run.expect_all(REQUESTS_FILE, count)
     for batch in batches(run.path / STEPS_FILE, STEP_SCHEMA, ("start_us", "end_us")):
         tally.add_steps(len(batch["end_us"]), int((ints(batch["end_us"]) - ints(batch["start_us"])).sum()))
+    if (run.path / COPIES_FILE).exists():
+        for batch in batches(run.path / COPIES_FILE, COPY_SCHEMA, ("kind", "num_tokens")):
+            kinds, tokens = np.asarray(batch["kind"].to_pylist()), ints(batch["num_tokens"])
+            tally.add_copies(*(int(tokens[kinds == kind].sum()) for kind in KINDS))
     return tally.summary()

@@ -134,6 +134,7 @@ def simulate(
     settings: Mapping[str, Any] | None = None,
     fleet: FleetConfig | PathLike | None = None,
     acceptance: Sequence[float] | None = None,
+    host_link_bytes_per_s: float | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
@@ -146,13 +147,14 @@ def simulate(
         fleet: a fleet, or the cluster file of one; None is a single instance.
         acceptance: probability by position that a draft is kept if all before it were, by whatever method; without it
             what the machine's calibration learnt.
+        host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
     from xllm_lab.fleet_file import read_fleet
-    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance
+    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance, with_host_link
     from xllm_lab.sim.simulator import simulate as run_simulator
 
     own = _configuration(trace) if isinstance(trace, Run) else DEFAULT
@@ -161,6 +163,8 @@ def simulate(
     priced = machine if isinstance(machine, Machine) else fitted_machine(_calibration(machine))
     if acceptance is not None:
         priced = with_acceptance(priced, acceptance)
+    if host_link_bytes_per_s is not None:
+        priced = with_host_link(priced, host_link_bytes_per_s)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)

@@ -21,6 +21,8 @@ _OTHERS = {
     "acceptance_length": "Tokens a verification",
     "num_drafted_tokens": "Drafted tokens",
     "num_wasted_tokens": "Drafted in vain",
+    "num_offloaded_tokens": "Offloaded tokens",
+    "num_restored_tokens": "Restored tokens",
 }
 
 

@@ -28,6 +28,8 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host-us-per-seq", type=float, default=0.0, metavar="US", help="of the host, per sequence")
     frac = "drafts that are kept if all before them were, by position: 0.8,0.6; else as calibrated"
     group.add_argument("--acceptance", metavar="FRAC[,FRAC...]", help=frac)
+    rate = "of copies of KV to the host and back, each way; else as calibrated"
+    group.add_argument("--host-link", type=float, metavar="BYTES_PER_S", help=rate)
 
 
 def fleet_options(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,10 @@ class HostTier:
         """Blocks in no copy and their keys, least recently used first."""
         return ((slot, self._key_of[slot]) for slot in self._unread)
 
+    def is_unread(self, slot: int) -> bool:
+        """Whether it holds a block, and is in no copy."""
+        return slot in self._unread
+
     def fill(self, key: BlockKey) -> int:
         """A free block, for a copy of that key. The caller has checked that there is one."""
         assert key not in self._slot_of, "a copy of what is there"

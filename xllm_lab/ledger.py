@@ -187,6 +187,10 @@ class Ledger:
             assert key is not None, f"block {block} is idle and has no key"
             yield block, key
 
+    def idle_key(self, block: int) -> BlockKey | None:
+        """The key of a block that nobody uses; None of any other."""
+        return self._key_of[block] if block in self._idle else None
+
     def pin(self, blocks: Iterable[int]) -> None:
         """Blocks that have a key stay until they are unpinned as often."""
         for block in blocks:

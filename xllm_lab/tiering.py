@@ -104,6 +104,13 @@ class TiersView:
     def idle(self) -> Iterator[CachedBlock]:
         return (self.tiering.described(block, key) for block, key in self.tiering.idle_blocks())
 
+    def is_idle(self, block: int) -> bool:
+        key = self.tiering.ledger.idle_key(block)
+        return key is not None and key not in self.tiering.host
+
+    def is_hosted(self, block: int) -> bool:
+        return self.tiering.host.is_unread(block)
+
     def hosted(self) -> Iterator[CachedBlock]:
         return (self.tiering.described(slot, key) for slot, key in self.tiering.host.unread())
 
@@ -177,12 +184,10 @@ class Tiering:
         Raises:
             PolicyError: an illegal plan; nothing was changed.
         """
-        followers = [s for s in waiting if self._next_key(s) in self._fetched_by]
-        for state in followers:
-            self._followers[self._fetched_by[self._next_key(state)]].append(state.id)
-        asking = [s for s in waiting if s not in followers]
+        following = [s for s in waiting if self._follows(s)]
+        asking = [s for s in waiting if s not in following]
         if not self.could_copy(asking):
-            return [s.id for s in followers]
+            return [s.id for s in following]
         view = TiersView(
             now_us=now_us,
             num_free_blocks=self.ledger.num_free_blocks,
@@ -193,15 +198,16 @@ class Tiering:
         )
         plan = self._decided(view)
         # Pinned before anything is reserved, which may evict; copied last, when it is known what of the host is read.
-        key_of = dict(self.ledger.idle()) if plan.offload else {}
+        wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
         self.ledger.pin(plan.offload)
         for state in asking:
             if num_blocks := plan.restore.get(state.id, 0):
-                self._restore(state, num_blocks, now_us, plan)
-                followers.append(state)
+                if not self._follows(state):  # nor does it want what another's copy in this plan brings
+                    self._restore(state, num_blocks, now_us, plan)
+                following.append(state)
         if plan.offload:
-            self._offload([(block, key_of[block]) for block in plan.offload], now_us, plan)
-        return [s.id for s in followers]
+            self._offload(wanted, now_us, plan)
+        return [s.id for s in following]
 
     def done(self, end: CopyEnd) -> list[RequestId]:
         """A copy ended. Returns who waited for it. Nobody remembers one of an instance that failed meanwhile."""
@@ -254,10 +260,14 @@ class Tiering:
         """Blocks right behind those on the device that the host has."""
         return self.host.num_leading(state.reusable_keys()[state.num_blocks :])
 
-    def _next_key(self, state: RequestState) -> BlockKey:
-        """Of the first block that is not on the device; empty if there is none."""
+    def _follows(self, state: RequestState) -> bool:
+        """Whether its first block that is not on the device is being restored; then it waits for that copy."""
         keys, num = state.reusable_keys(), state.num_blocks
-        return keys[num] if num < len(keys) else b""
+        copy = self._fetched_by.get(keys[num]) if num < len(keys) else None
+        if copy is None:
+            return False
+        self._followers[copy].append(state.id)
+        return True
 
     def _offload(self, wanted: Sequence[tuple[int, BlockKey]], now_us: int, plan: CachePlan) -> None:
         """As many as there is room for: a victim that the same plan restores from stays."""

@@ -19,10 +19,10 @@ def _offloads(view: CacheView, plan: CachePlan) -> list[str]:
         for block, count in Counter(blocks).items()
         if count > 1
     ]
-    if plan.offload and (unknown := set(plan.offload) - {b.id for b in view.idle()}):
-        broken.append(f"offloads blocks {sorted(unknown)}, which are not idle, not cached, or in the host already")
-    if plan.evict and (unknown := set(plan.evict) - {b.id for b in view.hosted()}):
-        broken.append(f"evicts host blocks {sorted(unknown)}, which hold nothing or are in a copy")
+    if unknown := [b for b in plan.offload if not view.is_idle(b)]:
+        broken.append(f"offloads blocks {unknown}, which are not idle, not cached, or in the host already")
+    if unknown := [b for b in plan.evict if not view.is_hosted(b)]:
+        broken.append(f"evicts host blocks {unknown}, which hold nothing or are in a copy")
     room = view.num_free_host_blocks + len(plan.evict)
     if len(plan.offload) > room:
         broken.append(f"offloads {len(plan.offload)} blocks, the host has room for {room}")

@@ -142,8 +142,16 @@ class CacheView(Protocol):
         """Cached blocks of the device that nobody uses and the host lacks, least recently used first."""
         ...
 
+    def is_idle(self, block: int) -> bool:
+        """Whether `idle` has a block of that id."""
+        ...
+
     def hosted(self) -> Iterable[CachedBlock]:
         """Blocks of the host that are in no copy, least recently used first."""
+        ...
+
+    def is_hosted(self, block: int) -> bool:
+        """Whether `hosted` has a block of that id."""
         ...
 
 
@@ -218,13 +226,17 @@ class Copies:
             if self._room:
                 self._room -= 1
             else:
-                victims = victims or iter(sorted(self._view.hosted(), key=worth))
+                victims = victims or iter(self._victims(worth))
                 victim = next(victims, None)
                 if victim is None or worth(victim) >= worth(block):
                     return
                 self._evict.append(victim.id)
             self._offload.append(block.id)
             self._blocks_left -= 1  # until it is copied
+
+    def _victims(self, worth: Worth) -> Iterable[CachedBlock]:
+        hosted = self._view.hosted()
+        return hosted if worth is recency else sorted(hosted, key=worth)
 
     def restore(self, request: WaitingView, num_blocks: int) -> int:
         """Fetch up to so many of a request's blocks, as far as they fit on the device; returns how many."""

@@ -7,7 +7,8 @@ from itertools import islice
 from typing import ClassVar
 
 from xllm_lab.policies.api import refuse_below
-from xllm_lab.policies.cache import CachePlan, CacheView, Copies, HostBlocksFactor, MostBlocks, WaitingView, waiting_key
+from xllm_lab.policies.cache import CachedBlock, CachePlan, CacheView, Copies, HostBlocksFactor, MostBlocks, WaitingView
+from xllm_lab.policies.cache.restoring import next_in_line
 
 # Of a long run of blocks so many lengths are weighed, evenly spread.
 _MOST_LENGTHS = 16
@@ -22,7 +23,8 @@ class CostAware:
                         |-- link's backlog --|-- n blocks --|               the later of the two, and then the rest
 
     So a slow link is used while the device is busy with others, and not when it would wait. Equally soon, more blocks
-    are fetched: the device has less to do. Offloads as `lru` does.
+    are fetched: the device has less to do. Offloads as `lru` does, but nothing that is sooner computed than fetched
+    from an idle link: while it is copied, nobody else can have its block.
 
     Attributes:
         max_offloading_blocks: blocks on their way to the host at once.
@@ -46,10 +48,10 @@ class CostAware:
     def decide(self, view: CacheView) -> CachePlan:
         copies = Copies(view)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
-        copies.offload(islice(view.idle(), room))
         weighing = _Weighing(view)
+        copies.offload(islice(filter(weighing.pays, view.idle()), room))
         left = self.max_restoring_blocks - view.num_restoring
-        for request in sorted(view.waiting, key=waiting_key):
+        for request in next_in_line(view):
             num = min(left, weighing.best(request)) if left > 0 and request.num_host_blocks else 0
             num = copies.restore(request, num) if num else 0
             left -= num
@@ -66,6 +68,11 @@ class _Weighing:
         self._size, self._step_time, self._copy_time = view.block_size, view.step_time, view.copy_time
         self._device_us = self._computes_us(0, view.num_outstanding_tokens)
         self._link_us = self._fetch_us(view.num_restoring)
+
+    def pays(self, block: CachedBlock) -> bool:
+        """Whether fetching it alone would be sooner than computing it."""
+        start = block.depth * self._size
+        return self._fetch_us(1) < self._computes_us(start, start + self._size)
 
     def best(self, request: WaitingView) -> int:
         """How many blocks to fetch; 0 is none."""

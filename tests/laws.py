@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from xllm_lab.copies import CopyRecord
 from xllm_lab.errors import RequestTooLargeError
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
@@ -26,6 +27,7 @@ from xllm_lab.policies.api import ceil_div
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
+NEVER = 2**62
 VOCAB_SIZE = 1000
 
 
@@ -39,6 +41,7 @@ def obey_the_laws(
     every_step_fits(config, records)
     first_steps_are_told(records)
     drafts_are_told_alike(records)
+    copies_lose_nothing(records)
     useful = without_wasted_rows(config, records)
     every_token_is_accounted_for(config, useful)
     nothing_comes_before_its_cause(workload, useful)
@@ -266,6 +269,32 @@ def every_step_fits(config: InstanceConfig, records: Records) -> None:
         assert config.enable_prefix_cache or step.num_idle_blocks == 0, f"{name} has cached blocks without a cache"
 
 
+def copies_lose_nothing(records: Records) -> None:
+    """Tiers: a block of the host is filled while free, read while full, given up while nobody reads it; copies of one
+    kind end in the order in which they are asked for, after they are."""
+    filled: dict[int, int] = {}  # block of the host: when the copy there ended
+    read_until: Counter[int] = Counter()
+    last_us = {"offload": 0, "restore": 0}
+    for number, copy in enumerate(records.copies):
+        told = f"copy {number} at {copy.asked_us} us"
+        assert copy.copy == number, f"{told} says that it is {copy.copy}"
+        end_us = NEVER if copy.end_us is None else copy.end_us
+        assert end_us > copy.asked_us, f"{told} ends at {end_us}"
+        assert end_us >= last_us[copy.kind], f"{told} overtakes another"
+        last_us[copy.kind] = end_us
+        for slot in copy.evicted:
+            assert filled.pop(slot) <= copy.asked_us, f"{told} gives up block {slot}, which is being filled"
+            assert read_until[slot] <= copy.asked_us, f"{told} gives up block {slot}, which is being read"
+        assert len(copy.blocks) == len(copy.slots) == len({*copy.blocks}) == len({*copy.slots}), f"{told} is torn"
+        for slot in copy.slots:
+            if copy.kind == "offload":
+                assert slot not in filled, f"{told} fills block {slot}, which is full"
+                filled[slot] = end_us
+            else:
+                assert filled.get(slot, NEVER) <= copy.asked_us, f"{told} reads block {slot}, which is not full yet"
+                read_until[slot] = max(read_until[slot], end_us)
+
+
 @dataclass(slots=True)
 class _Live:
     """A request as the steps alone tell it."""
@@ -304,7 +333,8 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records, *, 
             assert one.computed <= known, f"{name} computes {one.computed} tokens, {known} are known or drafted"
         if config.async_scheduling == "off":  # who plans ahead counts blocks of requests that end meanwhile
             holders = [o for i, o in live.items() if o.is_running and (ends[i].finish_us or 0) > step.start_us]
-            _check_blocks(config, step, [o.computed for o in holders])
+            in_copies = sum(c.num_held_blocks for c in records.copies[: step.num_copies] if _is_under_way(c, step))
+            _check_blocks(config, step, [o.computed for o in holders], in_copies)
         for request_id, num_tokens in rejected.items():
             live[request_id].computed -= num_tokens
         rows = _draw(live, ends, step, lost=lost_next, some_draft=some_draft) + sum(step.num_drafted)
@@ -403,9 +433,15 @@ def _check_start(config: InstanceConfig, one: _Live, record: RequestRecord, num_
         assert num_computed == record.cached_tokens, f"{name} found {num_computed}, says {record.cached_tokens}"
 
 
-def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int]) -> None:
+def _is_under_way(copy: CopyRecord, step: StepRecord) -> bool:
+    """When the step is planned, at its start."""
+    return copy.end_us is None or copy.end_us > step.start_us
+
+
+def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int], num_in_copies: int) -> None:
     each = [ceil_div(c, config.block_size) for c in computed]
     least = max(each) if config.enable_prefix_cache else sum(each)
+    each.append(num_in_copies)  # which tables may share
     told = f"step {step.step} uses {step.num_used_blocks} KV blocks, its requests need"
     assert least <= step.num_used_blocks <= sum(each), f"{told} {least} to {sum(each)}"
 

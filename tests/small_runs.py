@@ -12,10 +12,14 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE
+from xllm_lab.copies import Copy, CopyEnd
+from xllm_lab.copy_time import KINDS, CopyTime, CopyWeights
 from xllm_lab.drafting import Drafting
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import BatchPlan, BatchPolicy, BatchView, Choice, Knob, ceil_div
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.cache import CachePlan, CachePolicy, CacheView, Copies, waiting_key
+from xllm_lab.policies.cache.device_only import DEVICE_ONLY
 from xllm_lab.policies.catalog import knobs, make_policy, policies
 from xllm_lab.policies.draft import DraftPlan, DraftPolicy, DraftView, Room, drafting_key
 from xllm_lab.policies.of_instance import Policies
@@ -24,17 +28,22 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
+from xllm_lab.sim.copies import EndsAt, priced_by
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import Step
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import TERMS, StepTime
+from xllm_lab.tiering import tiering_of
 from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, Slo, Workload, prompt_token_ids
 
 STEP_US = 10
+NEVER = 2**62
 # 5 us a step, 1 us a token, 1/100 us per token in KV.
 STEP_TIME = StepTime(tuple({"eager_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
+# Half a step, and 1 us a token, each way.
+COPY_TIME = CopyTime(dict.fromkeys(KINDS, CopyWeights(5.0, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,9 @@ class EqualSteps:
 
     def wake_us(self, until_us: int) -> int:
         return until_us
+
+    def links(self, block_size: int) -> EndsAt:
+        return priced_by(COPY_TIME, block_size)
 
     def end_us(self, step: Step) -> int:
         return step.start_us + self.step_us
@@ -90,6 +102,24 @@ class WildDrafts:
             if depth:
                 room.grant(one, sorted(view.methods)[one.num_tokens % 2], depth)
         return room.plan("wild")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WildCache:
+    """Copies whatever it may, back and forth: a cache policy to find what the tiers get wrong."""
+
+    decides: ClassVar[str] = "cache"
+
+    host_blocks_factor: float = 0.5
+
+    def decide(self, view: CacheView) -> CachePlan:
+        copies = Copies(view)
+        idle = [b for b in view.idle() if (b.depth + b.num_uses + view.now_us) % 3]
+        copies.offload(idle, lambda b: ((7 * b.id) % 5, b.id))
+        for one in sorted(view.waiting, key=waiting_key):
+            if one.num_host_blocks and (one.id + view.now_us) % 4:
+                copies.restore(one, 1 + (one.id + view.now_us) % one.num_host_blocks)
+        return copies.plan("wild")
 
 
 class StoppingSteps(EqualSteps):
@@ -155,6 +185,7 @@ def run_audited(
     draft: DraftPolicy | None = None,
     acceptance: Acceptance | None = None,
     shapes: ShapesPolicy = EAGER,
+    cache: CachePolicy = DEVICE_ONLY,
 ) -> Records:
     """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
     timing, records = timing or EqualSteps(), Records()
@@ -163,8 +194,13 @@ def run_audited(
         proposer = SimulatedDrafts(acceptance or CoinFlips())
         timing = replace(timing, proposer=proposer)
         drafting = Drafting(draft, proposer, step_time=STEP_TIME)
+    copier = HandCopier(config.block_size)
     scheduler = Scheduler(
-        config, policy, records, step_time=STEP_TIME, shapes=shapes_of(shapes, config), drafting=drafting
+        *(config, policy, records),
+        step_time=STEP_TIME,
+        shapes=shapes_of(shapes, config),
+        drafting=drafting,
+        tiering=tiering_of(cache, config, copier, step_time=STEP_TIME, copy_time=COPY_TIME),
     )
     conversation = serve(
         scheduler,
@@ -179,15 +215,41 @@ def run_audited(
         except StopIteration:
             break
         scheduler.ledger.audit()
+        if scheduler.tiering is not None:
+            scheduler.tiering.audit()
         if isinstance(command, Idle):
-            assert command.until_us is not None, "a workload says when its next request comes"
-            answer = Woke(timing.wake_us(command.until_us))
+            known = [us for us in (command.until_us, copier.next_us) if us is not None]
+            now_us = timing.wake_us(min(known))
+            answer = Woke(now_us, copier.over(now_us))
         else:
-            answer = Completion(timing.stretch(command).ends_us, timing.sampled(command))
+            ends_us = timing.stretch(command).ends_us
+            answer = Completion(ends_us, timing.sampled(command), copied=copier.over(ends_us[-1]))
+    scheduler.copied(copier.over(NEVER))
     scheduler.ledger.audit()
     assert scheduler.num_live == 0, f"{scheduler.num_live} requests are live after the end"
     assert scheduler.ledger.num_used_blocks == 0, f"{scheduler.ledger.num_used_blocks} blocks are in use after the end"
     return records.sort()
+
+
+class HandCopier:
+    """Copies that take `COPY_TIME`, by hand."""
+
+    def __init__(self, block_size: int) -> None:
+        self._ends_us, self._under_way = priced_by(COPY_TIME, block_size), list[CopyEnd]()
+
+    @property
+    def next_us(self) -> int | None:
+        return min((end.end_us for end in self._under_way), default=None)
+
+    def launch(self, copy: Copy) -> None:
+        end_us = self._ends_us(copy, copy.asked_us)
+        assert end_us is not None, "a priced copy ends"
+        self._under_way.append(CopyEnd(copy.number, end_us))
+
+    def over(self, now_us: int) -> list[CopyEnd]:
+        ends = sorted((e for e in self._under_way if e.end_us <= now_us), key=lambda e: (e.end_us, e.number))
+        self._under_way = [e for e in self._under_way if e.end_us > now_us]
+        return ends
 
 
 class HandDriven:

@@ -4,11 +4,13 @@ A block is in exactly one of three states:
 
     clean      content worthless                          handed out first
     idle       content indexed by its key, nobody uses it   evicted least recently used first
-    held       in at least one block table                  never taken away
+    held       in a block table, or in a copy between tiers    never taken away
 
     clean --take--> held --release, no key--> clean
                     held --release, key--> idle --take by key--> held
                                            idle --evict--> held
+
+A copy from here pins blocks that have a key; a copy to here reserves blocks, which get one when it is done.
 
 A key names the tokens of a block and of all blocks before it, as xLLM does (xllm/core/framework/prefix_cache at
 3906f5a): key[i] = XXH3-128(seed 1024, key[i-1] || int32 tokens of block i).
@@ -16,8 +18,8 @@ A key names the tokens of a block and of all blocks before it, as xLLM does (xll
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -59,6 +61,9 @@ class Ledger:
         self._key_of: list[BlockKey | None] = [None] * num_blocks
         # Of tables that changed: from which place on. For who follows them, and forgets what it has seen.
         self.changed: dict[RequestId, int] | None = None
+        # In copies between tiers.
+        self._num_pins: Counter[int] = Counter()
+        self._reserved: set[int] = set()
 
     @property
     def num_free_blocks(self) -> int:
@@ -187,17 +192,81 @@ class Ledger:
             if self._num_users[block] == 0:
                 self._idle[block] = None
 
+    def find(self, key: BlockKey) -> int | None:
+        """The block of that key."""
+        return self._block_of.get(key)
+
+    def idle(self) -> Iterator[tuple[int, BlockKey]]:
+        """Blocks that nobody uses and their keys, the next to be evicted first."""
+        for block in self._idle:
+            key = self._key_of[block]
+            assert key is not None, f"block {block} is idle and has no key"
+            yield block, key
+
+    def idle_key(self, block: int) -> BlockKey | None:
+        """The key of a block that nobody uses; None of any other."""
+        return self._key_of[block] if block in self._idle else None
+
+    def pin(self, blocks: Iterable[int]) -> None:
+        """Blocks that have a key stay until they are unpinned as often."""
+        for block in blocks:
+            if self._num_users[block] == 0:
+                del self._idle[block]
+            self._num_users[block] += 1
+            self._num_pins[block] += 1
+        self.version += 1
+
+    def unpin(self, blocks: Iterable[int], *, goes_first: bool) -> None:
+        """A copy is done; whom nobody else uses is idle, and the next to be evicted or the last.
+
+        Args:
+            blocks: pinned, in order of their tokens.
+        """
+        for block in reversed(list(blocks)):
+            self._num_pins[block] -= 1
+            if not self._num_pins[block]:
+                del self._num_pins[block]
+            self._num_users[block] -= 1
+            if self._num_users[block] == 0:
+                self._idle[block] = None
+                if goes_first:
+                    self._idle.move_to_end(block, last=False)
+        self.version += 1
+
+    def reserve(self, num_blocks: int) -> list[int]:
+        """Blocks that a copy will fill. The caller has checked that they are there."""
+        blocks = [self._clean.pop() if self._clean else self._evict() for _ in range(num_blocks)]
+        self._reserved.update(blocks)
+        return blocks
+
+    def keep(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """Reserved blocks hold what their keys name, in order of their tokens, and nobody uses them yet.
+
+        What came to be known by another block meanwhile is clean again.
+        """
+        self._reserved.difference_update(blocks)
+        for block, key in zip(reversed(blocks), reversed(keys), strict=True):
+            if key in self._block_of:
+                self._clean.append(block)
+                continue
+            self._block_of[key], self._key_of[block], self._num_users[block] = block, key, 0
+            self._idle[block] = None
+        self.version += 1
+
     def audit(self) -> None:
         """Assert that every block is in exactly one state and every count is right."""
         users = [0] * self.num_blocks
         for table in self._tables.values():
             for block in table:
                 users[block] += 1
+        for block, count in self._num_pins.items():
+            users[block] += count
         assert {b: users[b] for b in self._num_users} == self._num_users, "a block's users are not its tables"
         assert set(self._num_users) == set(self._block_of.values()), "users are counted of blocks that are not indexed"
         assert all(n <= 1 for b, n in enumerate(users) if b not in self._num_users), "a block without a key is shared"
         clean, idle = set(self._clean), set(self._idle)
-        held = {b for b in range(self.num_blocks) if users[b]}
+        held = {b for b in range(self.num_blocks) if users[b]} | self._reserved
+        assert not any(users[b] for b in self._reserved), "a reserved block is in a table"
         assert len(clean) == len(self._clean), "a clean block is listed twice"
         assert clean | idle | held == set(range(self.num_blocks)), "a block is in no state"
         assert len(clean) + len(idle) + len(held) == self.num_blocks, "a block is in two states"

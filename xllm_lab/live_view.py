@@ -19,6 +19,7 @@ class LiveView:
         "block_size",
         "decoding",
         "draining",
+        "loading",
         "max_seqs_per_batch",
         "max_tokens_per_batch",
         "now_us",
@@ -43,6 +44,7 @@ class LiveView:
         self.prefilling: ByAdmission[RequestState] = ByAdmission()
         self.draining: ByAdmission[RequestState] = ByAdmission()
         self.waiting: ByArrival[RequestState] = ByArrival()
+        self.loading: ByArrival[RequestState] = ByArrival()  # nobody's to plan for
         self.step_time = step_time
 
     @property
@@ -51,4 +53,4 @@ class LiveView:
 
     def find(self, request: RequestId) -> RequestState | None:
         state = self._live.get(request)
-        return None if state is None or state.is_draining else state
+        return None if state is None or state.is_draining or state.queue is self.loading else state

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from xllm_lab.copy_time import KINDS
 from xllm_lab.exact_counts import ExactCounts
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.request_columns import Flags, Floats, Ints, RequestColumns, columns_of
@@ -152,6 +153,8 @@ class Summary:
         unfilled_page_frac: of what the pages of running requests could hold, what is empty: internal fragmentation.
         page_reuse_frac: of the pages that requests began to need, those that were mapped already.
         map_frac: of the time of all steps, what they waited for pages.
+        num_offloaded_tokens, num_restored_tokens: whose KV was copied from the device to the host, and back; None
+            without tiers.
     """
 
     num_requests: int
@@ -175,6 +178,8 @@ class Summary:
     unfilled_page_frac: float | None
     page_reuse_frac: float | None
     map_frac: float | None
+    num_offloaded_tokens: int | None
+    num_restored_tokens: int | None
     ttft_us: Distribution | None
     tpot_us: Distribution | None
     itl_us: Distribution | None
@@ -251,6 +256,10 @@ class Tally:
         """What these steps had of virtual KV."""
         self._sums.update(pages._asdict())
 
+    def add_copies(self, num_offloaded_tokens: int, num_restored_tokens: int) -> None:
+        """Copies between tiers, those that the run did not wait for included."""
+        self._sums.update(copies=1, offloaded=num_offloaded_tokens, restored=num_restored_tokens)
+
     def summary(self) -> Summary:
         """All metrics; at least one request has been added."""
         sums = self._sums
@@ -274,6 +283,8 @@ class Tally:
             num_drafted_tokens=sums["drafted"] if sums["verifications"] else None,
             num_wasted_tokens=sums["drafted"] - sums["accepted"] if sums["verifications"] else None,
             **self._pages(),
+            num_offloaded_tokens=sums["offloaded"] if sums["copies"] else None,
+            num_restored_tokens=sums["restored"] if sums["copies"] else None,
             itl_us=self._itl(),
             **self._distributions(),
         )
@@ -314,6 +325,8 @@ def summarize(records: Records) -> Summary:
     tally.add_steps(sum(num for num, _ in steps_us), sum(us for _, us in steps_us))
     if not records.spans or any(s.pages is not None for s in records.spans):
         tally.add_pages(page_sums(records.steps))
+    if records.copies:
+        tally.add_copies(*(sum(c.num_tokens for c in records.copies if c.kind == kind) for kind in KINDS))
     return tally.summary()
 
 

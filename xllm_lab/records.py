@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from xllm_lab.copies import CopyRecord
 from xllm_lab.policies.api import RequestId
 from xllm_lab.step import PageRun, Step, Work
 
@@ -111,6 +112,7 @@ class StepRecord:
             running requests could; and tokens that these have. None where KV is paged.
         map_us: the host waited so long for `page_maps`, where it was measured; `host_us` counts it.
         beside_us: mapping and unmapping beside the step took so long, where it was measured.
+        num_copies: between tiers, asked for since the instance began until the step was planned.
     """
 
     step: int
@@ -146,6 +148,7 @@ class StepRecord:
     kv_tokens: int | None = None
     map_us: int | None = None
     beside_us: int | None = None
+    num_copies: int = 0
 
     @property
     def step_us(self) -> int:
@@ -185,6 +188,7 @@ def steps_of(span: Step) -> Iterable[StepRecord]:
             num_accepted=list(span.num_accepted),
             draft_us=span.draft_us,
             **_pages(span, k),
+            num_copies=span.num_copies,
             **({} if span.work is None else span.work._asdict()),
         )
         start_us = end_us
@@ -227,14 +231,23 @@ class Recorder(Protocol):
         ...
 
     def request(self, record: RequestRecord) -> None: ...
+    def copy(self, record: CopyRecord) -> None:
+        """A copy between tiers is asked for; its end is filled in when it comes."""
+        ...
 
 
 class Records:
-    """Records in memory: requests in order of id once sorted, steps in order of end, then instance."""
+    """Records in memory: requests in order of id once sorted, steps in order of end, then instance; copies as asked."""
 
-    __slots__ = ("_num_expanded", "_steps", "requests", "spans")
+    __slots__ = ("_num_expanded", "_steps", "copies", "requests", "spans")
 
-    def __init__(self, requests: list[RequestRecord] | None = None, steps: list[StepRecord] | None = None) -> None:
+    def __init__(
+        self,
+        requests: list[RequestRecord] | None = None,
+        steps: list[StepRecord] | None = None,
+        copies: list[CopyRecord] | None = None,
+    ) -> None:
+        self.copies: list[CopyRecord] = [] if copies is None else copies
         self.requests: list[RequestRecord] = [] if requests is None else requests
         self._steps: list[StepRecord] = [] if steps is None else steps
         self.spans: list[Step] = []
@@ -256,6 +269,9 @@ class Records:
     def request(self, record: RequestRecord) -> None:
         self.requests.append(record)
 
+    def copy(self, record: CopyRecord) -> None:
+        self.copies.append(record)
+
     def sort(self) -> Records:
         """Put requests, which end in any order, in order of id."""
         self.requests.sort(key=lambda r: r.id)
@@ -264,7 +280,7 @@ class Records:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Records):
             return NotImplemented
-        return self.requests == other.requests and self.steps == other.steps
+        return (self.requests, self.steps, self.copies) == (other.requests, other.steps, other.copies)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -322,9 +338,25 @@ STEP_SCHEMA = pa.schema(
         pa.field("draft_us", pa.int64()),
         *(pa.field(name, _INT64S, nullable=False) for name in PAGE_LISTS),
         *(pa.field(name, pa.int64()) for name in PAGE_COUNTS),
+        pa.field("num_copies", pa.int64(), nullable=False),
     ]
 )
 
+
+COPY_SCHEMA = pa.schema(
+    [
+        pa.field("copy", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("request", pa.int64()),
+        *(pa.field(name, _INT32S, nullable=False) for name in ("blocks", "slots")),
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("num_tokens", "num_held_blocks")),
+        pa.field("evicted", _INT32S, nullable=False),
+        pa.field("asked_us", pa.int64(), nullable=False),
+        pa.field("end_us", pa.int64()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("instance", pa.int32(), nullable=False),
+    ]
+)
 
 TRANSFER_SCHEMA = pa.schema(
     [
@@ -356,6 +388,12 @@ def transfer_table(sent: Sequence[SentPrompt]) -> pa.Table:
     columns: dict[str, Any] = {name: [getattr(t, name) for t in sent] for name in TRANSFER_SCHEMA.names}
     columns["link"] = [f"to instance {t.link}" for t in sent]
     return pa.table(columns, schema=TRANSFER_SCHEMA)
+
+
+def copy_table(copies: Sequence[CopyRecord]) -> pa.Table:
+    """In the order given."""
+    assert {f.name for f in fields(CopyRecord)} == set(COPY_SCHEMA.names), "schema and class differ"
+    return pa.table({name: [getattr(c, name) for c in copies] for name in COPY_SCHEMA.names}, schema=COPY_SCHEMA)
 
 
 # Of a request's record, by their type.
@@ -405,6 +443,7 @@ def step_table(spans: Sequence[Step]) -> pa.Table:
         "draft_us": _nullable([s.draft_us for s in spans], of_span),
         **_draft_columns(spans, of_span),
         **_page_columns(spans, of_span, ahead, is_first),
+        "num_copies": each("num_copies"),
     }
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in STEP_SCHEMA}, schema=STEP_SCHEMA)
 
@@ -416,11 +455,12 @@ def table_of_steps(steps: Sequence[StepRecord]) -> pa.Table:
     return pa.table(columns, schema=STEP_SCHEMA)
 
 
-def records_from(requests: pa.Table, steps: pa.Table) -> Records:
-    """The records in two tables of our schemas, requests in order of id, steps in order of end."""
+def records_from(requests: pa.Table, steps: pa.Table, copies: pa.Table | None = None) -> Records:
+    """The records in tables of our schemas, requests in order of id, steps in order of end, copies as asked for."""
     rows = [_request_from(row) for row in requests.to_pylist()]
     ordered = sorted((StepRecord(**row) for row in steps.to_pylist()), key=lambda s: (s.end_us, s.instance))
-    return Records(rows, ordered).sort()
+    copied = [] if copies is None else [CopyRecord(**row) for row in copies.to_pylist()]
+    return Records(rows, ordered, copied).sort()
 
 
 def _request_from(row: dict[str, Any]) -> RequestRecord:

@@ -11,6 +11,7 @@ in which spans came in: a run writes the same bytes with and without skipped ste
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from xllm_lab.copies import CopyRecord
 from xllm_lab.records import (
+    COPY_SCHEMA,
     REQUEST_SCHEMA,
     STEP_SCHEMA,
     TRANSFER_SCHEMA,
     RequestRecord,
     SentPrompt,
+    copy_table,
     request_table,
     step_table,
     transfer_table,
@@ -32,6 +36,7 @@ from xllm_lab.records import (
 from xllm_lab.step import Step
 
 STEPS_FILE, REQUESTS_FILE, TRANSFERS_FILE = "steps.parquet", "requests.parquet", "transfers.parquet"
+COPIES_FILE = "copies.parquet"
 # Of a row group, and of what is kept in memory until it is one. A step has many entries, one per request.
 _STEPS_PER_GROUP, _REQUESTS_PER_GROUP = 1 << 15, 1 << 12
 _MOST_ENTRIES = 1 << 20
@@ -60,6 +65,8 @@ class RunWriter:
         self._folder = folder
         self._transfers: _Groups | None = None  # a run without links has no such file
         self._sent: list[SentPrompt] = []
+        self._copies: _Groups | None = None  # nor has one without tiers
+        self._asked: deque[CopyRecord] = deque()
         self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
         self._requests = _Groups(folder / REQUESTS_FILE, REQUEST_SCHEMA, _REQUESTS_PER_GROUP)
         self._spans: list[Step] = []
@@ -80,6 +87,11 @@ class RunWriter:
         if len(self._sent) >= _REQUESTS_PER_GROUP:
             self._write_transfers()
 
+    def copy(self, record: CopyRecord) -> None:
+        self._asked.append(record)
+        if len(self._asked) >= 2 * _REQUESTS_PER_GROUP:
+            self._write_copies(lambda copy: copy.end_us is not None)
+
     def request(self, record: RequestRecord) -> None:
         self._on_request()
         self._ended.append(record)
@@ -91,10 +103,9 @@ class RunWriter:
         self._write_steps(None)
         self._write_requests()
         self._write_transfers()
-        self._steps.close()
-        self._requests.close()
-        if self._transfers is not None:
-            self._transfers.close()
+        self._write_copies(lambda _: True)
+        for file in self._files():
+            file.close()
 
     def __enter__(self) -> RunWriter:
         return self
@@ -104,9 +115,11 @@ class RunWriter:
             if error is None:
                 self.close()
         finally:
-            for file in (self._steps, self._requests, self._transfers):
-                if file is not None:
-                    file.let_go()
+            for file in self._files():
+                file.let_go()
+
+    def _files(self) -> list[_Groups]:
+        return [f for f in (self._steps, self._requests, self._transfers, self._copies) if f is not None]
 
     def _write_steps(self, before_us: int | None) -> None:
         table = step_table(self._spans).sort_by([("end_us", "ascending"), ("instance", "ascending")])
@@ -121,6 +134,17 @@ class RunWriter:
             self._transfers = _Groups(self._folder / TRANSFERS_FILE, TRANSFER_SCHEMA, _REQUESTS_PER_GROUP)
         self._transfers.add(transfer_table(self._sent), None)
         self._sent.clear()
+
+    def _write_copies(self, is_settled: Callable[[CopyRecord], bool]) -> None:
+        """In the order in which they were asked for, up to the first that is not settled."""
+        settled: list[CopyRecord] = []
+        while self._asked and is_settled(self._asked[0]):
+            settled.append(self._asked.popleft())
+        if not settled:
+            return
+        if self._copies is None:
+            self._copies = _Groups(self._folder / COPIES_FILE, COPY_SCHEMA, _REQUESTS_PER_GROUP)
+        self._copies.add(copy_table(settled), None)
 
     def _write_requests(self) -> None:
         self._requests.add(request_table(self._ended), None)

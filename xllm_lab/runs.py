@@ -1,4 +1,7 @@
-"""A run is a folder: manifest.json, workload.jsonl, requests.parquet, steps.parquet; whole, or not there."""
+"""A run is a folder: manifest.json, workload.jsonl, requests.parquet, steps.parquet; whole, or not there.
+
+Of an instance with tiers, copies.parquet, too.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xllm_lab import provenance
+from xllm_lab.copy_time import CopyTime, CopyWeights
 from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
@@ -23,9 +27,11 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import configured, values_of
 from xllm_lab.policies.of_instance import Policies, policies_from
 from xllm_lab.records import (
+    COPY_SCHEMA,
     REQUEST_SCHEMA,
     STEP_SCHEMA,
     Records,
+    copy_table,
     records_from,
     request_table,
     step_table,
@@ -48,6 +54,7 @@ class Manifest:
         policies: by decision, {"name": ..., and its fields}.
         step_time: weights the policy saw, or None.
         draft_time: those of drafting, by method.
+        copy_time: those of copies between tiers, by kind.
         timing: how time was had: the engine's clock, or the simulator's cost model and its error.
         model: what was served: name, dtype, kv_bytes_per_token (on each device), vocab_size; an engine also says over
             how many devices, tensor_parallel. A simulated run has its calibration's.
@@ -68,6 +75,7 @@ class Manifest:
     fleet: dict[str, Any] | None = None
     graphs: dict[str, Any] | None = None
     draft_time: dict[str, list[float]] = field(default_factory=dict)
+    copy_time: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=provenance.versions)
     commit: str = field(default_factory=provenance.commit)
     hardware: dict[str, Any] = field(default_factory=provenance.hardware)
@@ -86,21 +94,29 @@ class Manifest:
     def draft_time_model(self) -> DraftTime:
         return DraftTime({method: Weights(*weights) for method, weights in self.draft_time.items()})
 
+    def copy_time_model(self) -> CopyTime:
+        weights: dict[Any, CopyWeights] = {kind: CopyWeights(*given) for kind, given in self.copy_time.items()}
+        return CopyTime(weights)
+
 
 def describe(
     config: InstanceConfig,
     policies: Policies,
     step_time: StepTime | None,
     workload: Workload,
+    *,
     draft_time: DraftTime | None = None,
+    copy_time: CopyTime | None = None,
 ) -> dict[str, Any]:
     """The part of a manifest that both hosts fill in the same way."""
     by_method = {} if draft_time is None else draft_time.weights
+    by_kind = {} if copy_time is None else copy_time.weights
     return {
         "instance": values_of(config),
         "policies": policies.as_dict(),
         "step_time": None if step_time is None else list(step_time.weights),
         "draft_time": {method: list(weights) for method, weights in by_method.items()},
+        "copy_time": {str(kind): list(weights) for kind, weights in by_kind.items()},
         "workload": {
             "source": workload.source,
             "checksum": workload.checksum,
@@ -128,8 +144,10 @@ class Run:
     def records(self) -> Records:
         requests = read_parquet(self.path / "requests.parquet", REQUEST_SCHEMA)
         self.expect_all("requests.parquet", requests.num_rows)
+        copies = self.path / "copies.parquet"
+        copied = read_parquet(copies, COPY_SCHEMA) if copies.exists() else None
         try:
-            return records_from(requests, read_parquet(self.path / "steps.parquet", STEP_SCHEMA))
+            return records_from(requests, read_parquet(self.path / "steps.parquet", STEP_SCHEMA), copied)
         except ValueError as error:
             raise RunError(f"{self.path / 'requests.parquet'}: {error}; accepted: {_FINISHED}") from None
 
@@ -153,7 +171,10 @@ def fill_run(folder: Path, manifest: Manifest, workload: Workload, records: Reco
     own.write(workload, folder / "workload.jsonl")
     # A run that was read, or made by hand, has steps and no spans.
     steps = step_table(records.spans) if records.spans else table_of_steps(records.steps)
-    for name, table in (("requests", request_table(records.sort().requests)), ("steps", steps)):
+    tables = {"requests": request_table(records.sort().requests), "steps": steps}
+    if records.copies:
+        tables["copies"] = copy_table(records.copies)
+    for name, table in tables.items():
         # With checksums a flipped bit is an error, not another result.
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd", write_page_checksum=True)
 
@@ -167,6 +188,7 @@ def read_run(path: Path) -> Run:
         manifest.instance_config()
         manifest.step_time_model()
         manifest.draft_time_model()
+        manifest.copy_time_model()
     except (TypeError, ConfigError) as error:
         raise RunError(f"{path / 'manifest.json'}: {error}; accepted: a manifest of format {FORMAT}") from None
     return Run(path, manifest)
@@ -176,7 +198,7 @@ def _refuse_other_manifests(manifest: Manifest) -> None:
     """TypeError unless what the readers of a run look up is there."""
     if manifest.format != FORMAT:
         raise TypeError(f"format is {manifest.format}")
-    for part in ("instance", "policies", "timing", "hardware", "draft_time"):
+    for part in ("instance", "policies", "timing", "hardware", "draft_time", "copy_time"):
         if not isinstance(getattr(manifest, part), dict):
             raise TypeError(f"{part} is no object")
     if "batch" not in manifest.policies:

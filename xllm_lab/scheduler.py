@@ -6,10 +6,12 @@
                                            act: preempt, admit, allocate blocks          --> Step, or None
     runs the step: the engine on a device, the simulator on a cost model
     complete(step, ends, sampled)   -->    record; append tokens; publish blocks; finish requests
+    copied(ends)                    -->    blocks that moved between tiers can be found; who waited for them waits
 
-A request is waiting (holds no KV), running (holds KV: prefilling or decoding), or ended. Preemption by recompute sends
-it back to waiting. With async scheduling the next step is planned while this one runs; tokens are then counted before
-they are there, and a running request that has all of them scheduled is draining: it holds KV, and computes no more.
+A request is waiting (holds no KV), loading (as waiting, and its blocks are on their way from the host: no policy sees
+it), running (holds KV: prefilling or decoding), or ended. Preemption by recompute sends it back to waiting. With async
+scheduling the next step is planned while this one runs; tokens are then counted before they are there, and a running
+request that has all of them scheduled is draining: it holds KV, and computes no more.
 
 A draft policy is asked once the batch policy's plan is legal. A step with drafts is not planned ahead of: how many
 tokens it brings decides the next one. So is a step after which somebody wants to draft, behind a token still unknown;
@@ -20,12 +22,13 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import add, attrgetter
 from typing import NamedTuple
 
+from xllm_lab.copies import CopyEnd
 from xllm_lab.drafting import Drafting
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.instance_config import InstanceConfig
@@ -46,6 +49,7 @@ from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.step import NO_DECODES, Decodes, Draft, ScheduledChunk, Step
 from xllm_lab.step_shape import Shapes
+from xllm_lab.tiering import Tiering
 from xllm_lab.virtual_kv import VirtualKv
 from xllm_lab.workload import Request, RequestId, TokenIds
 
@@ -70,6 +74,7 @@ class Scheduler:
         shapes: says in which graph a step runs; None: eagerly.
         drafting: says who drafts; None: nobody.
         pages: says what of virtual KV is mapped; None: KV is paged.
+        tiering: says what is copied between the tiers of KV; None: nothing.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Scheduler:
         shapes: Shapes | None = None,
         drafting: Drafting | None = None,
         pages: VirtualKv | None = None,
+        tiering: Tiering | None = None,
         instance: int = 0,
     ) -> None:
         if getattr(policy, "needs_step_time", False) and step_time is None:
@@ -93,8 +99,9 @@ class Scheduler:
         self.shapes = shapes
         self.drafting = drafting
         self.pages = pages
-        self.ledger = self._new_ledger()
+        self.tiering = tiering
         self._recorder = recorder
+        self.ledger = self._new_ledger()
         self._under_way: Step | None = None
         self._num_steps = self._num_recorded = 0
         self._live: dict[RequestId, RequestState] = {}
@@ -119,7 +126,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._view.waiting)
+        return len(self._view.waiting) + len(self._view.loading)
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether copies are under way, whose ends may let requests run."""
+        return self.tiering is not None and self.tiering.is_copying
 
     def num_outstanding_tokens_after(self, num_repeats: int) -> int:
         """Known tokens that are not in KV when the step under way has been repeated so often.
@@ -130,7 +142,7 @@ class Scheduler:
         missing = sum(s.num_tokens - s.num_computed_tokens for s in view.prefilling)
         if self._chunk is not None:
             missing -= self._chunk.num_tokens * num_repeats
-        return len(view.decoding) + missing + sum(s.num_tokens for s in view.waiting)
+        return len(view.decoding) + missing + sum(s.num_tokens for s in (*view.waiting, *view.loading))
 
     def num_used_blocks_after(self, num_repeats: int) -> int:
         """KV blocks in use when the step under way has been repeated so often."""
@@ -179,6 +191,8 @@ class Scheduler:
         """
         if self._under_way is not None and any(d.token_ids for d in self._under_way.drafts):
             return None
+        if self.tiering is not None:
+            self._copy(self.tiering, now_us)
         waits = self._under_way is not None and self.drafting is not None and self.drafting.is_waited_for()
         while self._live:
             plan = self._decide(now_us)
@@ -199,6 +213,16 @@ class Scheduler:
             # What a preemption frees is an estimate: two victims that shared blocks free more together than the policy
             # could count, and a victim's blocks that an admitted prompt takes over free none. It gets another look.
         return None
+
+    def copied(self, ends: Sequence[CopyEnd]) -> None:
+        """Copies are over; who waited for them can be planned for."""
+        for end in ends:
+            assert self.tiering is not None, f"copy {end.number} ends, and nobody asked for any"
+            for request_id in self.tiering.done(end):
+                state = self._live.get(request_id)
+                if state is not None and state.queue is self._view.loading:
+                    self._leave_queue(state)
+                    self._enter(self._view.waiting, state)
 
     def start(self, step: Step, now_us: int) -> None:
         """A planned step starts."""
@@ -240,6 +264,8 @@ class Scheduler:
             most = min(most, next_end - lockstep.clock)
         if most < 1:
             return 0
+        if self.tiering is not None and self.tiering.could_copy(self._view.waiting):
+            return 0  # the next look at the tiers may be another
         # Evicting what a waiting request would have found may change the plan.
         is_read = self._is_prefix_index_read
         if step.others:
@@ -347,7 +373,18 @@ class Scheduler:
         ledger = Ledger(config.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache)
         if self.pages is not None:
             ledger.changed = {}
+        if self.tiering is not None:
+            self.tiering.serve(ledger, self._recorder, self.instance)
         return ledger
+
+    def _copy(self, tiering: Tiering, now_us: int) -> None:
+        """Ask for copies; who is to find blocks that are on their way waits for them."""
+        view = self._view
+        outstanding = sum(s.num_tokens - s.num_computed_tokens for s in view.prefilling)
+        for request_id in tiering.plan(view.waiting, now_us, outstanding):
+            state = self._live[request_id]
+            self._leave_queue(state)
+            self._enter(view.loading, state)
 
     def _decide(self, now_us: int) -> BatchPlan:
         view = self._view
@@ -420,11 +457,12 @@ class Scheduler:
             plan.reason,
             0 if is_news else holds_for,
             plan.keeps_free_blocks,
-            len(self._view.waiting),
+            self.num_waiting,
             ledger.num_used_blocks,
             ledger.num_idle_blocks,
             self.instance,
             drafts=drafts,
+            num_copies=0 if self.tiering is None else self.tiering.num_copies,
         )
         if self.pages is not None:
             self.pages.place(step, ledger, self._lockstep, tuple(self._singles.values()), self._num_kv_tokens())
@@ -561,6 +599,8 @@ class Scheduler:
     def _admit(self, state: RequestState, now_us: int) -> RequestId:
         self._leave_queue(state)
         num_cached = state.admit(now_us)
+        if self.tiering is not None:
+            self.tiering.used(state.block_keys(num_cached // self.ledger.block_size), 0, now_us)
         if state.record.first_scheduled_us is None:
             state.record.cached_tokens = min(num_cached, state.num_prompt_tokens)
         return state.id
@@ -601,7 +641,10 @@ class Scheduler:
     def _publish(self, state: RequestState, num_computed: int) -> None:
         num_full = num_computed // self.ledger.block_size
         if num_full > state.num_published:
-            self.ledger.publish(state.id, state.num_published, state.block_keys(num_full)[state.num_published :])
+            keys = state.block_keys(num_full)[state.num_published :]
+            self.ledger.publish(state.id, state.num_published, keys)
+            if self.tiering is not None:
+                self.tiering.used(keys, state.num_published, self._view.now_us)
             state.num_published = num_full
 
     def _publish_ahead(self, state: RequestState) -> None:
@@ -612,7 +655,7 @@ class Scheduler:
         self._publish(state, min(state.num_computed_tokens, state.num_prompt_tokens + state.record.output_tokens))
 
     def _enter(self, queue: list[RequestState], state: RequestState) -> None:
-        order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
+        order = self._order_of(queue)
         # Who comes last usually goes last.
         if queue and order(queue[-1]) > order(state):
             bisect.insort(queue, state, key=order)
@@ -620,11 +663,14 @@ class Scheduler:
             queue.append(state)
         state.queue = queue
 
+    def _order_of(self, queue: list[RequestState]) -> Callable[[RequestState], tuple[int, ...]]:
+        return _BY_ARRIVAL if queue is self._view.waiting or queue is self._view.loading else _BY_ADMISSION
+
     def _leave_queue(self, state: RequestState) -> None:
         queue = state.queue
         if queue is NO_QUEUE:
             return
-        order = _BY_ARRIVAL if queue is self._view.waiting else _BY_ADMISSION
+        order = self._order_of(queue)
         # Who came first usually leaves first.
         popped = queue.pop(0 if queue[0] is state else bisect.bisect_left(queue, order(state), key=order))
         assert popped is state, f"request {state.id} is not where its queue's order says"

@@ -22,6 +22,7 @@ import heapq
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from xllm_lab.copies import NO_COPIES, CopyEnd
 from xllm_lab.errors import PolicyError
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.records import RequestRecord
@@ -31,15 +32,20 @@ from xllm_lab.workload import Request, RequestId, TokenIds, Workload
 
 
 class Idle(NamedTuple):
-    """Nothing can run before `until_us`; None is until something comes."""
+    """Nothing can run before `until_us`, or the end of a copy; None is until something comes."""
 
     until_us: int | None
 
 
 class Woke(NamedTuple):
-    """The answer to `Idle`: the time at which the host woke, at or after `until_us`."""
+    """The answer to `Idle`: the time at which the host woke, at or after `until_us` or the end of a copy.
+
+    Attributes:
+        copied: copies that were over by then, and after the answer before.
+    """
 
     now_us: int
+    copied: Sequence[CopyEnd] = NO_COPIES
 
 
 class Completion:
@@ -49,16 +55,22 @@ class Completion:
         ends_us: the step's end, and those of up to `Step.num_repeats` repetitions that the host ran as well.
         sampled: a token for each chunk that `samples`; None for placeholders, none of which ends a request.
         work: what it was for host and device, if that was measured; of one step without repetitions.
+        copied: copies that were over by the last end, and after the answer before.
     """
 
-    __slots__ = ("ends_us", "sampled", "work")
+    __slots__ = ("copied", "ends_us", "sampled", "work")
 
     def __init__(
-        self, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None, work: Work | None = None
+        self,
+        ends_us: Sequence[int],
+        sampled: Mapping[RequestId, Sampled] | None,
+        work: Work | None = None,
+        copied: Sequence[CopyEnd] = NO_COPIES,
     ) -> None:
         self.ends_us = ends_us
         self.sampled = sampled
         self.work = work
+        self.copied = copied
 
 
 Conversation = Generator[Step | Idle, Completion | Woke, None]
@@ -191,7 +203,8 @@ def serve(
             step.work = done.work
             for request_id in scheduler.complete(step, done.ends_us, done.sampled, ahead):
                 feed.on_end(request_id, now_us)
-        elif feed.is_over:
+            scheduler.copied(done.copied)
+        elif feed.is_over and not (scheduler.num_live and scheduler.is_copying):
             if scheduler.num_live:
                 name = policy_name(scheduler.policy)
                 raise PolicyError(f"policy {name} leaves {scheduler.num_live} requests waiting for ever at {now_us} us")
@@ -200,6 +213,7 @@ def serve(
             woke = yield Idle(feed.next_us)
             assert isinstance(woke, Woke), f"idling is answered by a Woke, not by {woke}"
             now_us = woke.now_us
+            scheduler.copied(woke.copied)
 
 
 def _planned(scheduler: Scheduler, now_us: int, launch: Callable[[Step], None]) -> Step | None:

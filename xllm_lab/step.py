@@ -136,6 +136,7 @@ class Step:
         map_us: how long the host waited for `pages.maps`, where it was measured.
         beside_us: how long the rest of `pages` took beside the step, where it was measured.
         num_accepted: once it is over: of each of `drafts`, how many tokens were kept.
+        num_copies: between tiers, asked for since the instance began until the step was planned.
         num_repeats: how many further steps, all alike, the host may run in one go.
         ends_us: once it is over: its end, and those of the repeats that were run; one begins where the one before ends.
         used_blocks, idle_blocks: then, `num_used_blocks` and `num_idle_blocks` of each.
@@ -164,6 +165,7 @@ class Step:
     map_us: int | None = None
     beside_us: int | None = None
     num_accepted: tuple[int, ...] = ()
+    num_copies: int = 0
     num_repeats: int = 0
     ends_us: Sequence[int] = ()
     used_blocks: Sequence[int] = ()

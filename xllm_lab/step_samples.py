@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from xllm_lab.copies import CopyRecord
+from xllm_lab.copy_time import Copied
 from xllm_lab.draft_time import Drafted, draft_loads
 from xllm_lab.errors import ConfigError
 from xllm_lab.page_time import Mapped
@@ -75,3 +77,13 @@ def drafted(steps: Iterable[StepRecord]) -> Iterator[Drafted]:
     for s in steps:
         if s.draft_ids and s.draft_us is not None:
             yield Drafted(draft_loads(zip(s.draft_methods, s.num_asked, strict=True)), s.draft_us)
+
+
+def copied(copies: Iterable[CopyRecord]) -> Iterator[Copied]:
+    """What the copies of a run took, from when they were asked for or the one of their kind before was done."""
+    free_us: dict[tuple[int, str], int] = {}
+    for c in sorted(copies, key=lambda c: (c.instance, c.copy)):
+        if c.end_us is not None:
+            began_us = max(c.asked_us, free_us.get((c.instance, c.kind), 0))
+            free_us[c.instance, c.kind] = c.end_us
+            yield Copied(c.kind, c.num_tokens, c.end_us - began_us)

@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from xllm_lab.columns import batches, ints
+from xllm_lab.copy_time import KINDS
 from xllm_lab.errors import RunError
 from xllm_lab.metrics import PageSums, Summary, Tally
-from xllm_lab.records import REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
+from xllm_lab.records import COPY_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
 from xllm_lab.request_columns import NAMES, columns_from
-from xllm_lab.run_writer import REQUESTS_FILE, STEPS_FILE
+from xllm_lab.run_writer import COPIES_FILE, REQUESTS_FILE, STEPS_FILE
 from xllm_lab.runs import Run
 
 _REASONS = ("", *FinishReason)
@@ -40,4 +41,8 @@ def summarize_run(run: Run) -> Summary:
         counts = {name: pc.sum(batch[name]).as_py() or 0 for name in PageSums._fields[1:]}
         late = ints(batch["page_maps"].flatten())[3::4]
         tally.add_pages(PageSums(int(late.sum()), **counts))
+    if (run.path / COPIES_FILE).exists():
+        for batch in batches(run.path / COPIES_FILE, COPY_SCHEMA, ("kind", "num_tokens")):
+            kinds, tokens = np.asarray(batch["kind"].to_pylist()), ints(batch["num_tokens"])
+            tally.add_copies(*(int(tokens[kinds == kind].sum()) for kind in KINDS))
     return tally.summary()

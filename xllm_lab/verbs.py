@@ -146,6 +146,7 @@ def simulate(
     fleet: FleetConfig | PathLike | None = None,
     acceptance: Sequence[float] | None = None,
     page_time: PageTime | None = None,
+    host_link_bytes_per_s: float | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
@@ -159,12 +160,13 @@ def simulate(
         acceptance: probability by position that a draft is kept if all before it were, by whatever method; without it
             what the machine's calibration learnt.
         page_time: what mapping pages of virtual KV takes; without it as calibrated.
+        host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
-    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance, with_page_time
+    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance, with_host_link, with_page_time
     from xllm_lab.sim.simulator import simulate as run_simulator
 
     own = _configuration(trace) if isinstance(trace, Run) else DEFAULT
@@ -175,6 +177,8 @@ def simulate(
         priced = with_acceptance(priced, acceptance)
     if page_time is not None:
         priced = with_page_time(priced, page_time)
+    if host_link_bytes_per_s is not None:
+        priced = with_host_link(priced, host_link_bytes_per_s)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)

@@ -25,6 +25,8 @@ _OTHERS = {
     "unfilled_page_frac": "Pages unfilled, %",
     "page_reuse_frac": "Pages found mapped, %",
     "map_frac": "Waited for pages, %",
+    "num_offloaded_tokens": "Offloaded tokens",
+    "num_restored_tokens": "Restored tokens",
 }
 
 

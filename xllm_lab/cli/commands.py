@@ -118,6 +118,7 @@ def _simulate(o: argparse.Namespace) -> int:
         fleet=fleet(o),
         acceptance=acceptance(o),
         page_time=page_time(o),
+        host_link_bytes_per_s=o.host_link,
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
         progress=not o.quiet,

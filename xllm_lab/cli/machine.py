@@ -32,6 +32,8 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--acceptance", metavar="FRAC[,FRAC...]", help=frac)
     us = "mapping a run of pages of virtual KV, each page in it, unmapping a run, each page; else as calibrated"
     group.add_argument("--page-us", metavar="US[,US...]", help=us)
+    rate = "of copies of KV to the host and back, each way; else as calibrated"
+    group.add_argument("--host-link", type=float, metavar="BYTES_PER_S", help=rate)
 
 
 def fleet_options(parser: argparse.ArgumentParser) -> None:

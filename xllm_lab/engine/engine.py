@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm_lab.draft_time import DraftTime
-from xllm_lab.drafting import Proposer, drafting_of
+from xllm_lab.drafting import Proposer
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.device import DTYPES, Device, open_device
 from xllm_lab.engine.drafts.draft_model import draft_model_proposer, open_draft_model
@@ -46,11 +46,10 @@ from xllm_lab.policies.shapes.eager import EAGER, Eager
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
+from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
-from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
-from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 
@@ -200,17 +199,12 @@ class Engine:
             PolicyError: a policy planned something illegal, or starves a request.
         """
         self._refuse(workload, config, policies)
-        shapes = shapes_of(policies.shapes, config)
-        proposer = self.proposer(policies, config)
-        drafting = drafting_of(policies.draft, proposer, step_time=step_time, draft_time=draft_time)
-        scheduler = Scheduler(
-            config,
-            policies.batch,
-            recorder,
+        scheduler = scheduler_of(
+            *(config, policies, recorder),
+            proposer=self.proposer(policies, config),
+            copier=None,
             step_time=step_time,
-            shapes=shapes,
-            drafting=drafting,
-            pages=virtual_kv_of(policies.pages, config),
+            draft_time=draft_time,
         )
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
@@ -330,7 +324,7 @@ class Engine:
                 model=self.describe(),
                 graphs=graphs,
                 drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
-                **describe(config, policies, step_time, workload, draft_time),
+                **describe(config, policies, step_time, workload, draft_time=draft_time),
             )
             fill_run(folder, manifest, workload, records)
         return Run(out, manifest)

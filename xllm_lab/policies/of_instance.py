@@ -8,6 +8,8 @@ from typing import Any
 
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.cache import CachePolicy
+from xllm_lab.policies.cache.device_only import DEVICE_ONLY
 from xllm_lab.policies.catalog import make_policy, policy_name, values_of
 from xllm_lab.policies.draft import DraftPolicy
 from xllm_lab.policies.draft.off import OFF
@@ -30,6 +32,7 @@ class Policies:
     shapes: ShapesPolicy = EAGER
     draft: DraftPolicy = OFF
     pages: PagesPolicy = ON_DEMAND
+    cache: CachePolicy = DEVICE_ONLY
 
     def __post_init__(self) -> None:
         for decides, policy in self:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xllm_lab.copy_time import CopyTime, CopyWeights, fit_copy_time
 from xllm_lab.draft_time import DraftTime, Weights, fit_draft_time
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.page_time import PageTime, fit_page_time
@@ -18,13 +19,13 @@ from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Ra
 from xllm_lab.sim.acceptance_fit import fit_acceptance, verifications
 from xllm_lab.sim.cost.host import HostOverhead, fit_host
 from xllm_lab.sim.spread import NUM_FOLDS, UNKNOWN, RunSpread, Spread, held_out, spread_of
-from xllm_lab.step_samples import StepSample, drafted, mapped, samples
+from xllm_lab.step_samples import StepSample, copied, drafted, mapped, samples
 from xllm_lab.step_time import TERMS, StepTime, fit
 
 # So that a fit without one of the folds still has the two steps a term that `fit` wants.
 MIN_STEPS = -(-2 * len(TERMS) * NUM_FOLDS // (NUM_FOLDS - 1))
 # 1 had no spread, 2 did not tell the host from the device, 3 no graphs from eager steps, 4 nothing of drafts, 5
-# nothing of pages: these are refused.
+# nothing of pages and copies: these are refused.
 FORMAT = 6
 
 
@@ -60,6 +61,7 @@ class Calibration:
         acceptance: what became of drafts; None if there were none.
         draft_time: what making them took, in no step's time.
         page_time: what mapping pages took, neither; None if KV was paged.
+        copy_time: what copies between tiers took, beside the steps.
     """
 
     step_time: StepTime
@@ -73,6 +75,7 @@ class Calibration:
     acceptance: LearntAcceptance | None = None
     draft_time: DraftTime = field(default_factory=DraftTime)
     page_time: PageTime | None = None
+    copy_time: CopyTime = field(default_factory=CopyTime)
 
     def step_time_with_host(self) -> StepTime:
         """Of whole steps, of a host that the device waits for: what policies are told.
@@ -90,7 +93,7 @@ class Calibration:
 
 
 def calibrate(runs: Sequence[Run]) -> Calibration:
-    """Fit step times, and what there is to know of drafts, to the steps of engine runs of one model on one machine.
+    """Fit step times, and what there is of drafts and copies, to engine runs of one model on one machine.
 
     Raises:
         ConfigError: a run is not an engine's, models differ, or there are too few steps.
@@ -119,6 +122,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         acceptance=fit_acceptance(verified),
         draft_time=fit_draft_time(one for run in runs for one in drafted(run.records.steps)),
         page_time=fit_page_time(one for run in runs for one in mapped(run.records.steps)),
+        copy_time=fit_copy_time(one for run in runs for one in copied(run.records.copies)),
     )
 
 
@@ -156,7 +160,9 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write a calibration file. RunError if it cannot be written."""
     weights = dict(zip(TERMS, calibration.step_time.weights, strict=True))
     draft_time = {method: found._asdict() for method, found in calibration.draft_time.weights.items()}
-    told = {**asdict(calibration), "step_time": weights, "draft_time": draft_time, "format": FORMAT}
+    copy_time = {kind: found._asdict() for kind, found in calibration.copy_time.weights.items()}
+    times = {"step_time": weights, "draft_time": draft_time, "copy_time": copy_time}
+    told = {**asdict(calibration), **times, "format": FORMAT}
     with new_file(path) as file:
         write_json(file, told)
 
@@ -182,6 +188,12 @@ def read_calibration(path: Path) -> Calibration:
             acceptance=None if value["acceptance"] is None else _acceptance(value["acceptance"]),
             draft_time=DraftTime(
                 {m: Weights(**{name: w[name] + 0 for name in Weights._fields}) for m, w in value["draft_time"].items()}
+            ),
+            copy_time=CopyTime(
+                {
+                    kind: CopyWeights(**{name: w[name] + 0 for name in CopyWeights._fields})
+                    for kind, w in value["copy_time"].items()
+                }
             ),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

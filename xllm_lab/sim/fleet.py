@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import simpy
 
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.dispatch import Dispatch, Lost
 from xllm_lab.draft_time import DraftTime
-from xllm_lab.drafting import drafting_of
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
@@ -22,13 +23,14 @@ from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Recorder
 from xllm_lab.router import Load
 from xllm_lab.scheduler import Scheduler
+from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Conversation, Event, serve
 from xllm_lab.sim.collector import seldom_collecting
+from xllm_lab.sim.copies import SimulatedCopies
 from xllm_lab.sim.instance import Instance, Timing, at
 from xllm_lab.sim.links import Transfer
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
-from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import RequestId, Workload
 
 
@@ -88,12 +90,14 @@ class SimulatedSeat:
         scheduler: Scheduler,
         timing: Timing,
         dispatch: Dispatch,
+        *,
+        copies: SimulatedCopies,
     ) -> None:
         scheduler.is_index_watched = dispatch.router.needs_index
         self.scheduler = scheduler
         self.inbox = Inbox(dispatch.on_end)
         self.instance: Instance | None = None
-        self._env, self._timing, self._dispatch = env, timing, dispatch
+        self._env, self._timing, self._dispatch, self._copies = env, timing, dispatch, copies
 
     @property
     def is_up(self) -> bool:
@@ -104,8 +108,11 @@ class SimulatedSeat:
         return self.instance is not None and self.instance.stretch is None
 
     def begin(self) -> None:
-        index = self.scheduler.instance
-        self.instance = Instance(self._env, self._conversation(), self._timing, self.inbox, index=index)
+        self.instance = Instance(
+            *(self._env, self._conversation(), self._timing, self.inbox),
+            copies=self._copies,
+            index=self.scheduler.instance,
+        )
 
     def fail(self) -> Lost:
         assert self.instance is not None, "an instance fails that is down"
@@ -158,6 +165,7 @@ class Fleet:
         vocab_size: int,
         step_time: StepTime | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
         on_transfer: Callable[[Transfer], None] | None = None,
     ) -> None:
         self.shapes = shapes_of(policies.shapes, instance)
@@ -171,20 +179,20 @@ class Fleet:
             vocab_size=vocab_size,
             on_transfer=on_transfer,
         )
-        schedulers = (
-            Scheduler(
-                instance,
-                policies.batch,
-                recorder,
+        self._seats = []
+        for k in range(config.num_instances):
+            copies = SimulatedCopies(self._env, partial(timing.links, instance.block_size))
+            scheduler = scheduler_of(
+                *(instance, policies, recorder),
+                proposer=timing.proposer,
+                copier=copies,
                 step_time=step_time,
+                draft_time=draft_time,
+                copy_time=copy_time,
                 shapes=self.shapes,
-                drafting=drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time),
-                pages=virtual_kv_of(policies.pages, instance),
                 instance=k,
             )
-            for k in range(config.num_instances)
-        )
-        self._seats = [SimulatedSeat(self._env, scheduler, timing, self._dispatch) for scheduler in schedulers]
+            self._seats.append(SimulatedSeat(self._env, scheduler, timing, self._dispatch, copies=copies))
 
     @property
     def now_us(self) -> int:

@@ -27,7 +27,6 @@ from xllm_lab.decisions import (
     decisions_from,
     deliveries_from,
 )
-from xllm_lab.drafting import drafting_of
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
 from xllm_lab.policies.draft import METHODS
@@ -36,11 +35,10 @@ from xllm_lab.policies.routing import ById
 from xllm_lab.records import Records, RequestRecord, StepRecord
 from xllm_lab.request_state import new_record
 from xllm_lab.runs import Run, read_parquet
-from xllm_lab.scheduler import Scheduler
+from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Event, serve
 from xllm_lab.sim.instance import Instance
 from xllm_lab.sim.parity import DifferenceError, Parity, Recorded, RouterDecision, as_it_arrived, decision_of_record
-from xllm_lab.step_shape import shapes_of
 from xllm_lab.workload import Request, RequestId, TokenIds, prompt_token_ids
 
 
@@ -144,14 +142,12 @@ def _life_differs(run: Run, policies: Policies, life: Life, requests: Mapping[Re
     recorded = RecordedLife(
         Records(run.records.requests, steps), methods=METHODS if manifest.drafts is None else manifest.drafts["methods"]
     )
-    step_time, draft_time = manifest.step_time_model(), manifest.draft_time_model()
-    scheduler = Scheduler(
-        config,
-        policies.batch,
-        Records(),
-        step_time=step_time,
-        shapes=shapes_of(policies.shapes, config),
-        drafting=drafting_of(policies.draft, recorded, step_time=step_time, draft_time=draft_time),
+    scheduler = scheduler_of(
+        *(config, policies, Records()),
+        proposer=recorded,
+        copier=None,
+        step_time=manifest.step_time_model(),
+        draft_time=manifest.draft_time_model(),
         instance=life.instance,
     )
 

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from xllm_lab.copies import NO_COPIES, CopyEnd
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.dispatch import FIRST_INSTANCE
 from xllm_lab.draft_time import DraftTime, draft_loads
 from xllm_lab.drafting import Proposer
@@ -26,6 +28,7 @@ from xllm_lab.page_time import PageTime
 from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
+from xllm_lab.sim.copies import EndsAt, SimulatedCopies, priced_by
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.drafts import SimulatedDrafts
 from xllm_lab.step import Step
@@ -61,6 +64,10 @@ class Timing(Protocol):
         """What makes drafts; `sampled` says which are kept."""
         ...
 
+    def links(self, block_size: int) -> EndsAt:
+        """When copies between the tiers of one instance end."""
+        ...
+
     def wake_us(self, until_us: int) -> int:
         """When an instance that has nothing to do before `until_us` looks again."""
         ...
@@ -83,6 +90,7 @@ class Predicted:
 
     Args:
         draft_time: of making drafts, before the step that verifies them.
+        copy_time: of copies between tiers.
         drafting_cost: prices steps with drafts, which no host plans ahead; without it `cost` does.
         page_time: of mapping pages of virtual KV.
         hides_mapping: a step's pages are mapped while the one before it computes, as steps are planned ahead.
@@ -100,6 +108,7 @@ class Predicted:
         fast_forward: bool = True,
         proposer: SimulatedDrafts | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
         drafting_cost: CostModel | None = None,
         page_time: PageTime | None = None,
         hides_mapping: bool = False,
@@ -110,7 +119,7 @@ class Predicted:
         self._mapper_free_us: dict[int, float] = {}
         self._cost, self._drafting_cost = cost, drafting_cost or cost
         self.proposer = proposer
-        self._draft_time = draft_time or DraftTime()
+        self._draft_time, self._copy_time = draft_time or DraftTime(), copy_time or CopyTime()
         self._most_steps = _MOST_STEPS if fast_forward else 1
         self.num_steps = 0
         self.num_extrapolated = 0
@@ -118,6 +127,9 @@ class Predicted:
     @property
     def extrapolated_frac(self) -> float:
         return self.num_extrapolated / self.num_steps if self.num_steps else 0.0
+
+    def links(self, block_size: int) -> EndsAt:
+        return priced_by(self._copy_time, block_size)
 
     def wake_us(self, until_us: int) -> int:
         return until_us
@@ -210,17 +222,28 @@ def batch_of_step(step: Step) -> Batch:
 class Instance:
     """The process and what it is doing.
 
+    Args:
+        copies: between its tiers, if it has any.
+
     Attributes:
         stretch: steps under way; None between them.
     """
 
     def __init__(
-        self, env: simpy.Environment, conversation: Conversation, timing: Timing, feed: Feed, *, index: int = 0
+        self,
+        env: simpy.Environment,
+        conversation: Conversation,
+        timing: Timing,
+        feed: Feed,
+        *,
+        copies: SimulatedCopies | None = None,
+        index: int = 0,
     ) -> None:
         self._env = env
         self._conversation = conversation
         self._timing = timing
         self._feed = feed
+        self._copies = copies
         self._priority = FIRST_INSTANCE + index
         self._wake: simpy.Event | None = None
         self._step: Step | None = None
@@ -257,6 +280,8 @@ class Instance:
             self._timing.ran(done)
             self._conversation.send(Completion(done.ends_us, self._timing.sampled(self._step)))
         self._conversation.close()
+        if self._copies is not None:
+            self._copies.stop()
         self.stretch = self._wake = None
         if self._process.is_alive:
             self._process.interrupt()
@@ -272,10 +297,10 @@ class Instance:
                         yield self._something(command.until_us)
                     except simpy.Interrupt:
                         return  # it failed
-                    command = conversation.send(Woke(int(env.now)))
+                    command = conversation.send(Woke(int(env.now), self._copied()))
                     continue
                 stretch = timing.stretch(command)
-                if len(stretch.ends_us) > 1 and (next_us := self._feed.next_us) is not None:
+                if len(stretch.ends_us) > 1 and (next_us := self._next_us()) is not None:
                     stretch = stretch.until(next_us)
                 self._begin(command, stretch)
                 while True:
@@ -288,7 +313,7 @@ class Instance:
                         stretch = self.stretch  # it is shorter now
                 self.stretch = None
                 timing.ran(stretch)
-                command = conversation.send(Completion(stretch.ends_us, timing.sampled(command)))
+                command = conversation.send(Completion(stretch.ends_us, timing.sampled(command), copied=self._copied()))
         except StopIteration:
             return
 
@@ -299,10 +324,25 @@ class Instance:
 
     def _something(self, until_us: int | None) -> simpy.Event:
         """What an idle instance waits for."""
+        looks_us = None if until_us is None else self._timing.wake_us(until_us)
+        copied_us = None if self._copies is None else self._copies.next_us
+        known = [us for us in (looks_us, copied_us) if us is not None]
         if until_us is not None:
-            return at(self._env, self._timing.wake_us(until_us), self._priority)
-        self._wake = self._env.event()
-        return self._wake
+            return at(self._env, min(known), self._priority)
+        self._wake = wake = self._env.event()
+        if known:
+            in_time = at(self._env, min(known), self._priority)
+            assert in_time.callbacks is not None, "an event that is new"
+            in_time.callbacks.append(lambda _: self.notice() if self._wake is wake else None)
+        return wake
+
+    def _next_us(self) -> int | None:
+        """When something will happen, as far as is known."""
+        copied_us = None if self._copies is None else self._copies.next_us
+        return min((us for us in (self._feed.next_us, copied_us) if us is not None), default=None)
+
+    def _copied(self) -> Sequence[CopyEnd]:
+        return NO_COPIES if self._copies is None else self._copies.over()
 
 
 def at(env: simpy.Environment, when_us: int, priority: int) -> simpy.Event:

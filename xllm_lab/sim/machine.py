@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from xllm_lab.copy_time import CopyTime, link_copy_time
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.errors import ConfigError, ModelError
 from xllm_lab.hardware import Device
@@ -15,6 +16,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spec
 from xllm_lab.page_time import PageTime
+from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
@@ -51,6 +53,7 @@ class Machine:
         acceptance: what becomes of drafts, where that is known.
         draft_time: what making them takes.
         page_time: what mapping pages of virtual KV takes; None: nobody knows, and nobody may have any.
+        copy_time: what copies between tiers take, where that is known.
     """
 
     cost: CostModel
@@ -63,6 +66,7 @@ class Machine:
     acceptance: Acceptance | None = None
     draft_time: DraftTime = field(default_factory=DraftTime)
     page_time: PageTime | None = None
+    copy_time: CopyTime = field(default_factory=CopyTime)
 
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
@@ -75,6 +79,7 @@ class Machine:
             fast_forward=fast_forward,
             proposer=None if self.acceptance is None else SimulatedDrafts(self.acceptance),
             draft_time=self.draft_time,
+            copy_time=self.copy_time,
             drafting_cost=Hosted(self.cost, self.host),
             page_time=self.page_time,
             hides_mapping=config.async_scheduling != "off",
@@ -83,8 +88,13 @@ class Machine:
     def refuse_if_not_priced(self, policies: Policies, config: InstanceConfig) -> None:
         """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one.
 
-        And for virtual KV where nobody knows what mapping costs.
+        And for virtual KV, or copies between tiers, where nobody knows what mapping or copying costs.
         """
+        if not isinstance(policies.cache, DeviceOnly) and not self.copy_time:
+            raise ConfigError(
+                f"cache is {policy_name(policies.cache)!r}, and what a copy to the host and back takes is not known; "
+                "accepted: a calibration on runs with both, or --host-link"
+            )
         if config.kv_layout == "virtual" and self.page_time is None:
             raise ConfigError(
                 "kv_layout is 'virtual': what mapping its pages costs is not known; accepted: a calibration on runs "
@@ -162,6 +172,7 @@ def fitted_machine(calibration: Calibration) -> Machine:
         acceptance=calibration.acceptance,
         draft_time=calibration.draft_time,
         page_time=calibration.page_time,
+        copy_time=calibration.copy_time,
     )
 
 
@@ -178,6 +189,19 @@ def with_acceptance(machine: Machine, fracs: Sequence[float]) -> Machine:
     """
     given = GivenAcceptance(tuple(fracs))
     return replace(machine, acceptance=given, timing={**machine.timing, "acceptance": given.described()})
+
+
+def with_host_link(machine: Machine, bytes_per_s: float) -> Machine:
+    """The same machine, whose host is behind a link of that rate each way.
+
+    Raises:
+        ConfigError: no rate above 0, or a machine that does not say how large a token's KV is.
+    """
+    token_bytes = machine.model.get("kv_bytes_per_token")
+    if not token_bytes:
+        raise ConfigError("the machine does not say how many bytes of KV a token takes; accepted: one whose model does")
+    told = {**machine.timing, "host_link_bytes_per_s": bytes_per_s}
+    return replace(machine, copy_time=link_copy_time(bytes_per_s, token_bytes), timing=told)
 
 
 def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | None = None) -> Machine:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from xllm_lab.copies import Copy, CopyRecord
 from xllm_lab.drafting import Asked
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.draft import METHODS
@@ -14,10 +15,21 @@ from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord, f
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled
+from xllm_lab.sim.copies import EndsAt
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import PageMoves, Step
 from xllm_lab.workload import RequestId, Workload
+
+
+class AskedCopy(NamedTuple):
+    """What was decided of a copy between tiers."""
+
+    asked_us: int
+    kind: str
+    request: int | None
+    blocks: tuple[int, ...]
+    slots: tuple[int, ...]
 
 
 class Decision(NamedTuple):
@@ -31,6 +43,7 @@ class Decision(NamedTuple):
     graph_tokens: int | None = None
     drafts: tuple[tuple[int, str, int, int], ...] = ()  # (id, method, asked for, made)
     pages: tuple[tuple[int, ...], ...] = ()  # mapped before, mapped beside, unmapped; as records have them
+    copies: tuple[AskedCopy, ...] = ()  # since the step before was planned
 
 
 class RouterDecision(NamedTuple):
@@ -79,6 +92,8 @@ class Recorded:
         self._requests = {r.id: r for r in records.requests}
         self._over_us = max((r.finish_us or 0 for r in records.requests), default=0)
         self._next = 0
+        self._copies = records.copies
+        self.asked: list[AskedCopy] = []
 
     @property
     def proposer(self) -> Recorded:
@@ -93,23 +108,44 @@ class Recorded:
     def forget(self, request: RequestId) -> None:
         """Nothing is kept of it."""
 
+    def links(self, block_size: int) -> EndsAt:
+        return self._copy_ends_us
+
+    def _copy_ends_us(self, copy: Copy, now_us: int) -> int | None:
+        """As recorded; that it was another copy, the next step will show."""
+        self.asked.append(AskedCopy(now_us, copy.kind, copy.request, copy.blocks, copy.slots))
+        return self._copies[copy.number].end_us if copy.number < len(self._copies) else None
+
     @property
     def num_replayed(self) -> int:
         """Steps that were decided alike so far."""
         return self._next
 
     def wake_us(self, until_us: int) -> int:
-        # A real host oversleeps; it looked again when its next step started, or, without one, when all had ended: a
-        # request may have come and gone while it slept.
+        # A real host oversleeps; it looked again when it asked for its next copy, or its next step started, or, without
+        # one, when all had ended: a request may have come and gone while it slept.
         looked_us = self._steps[self._next].start_us if self._next < len(self._steps) else self._over_us
+        if len(self.asked) < len(self._copies):
+            looked_us = min(looked_us, self._copies[len(self.asked)].asked_us)
         return max(until_us, looked_us)
 
     def stretch(self, step: Step) -> Stretch:
-        decided = _decision_of_step(step)
-        if self._next == len(self._steps) or decision_of_record(self._steps[self._next]) != decided:
+        decided = _decision_of_step(step)._replace(copies=self._asked_for(step.index, step.num_copies))
+        if self._next == len(self._steps) or self.recorded_decision(self._next) != decided:
             raise DifferenceError(step.index, decided)
         self._next += 1
         return Stretch((self._steps[step.index].end_us,), (False,))
+
+    def recorded_decision(self, index: int) -> Decision:
+        """The engine's for a step, and the copies that it asked for since the one before."""
+        step = self._steps[index]
+        first = self._steps[index - 1].num_copies if index else 0
+        copies = tuple(map(_asked_copy, self._copies[first : step.num_copies]))
+        return decision_of_record(step)._replace(copies=copies)
+
+    def _asked_for(self, index: int, num_copies: int) -> tuple[AskedCopy, ...]:
+        first = self._steps[index - 1].num_copies if index else 0
+        return tuple(self.asked[first:num_copies])
 
     def ran(self, stretch: Stretch) -> None:
         """Recorded times extrapolate nothing."""
@@ -156,16 +192,19 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
             vocab_size=run.manifest.model["vocab_size"],
             step_time=run.manifest.step_time_model(),
             draft_time=run.manifest.draft_time_model(),
+            copy_time=run.manifest.copy_time_model(),
         )
     except DifferenceError as difference:
         step, simulator = difference.args
-        engine = decision_of_record(records.steps[step]) if step < len(records.steps) else None
+        engine = recorded.recorded_decision(step) if step < len(records.steps) else None
         return Parity(num_steps=len(records.steps), step=step, engine=engine, simulator=simulator)
     except PolicyError:
         pass  # it gave up before the engine did; the count below says where
     step = recorded.num_replayed
     if step < len(records.steps):
-        return Parity(num_steps=len(records.steps), step=step, engine=decision_of_record(records.steps[step]))
+        return Parity(num_steps=len(records.steps), step=step, engine=recorded.recorded_decision(step))
+    if recorded.asked != [*map(_asked_copy, records.copies)]:  # behind the last step
+        return Parity(num_steps=len(records.steps), step=step)
     return Parity(num_steps=len(records.steps))
 
 
@@ -186,6 +225,10 @@ def as_it_arrived(workload: Workload, records: Records) -> Workload:
 
     moved = tuple(request.at(arrival_us[request.id]) for request in workload.requests)
     return replace(workload, requests=moved, closed_loop=None)
+
+
+def _asked_copy(copy: CopyRecord) -> AskedCopy:
+    return AskedCopy(copy.asked_us, copy.kind, copy.request, tuple(copy.blocks), tuple(copy.slots))
 
 
 def _decision_of_step(step: Step) -> Decision:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import simpy
 
 from xllm_lab.columns import step_feature_rows
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
-from xllm_lab.drafting import drafting_of
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
@@ -19,16 +20,16 @@ from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Recorder, Records
 from xllm_lab.run_writer import STEPS_FILE, RunWriter
 from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
-from xllm_lab.scheduler import Scheduler
+from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import WorkloadFeed, serve
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.collector import seldom_collecting
+from xllm_lab.sim.copies import SimulatedCopies
 from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Instance, Timing
 from xllm_lab.sim.machine import Machine
-from xllm_lab.step_shape import Shapes, shapes_of
+from xllm_lab.step_shape import Shapes
 from xllm_lab.step_time import StepTime
-from xllm_lab.virtual_kv import virtual_kv_of
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 # More than this fraction of steps outside the calibrated range earns a warning.
@@ -45,6 +46,7 @@ def run_simulation(
     vocab_size: int,
     step_time: StepTime | None = None,
     draft_time: DraftTime | None = None,
+    copy_time: CopyTime | None = None,
 ) -> Records:
     """Records of one instance that serves `workload`, in memory.
 
@@ -61,6 +63,7 @@ def run_simulation(
         vocab_size=vocab_size,
         step_time=step_time,
         draft_time=draft_time,
+        copy_time=copy_time,
     )
     return records.sort()
 
@@ -75,6 +78,7 @@ def serve_alone(
     vocab_size: int,
     step_time: StepTime | None = None,
     draft_time: DraftTime | None = None,
+    copy_time: CopyTime | None = None,
 ) -> Shapes | None:
     """One instance serves `workload`, without a router.
 
@@ -91,23 +95,21 @@ def serve_alone(
             return _NO_TOKENS  # only block keys ever read them
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
-    shapes = shapes_of(policies.shapes, config)
-    drafting = drafting_of(policies.draft, timing.proposer, step_time=step_time, draft_time=draft_time)
-    scheduler = Scheduler(
-        config,
-        policies.batch,
-        recorder,
-        step_time=step_time,
-        shapes=shapes,
-        drafting=drafting,
-        pages=virtual_kv_of(policies.pages, config),
-    )
     env = simpy.Environment(initial_time=0)
+    copies = SimulatedCopies(env, partial(timing.links, config.block_size))
+    scheduler = scheduler_of(
+        *(config, policies, recorder),
+        proposer=timing.proposer,
+        copier=copies,
+        step_time=step_time,
+        draft_time=draft_time,
+        copy_time=copy_time,
+    )
     feed = WorkloadFeed(workload)
-    Instance(env, serve(scheduler, feed, prompt_ids), timing, feed)
+    Instance(env, serve(scheduler, feed, prompt_ids), timing, feed, copies=copies)
     with seldom_collecting():
         env.run()
-    return shapes
+    return scheduler.shapes
 
 
 def simulate(
@@ -150,6 +152,7 @@ def simulate(
                 "vocab_size": machine.model["vocab_size"],
                 "step_time": machine.step_time,
                 "draft_time": machine.draft_time,
+                "copy_time": machine.copy_time,
             }
             if fleet is None:
                 shapes = serve_alone(workload, config, policies, timing, **known)
@@ -167,7 +170,11 @@ def simulate(
             model=dict(machine.model),
             fleet=None if fleet is None else fleet.as_dict(),
             graphs=None if shapes is None else shapes.counts.as_dict(),
-            **describe(config, policies, machine.step_time, workload, machine.draft_time),
+            **describe(
+                *(config, policies, machine.step_time, workload),
+                draft_time=machine.draft_time,
+                copy_time=machine.copy_time,
+            ),
         )
         write_json(folder / "manifest.json", asdict(manifest))
         own.write(workload, folder / "workload.jsonl")

@@ -48,6 +48,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
                 vocab_size=machine.model["vocab_size"],
                 step_time=machine.step_time,
                 draft_time=machine.draft_time,
+                copy_time=machine.copy_time,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

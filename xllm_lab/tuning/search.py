@@ -115,6 +115,7 @@ def _open(
         "model": calibration.model,
         "acceptance": None if calibration.acceptance is None else asdict(calibration.acceptance),
         "draft_time": calibration.draft_time.weights,
+        "copy_time": calibration.copy_time.weights,
     }
     if (out / "study.json").exists():
         raise RunError(f"{out}: is a finished study; accepted: a new folder, or an unfinished study to resume")

@@ -208,7 +208,7 @@ class EngineFleet:
                 fleet=fleet.as_dict(),
                 graphs=served.graphs,
                 drafts=None if isinstance(policies.draft, Off) else self.drafts,
-                **describe(config, policies, step_time, workload, draft_time),
+                **describe(config, policies, step_time, workload, draft_time=draft_time),
             )
             fill_run(folder, manifest, workload, records)
             pq.write_table(decision_table(served.decisions), folder / DECISIONS_FILE, write_page_checksum=True)

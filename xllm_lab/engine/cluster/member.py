@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from xllm_lab.draft_time import DraftTime, Weights
-from xllm_lab.drafting import drafting_of
 from xllm_lab.engine.cluster.paces import LockstepPace, Pace, WallPace
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import XllmLabError
@@ -22,8 +21,7 @@ from xllm_lab.policies.of_instance import policies_from
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.progress import tell
 from xllm_lab.registry import Entry, enter
-from xllm_lab.scheduler import Scheduler
-from xllm_lab.step_shape import shapes_of
+from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.step_time import StepTime
 from xllm_lab.wire import Channel, GoneError, address_of, listen
 
@@ -109,16 +107,12 @@ def _serve(engine: Engine, channel: Channel, message: dict[str, Any], instance: 
     step_time = None if message["step_time"] is None else StepTime(tuple(message["step_time"]))
     draft_time = DraftTime({method: Weights(*weights) for method, weights in message["draft_time"].items()})
     pace = _pace(engine, channel, message)
-    drafting = drafting_of(
-        policies.draft, engine.proposer(policies, config), step_time=step_time, draft_time=draft_time
-    )
-    scheduler = Scheduler(
-        config,
-        policies.batch,
-        pace.reporter,
+    scheduler = scheduler_of(
+        *(config, policies, pace.reporter),
+        proposer=engine.proposer(policies, config),
+        copier=None,
         step_time=step_time,
-        shapes=shapes_of(policies.shapes, config),
-        drafting=drafting,
+        draft_time=draft_time,
         instance=instance,
     )
     pace.scheduler = scheduler

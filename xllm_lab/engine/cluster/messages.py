@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from xllm_lab.copies import CopyRecord
 from xllm_lab.formats import own
 from xllm_lab.ledger import BlockKey
 from xllm_lab.records import FinishReason, Recorder, RequestRecord, StepRecord, steps_of
@@ -69,6 +70,9 @@ class Reporter(Recorder):
 
     def request(self, record: RequestRecord) -> None:
         self._ended.append(record)
+
+    def copy(self, record: CopyRecord) -> None:
+        raise AssertionError("an engine of a fleet copies nothing between tiers")
 
     def begins(self, record: RequestRecord) -> None:
         """A request arrived; its tokens so far are known."""

@@ -1,0 +1,111 @@
+"""KV tiers in the control loop: copies beside the steps lose nothing, whatever else happens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.laws import is_repeatable, obey_the_laws
+from tests.small_runs import (
+    STEP_TIME,
+    EqualSteps,
+    StoppingSteps,
+    WildCache,
+    WildDrafts,
+    batch_policies,
+    busy_workloads,
+    instance_config,
+    request,
+    run_audited,
+    tight_configs,
+)
+from xllm_lab.errors import ConfigError
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
+from xllm_lab.policies.api import BatchPolicy
+from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.cache import CachePolicy
+from xllm_lab.policies.cache.cost_aware import CostAware
+from xllm_lab.policies.cache.lru import Lru
+from xllm_lab.policies.cache.reuse_aware import ReuseAware
+from xllm_lab.policies.cache.watermark import Watermark
+from xllm_lab.policies.catalog import make_policy, policies
+from xllm_lab.records import Records
+from xllm_lab.tiering import tiering_of
+from xllm_lab.workload import Request, Workload
+
+TIERED = [make_policy("cache", name) for name in policies("cache") if name != "device-only"]
+
+
+@given(
+    busy_workloads(),
+    st.builds(
+        replace,
+        tight_configs(),
+        async_scheduling=st.sampled_from(ASYNC_SCHEDULING),
+        enable_prefix_cache=st.just(True),
+    ),
+    batch_policies(),
+    st.sampled_from((EqualSteps(), StoppingSteps())),
+    st.sampled_from((WildCache(), WildCache(host_blocks_factor=4.0), *TIERED)),
+)
+def test_any_run_with_tiers_obeys_the_laws(
+    workload: Workload,
+    config: InstanceConfig,
+    policy: BatchPolicy,
+    timing: EqualSteps,
+    cache: CachePolicy,
+) -> None:
+    """Chunks, preemptions, prefix hits, clients that leave, planning ahead and drafts, all at once."""
+    draft = WildDrafts() if workload.seed % 2 else None
+
+    def served() -> Records:
+        return run_audited(workload, config, policy, timing, cache=cache, draft=draft)
+
+    records = served()
+    obey_the_laws(workload, config, records)
+    is_repeatable(served)
+
+
+def conversation(config: InstanceConfig, cache: CachePolicy, *more: Request) -> Records:
+    """A prompt of ten blocks, others that take its place on the device, and the prompt again."""
+    hashes = tuple(range(10))
+    first = request(0, 0, prompt=40, output=2, hashes=hashes)
+    others = [request(k, 200 * k, prompt=60, output=2, hashes=(100 * k,)) for k in (1, 2)]
+    again = request(3, 900, prompt=44, output=2, hashes=(*hashes, 11))
+    return run_audited(Workload(requests=(first, *others, again, *more)), config, DecodeFirst(), cache=cache)
+
+
+@pytest.mark.parametrize("cache", [Lru(), Watermark(low_frac=1.0), ReuseAware()], ids=lambda c: type(c).__name__)
+def test_what_the_device_evicted_is_fetched_back(cache: CachePolicy) -> None:
+    """Instead of computed: the last request computes what it alone has, and waits for one copy."""
+    records = conversation(instance_config(max_tokens_per_batch=64), cache)
+    last = records.requests[3]
+    assert last.cached_tokens == 40
+    (restored,) = [c for c in records.copies if c.kind == "restore"]
+    assert (restored.request, restored.num_tokens) == (3, 40)
+    assert restored.end_us == restored.asked_us + 5 + 40
+    assert last.first_scheduled_us == restored.end_us
+
+
+def test_what_is_sooner_computed_is_not_fetched() -> None:
+    """A copy of a token takes as long as its computation, and 5 us more for all; so only beside others' work."""
+    config = instance_config(max_tokens_per_batch=16, num_kv_blocks=28)
+    alone = conversation(config, CostAware())
+    assert {c.kind for c in alone.copies} == {"offload"}
+    behind = conversation(config, CostAware(), request(4, 890, prompt=64, output=2, hashes=(99,)))
+    assert [(c.request, c.num_tokens) for c in behind.copies if c.kind == "restore"] == [(3, 40)]
+
+
+def test_a_tier_that_nobody_could_use_is_refused() -> None:
+    config = instance_config(num_kv_blocks=2)
+    with pytest.raises(ConfigError, match=r"room for no block; accepted: a host_blocks_factor of at least 0\.5"):
+        tiering_of(Lru(host_blocks_factor=0.3), config, None)
+    with pytest.raises(ConfigError, match="enable_prefix_cache is false; accepted: true"):
+        tiering_of(Lru(), replace(config, enable_prefix_cache=False), None)
+    with pytest.raises(ConfigError, match="needs step times, none are given"):
+        tiering_of(CostAware(), config, None)
+    with pytest.raises(ConfigError, match="needs copy times, none are given"):
+        tiering_of(CostAware(), config, None, step_time=STEP_TIME)

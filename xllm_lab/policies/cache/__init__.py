@@ -1,0 +1,251 @@
+"""Which cached KV blocks lie where: what is copied from the device to the host, what is fetched back, and what the host
+gives up; one file a policy beside it.
+
+    device    idle block --offload--> block in the host's memory --restore--> idle block of the device
+                                      --evict--> gone
+
+A cached block is one that the prefix cache can name: full, computed, and never written again. Copies run beside the
+steps. A request whose blocks are being restored waits for them; it is not shown to the batch policy until they are
+there, and then it finds them in the prefix cache. What nobody restores is computed again.
+
+The cache policy is asked before the batch policy, whenever something could be copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
+
+from xllm_lab.policies.api import Flag, Knob, RequestId, StepTimeView
+
+CopyKind = Literal["offload", "restore"]
+# Fields that several policies have. The host has room for so many times the device's blocks.
+HostBlocksFactor = Annotated[float, Knob(0.25, 16.0, log=True), Flag("host_blocks_factor")]
+MostBlocks = Annotated[int, Knob(1, 256, log=True)]
+
+
+class CachedBlock(NamedTuple):
+    """A block that the prefix cache can name.
+
+    Attributes:
+        id: of the device, its KV block; of the host, its block there.
+        num_uses: requests that had it: the one that computed it, and those that found it.
+        last_used_us: when the last of them began to.
+        depth: blocks before it in its prompt.
+    """
+
+    id: int
+    num_uses: int
+    last_used_us: int
+    depth: int
+
+
+class CopyTimeView(Protocol):
+    """What the host knows of this machine's copies."""
+
+    def copy_us(self, kind: CopyKind, num_tokens: int) -> float:
+        """Microseconds of one copy of so many tokens' KV, which nobody else's is in the way of."""
+        ...
+
+
+class WaitingView(Protocol):
+    """A waiting request that no copy is under way for."""
+
+    @property
+    def id(self) -> RequestId: ...
+    @property
+    def arrival_us(self) -> int: ...
+    @property
+    def priority(self) -> int:
+        """1 is high, 2 normal, 3 low."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Known ones; all must be in KV before the next can be drawn."""
+        ...
+
+    @property
+    def num_device_blocks(self) -> int:
+        """Full blocks, from the first on, that the device's prefix cache holds."""
+        ...
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """How many of those nobody uses; they are kept, and so not free, while blocks behind them are restored."""
+        ...
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Further full blocks, right behind them, that the host holds."""
+        ...
+
+
+class CacheView(Protocol):
+    """The tiers of one instance, before a step is planned.
+
+    Requests come in no promised order: sort by a key that ends in the id.
+    """
+
+    @property
+    def now_us(self) -> int: ...
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV block."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of the device."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out, cached ones that nobody uses included."""
+        ...
+
+    @property
+    def num_clean_blocks(self) -> int:
+        """Blocks that can be handed out, and hold nothing."""
+        ...
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks that the host has room for."""
+        ...
+
+    @property
+    def num_free_host_blocks(self) -> int: ...
+    @property
+    def num_offloading(self) -> int:
+        """Blocks on their way to the host."""
+        ...
+
+    @property
+    def num_restoring(self) -> int:
+        """Blocks on their way back."""
+        ...
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Known tokens of running requests that are not in KV: what the device has to compute before any other."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[WaitingView]: ...
+    @property
+    def step_time(self) -> StepTimeView | None: ...
+    @property
+    def copy_time(self) -> CopyTimeView | None: ...
+    def idle(self) -> Iterable[CachedBlock]:
+        """Cached blocks of the device that nobody uses and the host lacks, least recently used first."""
+        ...
+
+    def is_idle(self, block: int) -> bool:
+        """Whether `idle` has a block of that id."""
+        ...
+
+    def hosted(self) -> Iterable[CachedBlock]:
+        """Blocks of the host that are in no copy, least recently used first."""
+        ...
+
+    def is_hosted(self, block: int) -> bool:
+        """Whether `hosted` has a block of that id."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePlan:
+    """What is copied now.
+
+    Attributes:
+        offload: idle blocks of the device to copy to the host, in this order.
+        evict: blocks of the host to give up for them; no more than that takes.
+        restore: of waiting requests, how many of their `num_host_blocks` to fetch, from the first on.
+        reason: one phrase for the log.
+    """
+
+    offload: tuple[int, ...] = ()
+    evict: tuple[int, ...] = ()
+    restore: Mapping[RequestId, int] = field(default_factory=dict)
+    reason: str
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.offload and not self.restore
+
+
+class CachePolicy(Protocol):
+    """Which cached blocks lie where. It may have `needs_step_time` and `needs_copy_time`.
+
+    One that uses the host has a field `host_blocks_factor`.
+    """
+
+    decides: ClassVar[str]  # "cache"
+
+    def decide(self, view: CacheView) -> CachePlan:
+        """A legal plan (see `cache_checks.cache_violations`). Pure."""
+        ...
+
+
+def waiting_key(request: WaitingView) -> tuple[int, int]:
+    """An order of requests: by arrival, then id."""
+    return (request.arrival_us, request.id)
+
+
+# What a block in the host is kept by.
+Worth = Callable[[CachedBlock], tuple[float, int]]
+
+
+def recency(block: CachedBlock) -> tuple[float, int]:
+    """Used last; of those used at once, beginnings: nothing behind a block can be found without it."""
+    return block.last_used_us, -block.depth
+
+
+class Copies:
+    """A plan in the making: what the tiers still have room for."""
+
+    __slots__ = ("_blocks_left", "_evict", "_offload", "_restore", "_room", "_view")
+
+    def __init__(self, view: CacheView) -> None:
+        self._view = view
+        self._offload: list[int] = []
+        self._evict: list[int] = []
+        self._restore: dict[RequestId, int] = {}
+        self._room = view.num_free_host_blocks
+        self._blocks_left = view.num_free_blocks
+
+    def offload(self, blocks: Iterable[CachedBlock], worth: Worth = recency) -> None:
+        """Copy blocks to the host, as many as there is room for; for others go those that are worth least.
+
+        Only for what is worth more, or two blocks would take each other's place for ever.
+        """
+        victims: Iterator[CachedBlock] | None = None
+        for block in blocks:
+            if self._room:
+                self._room -= 1
+            else:
+                victims = victims or iter(self._victims(worth))
+                victim = next(victims, None)
+                if victim is None or worth(victim) >= worth(block):
+                    return
+                self._evict.append(victim.id)
+            self._offload.append(block.id)
+            self._blocks_left -= 1  # until it is copied
+
+    def _victims(self, worth: Worth) -> Iterable[CachedBlock]:
+        hosted = self._view.hosted()
+        return hosted if worth is recency else sorted(hosted, key=worth)
+
+    def restore(self, request: WaitingView, num_blocks: int) -> int:
+        """Fetch up to so many of a request's blocks, as far as they fit on the device; returns how many."""
+        num = min(num_blocks, request.num_host_blocks, self._blocks_left - request.num_idle_blocks)
+        if num < 1:
+            return 0
+        self._restore[request.id] = num
+        self._blocks_left -= num + request.num_idle_blocks
+        return num
+
+    def plan(self, reason: str) -> CachePlan:
+        return CachePlan(offload=tuple(self._offload), evict=tuple(self._evict), restore=self._restore, reason=reason)

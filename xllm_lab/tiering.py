@@ -1,0 +1,368 @@
+"""A cache policy at work in one instance: what it sees of the tiers, and what its plans do to them.
+
+    before a step is planned    decide: the policy; check; act: pin, reserve, launch copies
+    a copy is done              offloaded blocks can be found in the host, restored ones on the device
+
+The policy is asked whenever there is something that could be copied, and only then: between two such moments nothing
+that it sees can make a difference, and steps may be skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from xllm_lab.copies import Copier, Copy, CopyEnd, CopyRecord
+from xllm_lab.copy_time import CopyTime
+from xllm_lab.errors import ConfigError, PolicyError
+from xllm_lab.host_tier import HostTier
+from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.ledger import BlockKey, Ledger
+from xllm_lab.policies.cache import CachedBlock, CachePlan, CachePolicy, CopyKind
+from xllm_lab.policies.cache.device_only import DeviceOnly
+from xllm_lab.policies.cache_checks import cache_violations
+from xllm_lab.policies.catalog import policy_name
+from xllm_lab.records import Recorder
+from xllm_lab.request_state import RequestState
+from xllm_lab.step_time import StepTime
+from xllm_lab.workload import RequestId
+
+
+class Waiting(NamedTuple):
+    """A `WaitingView`."""
+
+    id: RequestId
+    arrival_us: int
+    priority: int
+    num_tokens: int
+    num_device_blocks: int
+    num_idle_blocks: int
+    num_host_blocks: int
+
+
+class _Use:
+    """Of a key: how often requests had its block, when one began to last, and how many blocks are before it."""
+
+    __slots__ = ("depth", "last_used_us", "num_uses")
+
+    def __init__(self, depth: int) -> None:
+        self.depth, self.last_used_us, self.num_uses = depth, 0, 0
+
+
+class _UnderWay(NamedTuple):
+    """A copy, and what it holds besides its own blocks: the device's blocks before those that are restored."""
+
+    copy: Copy
+    record: CopyRecord
+    pinned: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class TiersView:
+    """A `CacheView`."""
+
+    now_us: int
+    num_free_blocks: int
+    num_clean_blocks: int
+    num_outstanding_tokens: int
+    waiting: Sequence[Waiting]
+    tiering: Tiering
+
+    @property
+    def block_size(self) -> int:
+        return self.tiering.ledger.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self.tiering.ledger.num_blocks
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self.tiering.host.num_slots
+
+    @property
+    def num_free_host_blocks(self) -> int:
+        return self.tiering.host.num_free_slots
+
+    @property
+    def num_offloading(self) -> int:
+        return self.tiering.num_under_way("offload")
+
+    @property
+    def num_restoring(self) -> int:
+        return self.tiering.num_under_way("restore")
+
+    @property
+    def step_time(self) -> StepTime | None:
+        return self.tiering.step_time
+
+    @property
+    def copy_time(self) -> CopyTime | None:
+        return self.tiering.copy_time
+
+    def idle(self) -> Iterator[CachedBlock]:
+        return (self.tiering.described(block, key) for block, key in self.tiering.idle_blocks())
+
+    def is_idle(self, block: int) -> bool:
+        key = self.tiering.ledger.idle_key(block)
+        return key is not None and key not in self.tiering.host
+
+    def is_hosted(self, block: int) -> bool:
+        return self.tiering.host.is_unread(block)
+
+    def hosted(self) -> Iterator[CachedBlock]:
+        return (self.tiering.described(slot, key) for slot, key in self.tiering.host.unread())
+
+
+class Tiering:
+    """The tiers of one instance, and who decides on them.
+
+    Attributes:
+        ledger: the device's blocks; a new one when the instance failed.
+        host: the host's.
+        copy_time, step_time: what the policy is told.
+        num_copies: asked for so far.
+    """
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        copier: Copier,
+        *,
+        num_host_blocks: int,
+        step_time: StepTime | None = None,
+        copy_time: CopyTime | None = None,
+    ) -> None:
+        self.policy, self.step_time, self.copy_time = policy, step_time, copy_time
+        self._copier, self._num_host_blocks = copier, num_host_blocks
+        self.num_copies = 0
+        self._recorder: Recorder | None = None
+        self._instance = 0
+
+    def serve(self, ledger: Ledger, recorder: Recorder, instance: int) -> None:
+        """An instance begins, or begins anew: with empty tiers, and copies that were under way forgotten."""
+        self.ledger, self._recorder, self._instance = ledger, recorder, instance
+        self.host = HostTier(self._num_host_blocks)
+        self._under_way: dict[int, _UnderWay] = {}
+        self._fetched_by: dict[BlockKey, int] = {}  # what is being restored, by which copy
+        self._followers: dict[int, list[RequestId]] = {}  # who waits for each
+        self._uses: dict[BlockKey, _Use] = {}
+        self._seen_version = -1, -1
+        self._has_idle = False
+
+    def num_under_way(self, kind: CopyKind) -> int:
+        """Blocks in copies."""
+        return sum(len(c.copy.blocks) for c in self._under_way.values() if c.copy.kind == kind)
+
+    @property
+    def is_copying(self) -> bool:
+        return bool(self._under_way)
+
+    def used(self, keys: Sequence[BlockKey], first_block: int, now_us: int) -> None:
+        """A request has blocks from `first_block` of its own on: it computed them, or found them on the device."""
+        for depth, key in enumerate(keys, first_block):
+            use = self._uses.get(key)
+            if use is None:
+                use = self._uses[key] = _Use(depth)
+            use.num_uses += 1
+            use.last_used_us = now_us
+        self.host.touch(keys)
+        self._forget()
+
+    def could_copy(self, waiting: Sequence[RequestState]) -> bool:
+        """Whether the policy has anything to decide."""
+        version = self.ledger.version, self.host.version
+        if version != self._seen_version:
+            self._seen_version = version
+            self._has_idle = next(self.idle_blocks(), None) is not None
+        return self._has_idle or any(self._num_hosted(state) for state in waiting)
+
+    def plan(self, waiting: Sequence[RequestState], now_us: int, num_outstanding_tokens: int) -> list[RequestId]:
+        """Ask the policy, and begin what it wants. Returns who waits for a copy from now on.
+
+        Raises:
+            PolicyError: an illegal plan; nothing was changed.
+        """
+        following = [s for s in waiting if self._follows(s)]
+        asking = [s for s in waiting if s not in following]
+        if not self.could_copy(asking):
+            return [s.id for s in following]
+        view = TiersView(
+            now_us=now_us,
+            num_free_blocks=self.ledger.num_free_blocks,
+            num_clean_blocks=self.ledger.num_clean_blocks,
+            num_outstanding_tokens=num_outstanding_tokens,
+            waiting=[self._shown(s) for s in asking],
+            tiering=self,
+        )
+        plan = self._decided(view)
+        # Pinned before anything is reserved, which may evict; copied last, when it is known what of the host is read.
+        wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
+        self.ledger.pin(plan.offload)
+        for state in asking:
+            if num_blocks := plan.restore.get(state.id, 0):
+                if not self._follows(state):  # nor does it want what another's copy in this plan brings
+                    self._restore(state, num_blocks, now_us, plan)
+                following.append(state)
+        if plan.offload:
+            self._offload(wanted, now_us, plan)
+        return [s.id for s in following]
+
+    def done(self, end: CopyEnd) -> list[RequestId]:
+        """A copy ended. Returns who waited for it. Nobody remembers one of an instance that failed meanwhile."""
+        if end.number not in self._under_way:
+            return []
+        copy, record, pinned = self._under_way.pop(end.number)
+        record.end_us = end.end_us
+        if copy.kind == "offload":
+            self.ledger.unpin(copy.blocks, goes_first=True)
+            self.host.filled(copy.slots)
+            return []
+        self.ledger.keep(copy.blocks, copy.keys)
+        self.ledger.unpin(pinned, goes_first=False)
+        self.host.release(copy.slots)
+        for key in copy.keys:
+            del self._fetched_by[key]
+        return self._followers.pop(end.number)
+
+    def idle_blocks(self) -> Iterator[tuple[int, BlockKey]]:
+        """Of the device, that nobody uses and the host lacks."""
+        return ((block, key) for block, key in self.ledger.idle() if key not in self.host)
+
+    def described(self, block: int, key: BlockKey) -> CachedBlock:
+        use = self._uses[key]
+        return CachedBlock(block, use.num_uses, use.last_used_us, use.depth)
+
+    def audit(self) -> None:
+        """Assert that what is copied is what is pinned and reserved."""
+        self.host.audit()
+        offloading = [b for c in self._under_way.values() for b in c.copy.blocks if c.copy.kind == "offload"]
+        assert len(offloading) == len(set(offloading)), "a block is offloaded twice at once"
+        fetched = [k for c in self._under_way.values() for k in c.copy.keys if c.copy.kind == "restore"]
+        assert sorted(fetched) == sorted(self._fetched_by), "what is restored is not what copies restore"
+        assert len(fetched) == len(set(fetched)), "a block is restored twice at once"
+
+    def _decided(self, view: TiersView) -> CachePlan:
+        plan = self.policy.decide(view)
+        if broken := cache_violations(view, plan):
+            raise PolicyError(f"cache policy {policy_name(self.policy)} at {view.now_us} us: {'; '.join(broken)}")
+        return plan
+
+    def _shown(self, state: RequestState) -> Waiting:
+        idle = state.num_idle_blocks
+        return Waiting(
+            *(state.id, state.arrival_us, state.priority, state.num_tokens),
+            *(state.num_blocks, idle, self._num_hosted(state)),
+        )
+
+    def _num_hosted(self, state: RequestState) -> int:
+        """Blocks right behind those on the device that the host has."""
+        return self.host.num_leading(state.reusable_keys()[state.num_blocks :])
+
+    def _follows(self, state: RequestState) -> bool:
+        """Whether its first block that is not on the device is being restored; then it waits for that copy."""
+        keys, num = state.reusable_keys(), state.num_blocks
+        copy = self._fetched_by.get(keys[num]) if num < len(keys) else None
+        if copy is None:
+            return False
+        self._followers[copy].append(state.id)
+        return True
+
+    def _offload(self, wanted: Sequence[tuple[int, BlockKey]], now_us: int, plan: CachePlan) -> None:
+        """As many as there is room for: a victim that the same plan restores from stays."""
+        evicted = [slot for slot in plan.evict if self.host.evict(slot)]
+        room = min(len(wanted), self.host.num_free_slots)
+        blocks, keys = tuple([b for b, _ in wanted[:room]]), tuple([k for _, k in wanted[:room]])
+        self.ledger.unpin([b for b, _ in wanted[room:]], goes_first=False)
+        if blocks:
+            slots = tuple([self.host.fill(key) for key in keys])
+            copy = Copy(self.num_copies, "offload", None, blocks, slots, keys, now_us)
+            self._launch(copy, plan.reason, evicted=evicted)
+
+    def _restore(self, state: RequestState, num_blocks: int, now_us: int, plan: CachePlan) -> None:
+        found = state.num_blocks
+        keys = state.reusable_keys()
+        before = [block for key in keys[:found] if (block := self.ledger.find(key)) is not None]
+        assert len(before) == found, f"request {state.id} has {found} blocks cached, {len(before)} are there"
+        self.ledger.pin(before)
+        mine = tuple(keys[found : found + num_blocks])
+        slots = self.host.read(mine)
+        blocks = tuple(self.ledger.reserve(num_blocks))
+        copy = Copy(self.num_copies, "restore", state.id, blocks, slots, mine, now_us)
+        self._fetched_by |= dict.fromkeys(mine, copy.number)
+        self._followers[copy.number] = [state.id]
+        self._launch(copy, plan.reason, pinned=tuple(before))
+
+    def _launch(
+        self,
+        copy: Copy,
+        reason: str,
+        *,
+        pinned: tuple[int, ...] = (),
+        evicted: Sequence[int] = (),
+    ) -> None:
+        self.num_copies += 1
+        record = CopyRecord(
+            copy=copy.number,
+            kind=copy.kind,
+            request=copy.request,
+            blocks=list(copy.blocks),
+            slots=list(copy.slots),
+            num_tokens=len(copy.blocks) * self.ledger.block_size,
+            num_held_blocks=len(copy.blocks) + len(pinned),
+            evicted=list(evicted),
+            asked_us=copy.asked_us,
+            end_us=None,
+            reason=reason,
+            instance=self._instance,
+        )
+        self._under_way[copy.number] = _UnderWay(copy, record, pinned)
+        assert self._recorder is not None, "an instance serves"
+        self._recorder.copy(record)
+        self._copier.launch(copy)
+
+    def _forget(self) -> None:
+        """Uses of what is nowhere any more, now and then."""
+        if len(self._uses) > 2 * (self.ledger.num_blocks + self.host.num_slots):
+            self._uses = {k: u for k, u in self._uses.items() if k in self.host or self.ledger.find(k) is not None}
+
+
+def num_host_blocks(policy: CachePolicy, config: InstanceConfig) -> int:
+    """Blocks that the host has room for."""
+    return int(getattr(policy, "host_blocks_factor", 0.0) * config.num_kv_blocks)
+
+
+def tiering_of(
+    policy: CachePolicy,
+    config: InstanceConfig,
+    copier: Copier | None,
+    *,
+    step_time: StepTime | None = None,
+    copy_time: CopyTime | None = None,
+) -> Tiering | None:
+    """The policy at work; None where nothing is ever copied.
+
+    Raises:
+        ConfigError: the host has room for no block, there is no prefix cache, or a policy has no times that it needs.
+    """
+    if isinstance(policy, DeviceOnly):
+        return None
+    name, room = policy_name(policy), num_host_blocks(policy, config)
+    if room < 1:
+        raise ConfigError(
+            f"cache policy {name}: the host has room for no block; accepted: a host_blocks_factor of at least "
+            f"{1 / config.num_kv_blocks:.3g}"
+        )
+    if not config.enable_prefix_cache:
+        raise ConfigError(f"cache policy {name}: enable_prefix_cache is false; accepted: true")
+    if getattr(policy, "needs_step_time", False) and step_time is None:
+        raise ConfigError(f"cache policy {name} needs step times, none are given; accepted: a machine's calibration")
+    if getattr(policy, "needs_copy_time", False) and not copy_time:
+        raise ConfigError(
+            f"cache policy {name} needs copy times, none are given; accepted: a calibration on runs with copies, or a "
+            "link's rate"
+        )
+    if copier is None:
+        raise ConfigError(f"cache policy {name} is not served here; accepted: device-only")
+    return Tiering(policy, copier, num_host_blocks=room, step_time=step_time, copy_time=copy_time or None)

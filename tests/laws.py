@@ -81,7 +81,11 @@ def fleet_obeys_the_laws(
             mine = {r.id for r in known if r.instance == k}
             part = tuple(r for r in work.requests if r.id in mine)
             if part:
-                own = Records([r for r in known if r.instance == k], [s for s in records.steps if s.instance == k])
+                own = Records(
+                    [r for r in known if r.instance == k],
+                    [s for s in records.steps if s.instance == k],
+                    [c for c in records.copies if c.instance == k],
+                )
                 obey_the_laws(replace(work, requests=part), config, own, vocab_size=vocab_size)
 
 

@@ -43,6 +43,8 @@ class AnyUse(RuleBasedStateMachine):
         self.chain: dict[RequestId, list[int]] = {}
         self.num_published: dict[RequestId, int] = {}
         self.num_tokens: dict[RequestId, int] = {}
+        self.pinned: list[list[int]] = []
+        self.reserved: list[tuple[list[int], list[BlockKey]]] = []
 
     @rule(target=requests, chain=st.lists(st.integers(0, 1), max_size=5))
     def attach(self, chain: list[int]) -> RequestId:
@@ -88,6 +90,48 @@ class AnyUse(RuleBasedStateMachine):
         self.ledger.release(request)
         assert self.ledger.num_free_blocks == free + private
         assert not self.ledger.block_table(request)
+
+    @rule(num_blocks=st.integers(1, 4))
+    def pin(self, num_blocks: int) -> None:
+        """Idle blocks begin to be copied, and are not free meanwhile."""
+        blocks = [block for block, _ in self.ledger.idle()][:num_blocks]
+        free = self.ledger.num_free_blocks
+        self.ledger.pin(blocks)
+        self.pinned.append(blocks)
+        assert self.ledger.num_free_blocks == free - len(blocks)
+
+    @precondition(lambda self: self.pinned)
+    @rule(goes_first=st.booleans())
+    def unpin(self, goes_first: bool) -> None:
+        """The copy is done: whoever is idle now can be evicted, and every block can still be found."""
+        keys, idle = self.ledger.keys(), {block for block, _ in self.ledger.idle()}
+        blocks = self.pinned.pop(0)
+        self.ledger.unpin(blocks, goes_first=goes_first)
+        after = [block for block, _ in self.ledger.idle()]
+        assert self.ledger.keys() == keys
+        assert idle <= set(after) <= idle | set(blocks)
+
+    @rule(chain=st.lists(st.integers(0, 1), min_size=1, max_size=5), num_blocks=st.integers(1, 3))
+    def reserve(self, chain: list[int], num_blocks: int) -> None:
+        """The end of a chain begins to come back, if there is room; nothing of it can be found meanwhile."""
+        keys = keys_of(*chain)
+        mine = keys[self.ledger.lookup(keys)[0] :][:num_blocks]
+        if not mine or len(mine) > self.ledger.num_free_blocks:
+            return
+        free, known = self.ledger.num_free_blocks, self.ledger.keys()
+        self.reserved.append((self.ledger.reserve(len(mine)), mine))
+        assert self.ledger.num_free_blocks == free - len(mine)
+        assert self.ledger.keys() <= known
+
+    @precondition(lambda self: self.reserved)
+    @rule()
+    def keep(self) -> None:
+        """It is back: its keys are known, whoever else came to hold some, and its blocks are free."""
+        blocks, keys = self.reserved.pop(0)
+        free = self.ledger.num_free_blocks
+        self.ledger.keep(blocks, keys)
+        assert self.ledger.keys() >= set(keys)
+        assert self.ledger.num_free_blocks == free + len(blocks)
 
     @precondition(lambda self: self.ledger.num_free_blocks > 0)
     @rule()
@@ -154,6 +198,22 @@ def test_the_least_recently_used_chain_goes_first() -> None:
     ledger.grow(RequestId(3), SIZE)
     assert ledger.lookup(keys_of(1)) == (1, 1)
     assert ledger.lookup(keys_of(2)) == (0, 0)
+
+
+def test_what_has_a_copy_goes_first_and_of_that_the_least_recently_used() -> None:
+    """Three chains of two: the middle one is not copied, and stays longest."""
+    ledger, chains = Ledger(6, SIZE), ((1, 2), (3, 4), (5, 6))
+    for request_id, chain in enumerate(chains):
+        ledger.release(held(ledger, request_id, *chain))
+    for chain in chains[::2]:
+        blocks = [block for key in keys_of(*chain) if (block := ledger.find(key)) is not None]
+        ledger.pin(blocks)
+        ledger.unpin(blocks, goes_first=True)
+    gone: list[tuple[int, int]] = []
+    while len(gone) < 3:
+        ledger.reserve(1)
+        gone += [c for c in chains if c not in gone and not ledger.lookup(keys_of(*c))[0]]
+    assert gone == [(1, 2), (5, 6), (3, 4)]
 
 
 def test_a_shared_block_is_nobodys_private_block() -> None:

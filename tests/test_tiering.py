@@ -90,6 +90,15 @@ def test_what_the_device_evicted_is_fetched_back(cache: CachePolicy) -> None:
     assert last.first_scheduled_us == restored.end_us
 
 
+def test_what_two_wait_for_is_copied_once() -> None:
+    """They come at once, and the device has nothing of the prompt that they share: the second follows the first."""
+    config = instance_config(max_tokens_per_batch=64)
+    later = request(4, 900, prompt=44, output=2, hashes=(*range(10), 12))
+    records = conversation(config, Lru(), later)
+    assert [(c.request, c.num_tokens) for c in records.copies if c.kind == "restore"] == [(3, 40)]
+    assert [r.cached_tokens for r in records.requests[3:]] == [40, 40]
+
+
 def test_what_is_sooner_computed_is_not_fetched() -> None:
     """A copy of a token takes as long as its computation, and 5 us more for all; so only beside others' work."""
     config = instance_config(max_tokens_per_batch=16, num_kv_blocks=28)

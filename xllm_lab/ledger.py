@@ -3,7 +3,7 @@
 A block is in exactly one of three states:
 
     clean      content worthless                          handed out first
-    idle       content indexed by its key, nobody uses it   evicted least recently used first
+    idle       content indexed by its key, nobody uses it   evicted least recently used first, and copied ones first
     held       in a block table, or in a copy between tiers    never taken away
 
     clean --take--> held --release, no key--> clean
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import xxhash
@@ -53,6 +53,7 @@ class Ledger:
         self.enable_prefix_cache = enable_prefix_cache
         self.version = 0  # changes whenever a lookup may answer differently
         self._clean = list(range(num_blocks - 1, -1, -1))
+        self._copied: OrderedDict[int, None] = OrderedDict()  # idle, and evicted before others that are
         self._idle: OrderedDict[int, None] = OrderedDict()
         # Of indexed blocks only: any other has one user, the table that lists it, or none.
         self._num_users: dict[int, int] = {}
@@ -67,7 +68,7 @@ class Ledger:
 
     @property
     def num_free_blocks(self) -> int:
-        return len(self._clean) + len(self._idle)
+        return len(self._clean) + len(self._copied) + len(self._idle)
 
     @property
     def num_used_blocks(self) -> int:
@@ -75,7 +76,7 @@ class Ledger:
 
     @property
     def num_idle_blocks(self) -> int:
-        return len(self._idle)
+        return len(self._copied) + len(self._idle)
 
     @property
     def num_clean_blocks(self) -> int:
@@ -116,7 +117,7 @@ class Ledger:
         table = [self._block_of[key] for key in keys[: self.lookup(keys)[0]]] if keys else []
         for block in table:
             if self._num_users[block] == 0:
-                del self._idle[block]
+                self._leave_idle(block)
             self._num_users[block] += 1
         self._tables[request] = table
         self.version += 1
@@ -198,29 +199,30 @@ class Ledger:
 
     def idle(self) -> Iterator[tuple[int, BlockKey]]:
         """Blocks that nobody uses and their keys, the next to be evicted first."""
-        for block in self._idle:
+        for block in chain(self._copied, self._idle):
             key = self._key_of[block]
             assert key is not None, f"block {block} is idle and has no key"
             yield block, key
 
     def idle_key(self, block: int) -> BlockKey | None:
         """The key of a block that nobody uses; None of any other."""
-        return self._key_of[block] if block in self._idle else None
+        return self._key_of[block] if block in self._idle or block in self._copied else None
 
     def pin(self, blocks: Iterable[int]) -> None:
         """Blocks that have a key stay until they are unpinned as often."""
         for block in blocks:
             if self._num_users[block] == 0:
-                del self._idle[block]
+                self._leave_idle(block)
             self._num_users[block] += 1
             self._num_pins[block] += 1
         self.version += 1
 
     def unpin(self, blocks: Iterable[int], *, goes_first: bool) -> None:
-        """A copy is done; whom nobody else uses is idle, and the next to be evicted or the last.
+        """A copy is done, or not made; whom nobody else uses is idle.
 
         Args:
             blocks: pinned, in order of their tokens.
+            goes_first: they are evicted before those that are not copied.
         """
         for block in reversed(list(blocks)):
             self._num_pins[block] -= 1
@@ -228,9 +230,7 @@ class Ledger:
                 del self._num_pins[block]
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
-                self._idle[block] = None
-                if goes_first:
-                    self._idle.move_to_end(block, last=False)
+                (self._copied if goes_first else self._idle)[block] = None
         self.version += 1
 
     def reserve(self, num_blocks: int) -> list[int]:
@@ -264,18 +264,23 @@ class Ledger:
         assert {b: users[b] for b in self._num_users} == self._num_users, "a block's users are not its tables"
         assert set(self._num_users) == set(self._block_of.values()), "users are counted of blocks that are not indexed"
         assert all(n <= 1 for b, n in enumerate(users) if b not in self._num_users), "a block without a key is shared"
-        clean, idle = set(self._clean), set(self._idle)
+        clean, idle = set(self._clean), {*self._copied, *self._idle}
         held = {b for b in range(self.num_blocks) if users[b]} | self._reserved
         assert not any(users[b] for b in self._reserved), "a reserved block is in a table"
+        assert len(idle) == self.num_idle_blocks, "an idle block is listed twice"
         assert len(clean) == len(self._clean), "a clean block is listed twice"
         assert clean | idle | held == set(range(self.num_blocks)), "a block is in no state"
         assert len(clean) + len(idle) + len(held) == self.num_blocks, "a block is in two states"
         assert {k: b for b, k in enumerate(self._key_of) if k is not None} == self._block_of, "the index is torn"
         assert not any(self._key_of[b] for b in clean), "a clean block is indexed"
 
+    def _leave_idle(self, block: int) -> None:
+        del (self._copied if block in self._copied else self._idle)[block]
+
     def _evict(self) -> int:
-        assert self._idle, "a block is taken and none is free"
-        block, _ = self._idle.popitem(last=False)
+        queue = self._copied or self._idle
+        assert queue, "a block is taken and none is free"
+        block, _ = queue.popitem(last=False)
         key = self._key_of[block]
         assert key is not None
         del self._block_of[key], self._num_users[block]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xllm_lab.drawn_cache_views import DrawnCacheView, drawn_cache_view
 from xllm_lab.drawn_draft_views import DrawnDraftView, drawn_draft_view
 from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_failover_view, drawn_route_view
 from xllm_lab.drawn_pages_views import DrawnPagesView, drawn_pages_view
@@ -22,6 +23,8 @@ from xllm_lab.policies.api import (
     blocks_to_take,
     by_admission,
 )
+from xllm_lab.policies.cache import CachePlan
+from xllm_lab.policies.cache_checks import cache_violations
 from xllm_lab.policies.checks import batch_violations
 from xllm_lab.policies.draft import DraftPlan
 from xllm_lab.policies.draft_checks import draft_violations
@@ -98,6 +101,33 @@ def _rename_batch(view: DrawnView, rename: Rename) -> None:
 def _renamed_batch(answer: _BatchAnswer, rename: Rename) -> _BatchAnswer:
     tokens, preempt = answer
     return tuple((rename(i), n) for i, n in tokens), tuple(map(rename, preempt))
+
+
+# Offloads and evictions are paired and queued in order; restores are begun in the order in which requests wait.
+_CacheAnswer = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]
+
+
+def _cache_answer(view: DrawnCacheView, plan: CachePlan) -> _CacheAnswer:
+    return plan.offload, plan.evict, tuple(sorted(plan.restore.items()))
+
+
+def _relisted_cache(view: DrawnCacheView) -> list[DrawnCacheView]:
+    shuffled = replace(view, waiting=view.waiting[::-1])
+    random.Random(view.number).shuffle(shuffled.waiting)
+    by_host = replace(view, waiting=ByArrival(sorted(view.waiting, key=lambda r: (r.arrival_us, r.id))))
+    return [shuffled, by_host]  # blocks are listed by recency, which is promised
+
+
+def _rename_cache(view: DrawnCacheView, rename: Rename) -> None:
+    for request in view.waiting:
+        request.id = rename(request.id)
+    view.idle_blocks = [b._replace(id=rename(b.id)) for b in view.idle_blocks]
+    view.hosted_blocks = [b._replace(id=rename(b.id)) for b in view.hosted_blocks]
+
+
+def _renamed_cache(answer: _CacheAnswer, rename: Rename) -> _CacheAnswer:
+    offload, evict, restore = answer
+    return tuple(map(rename, offload)), tuple(map(rename, evict)), tuple((rename(i), n) for i, n in restore)
 
 
 # Hosts draft in an order of their own.
@@ -208,6 +238,14 @@ KINDS = {
         relisted=_relisted_batch,
         rename=_rename_batch,
         renamed=_renamed_batch,
+    ),
+    "cache": Kind(
+        drawn_view=drawn_cache_view,
+        violations=cache_violations,
+        answer=_cache_answer,
+        relisted=_relisted_cache,
+        rename=_rename_cache,
+        renamed=_renamed_cache,
     ),
     "draft": Kind(
         drawn_view=drawn_draft_view,

@@ -200,11 +200,15 @@ class Tiering:
         # Pinned before anything is reserved, which may evict; copied last, when it is known what of the host is read.
         wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
         self.ledger.pin(plan.offload)
-        for state in asking:
-            if num_blocks := plan.restore.get(state.id, 0):
-                if not self._follows(state):  # nor does it want what another's copy in this plan brings
-                    self._restore(state, num_blocks, now_us, plan)
-                following.append(state)
+        restoring = [(s, self._cached(s), plan.restore[s.id]) for s in asking if s.id in plan.restore]
+        for _, before, _ in restoring:
+            self.ledger.pin(before)
+        for state, before, num_blocks in restoring:
+            if self._follows(state):  # one whose copy began just now shares its prompt
+                self.ledger.unpin(before, goes_first=False)
+            else:
+                self._restore(state, before, num_blocks, now_us, plan)
+            following.append(state)
         if plan.offload:
             self._offload(wanted, now_us, plan)
         return [s.id for s in following]
@@ -280,19 +284,23 @@ class Tiering:
             copy = Copy(self.num_copies, "offload", None, blocks, slots, keys, now_us)
             self._launch(copy, plan.reason, evicted=evicted)
 
-    def _restore(self, state: RequestState, num_blocks: int, now_us: int, plan: CachePlan) -> None:
-        found = state.num_blocks
-        keys = state.reusable_keys()
-        before = [block for key in keys[:found] if (block := self.ledger.find(key)) is not None]
-        assert len(before) == found, f"request {state.id} has {found} blocks cached, {len(before)} are there"
-        self.ledger.pin(before)
-        mine = tuple(keys[found : found + num_blocks])
+    def _cached(self, state: RequestState) -> tuple[int, ...]:
+        """Blocks of its prompt that the device has."""
+        found = [self.ledger.find(key) for key in state.reusable_keys()[: state.num_blocks]]
+        return tuple([block for block in found if block is not None])
+
+    def _restore(
+        self, state: RequestState, before: tuple[int, ...], num_blocks: int, now_us: int, plan: CachePlan
+    ) -> None:
+        found = len(before)
+        assert found == state.num_blocks, f"request {state.id} has {state.num_blocks} blocks cached, {found} are pinned"
+        mine = tuple(state.reusable_keys()[found : found + num_blocks])
         slots = self.host.read(mine)
         blocks = tuple(self.ledger.reserve(num_blocks))
         copy = Copy(self.num_copies, "restore", state.id, blocks, slots, mine, now_us)
         self._fetched_by |= dict.fromkeys(mine, copy.number)
         self._followers[copy.number] = [state.id]
-        self._launch(copy, plan.reason, pinned=tuple(before))
+        self._launch(copy, plan.reason, pinned=before)
 
     def _launch(
         self,

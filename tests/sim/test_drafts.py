@@ -220,7 +220,10 @@ def test_parity_tells_policies_the_drafting_time_that_the_engine_had(call_us: fl
     found = run_simulation(work(), CONFIG, chosen, timing, vocab_size=1000, **told)
     assert {depth for s in found.steps for depth in s.num_asked} == ({1, 2, 3} if call_us < 1000 else {1})
     manifest = Manifest(
-        host="engine", timing={}, model={"vocab_size": 1000}, **describe(CONFIG, chosen, STEP_TIME, work(), draft_time)
+        host="engine",
+        timing={},
+        model={"vocab_size": 1000},
+        **describe(CONFIG, chosen, STEP_TIME, work(), draft_time=draft_time),
     )
     run = Run(Path("pretended"), manifest)
     run.workload, run.records = work(), found

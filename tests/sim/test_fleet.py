@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.laws import VOCAB_SIZE, fleet_obeys_the_laws
 from tests.sim.test_fast_forward import Uneven, long_answers
 from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, tight_configs
+from xllm_lab.copies import CopyRecord
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
@@ -228,7 +229,7 @@ class Forgetful:
         self.num_held: list[int] = []
 
     def span(self, span: Step) -> None: ...
-
+    def copy(self, record: CopyRecord) -> None: ...
     def request(self, record: RequestRecord) -> None:
         self.num_held.append(num_states())
 

@@ -1,0 +1,134 @@
+"""Tiers as a cache policy meets them, drawn by number for `contract`.
+
+Small and unkind: no room above or below, nothing idle, all of the host in copies, equal recencies, blocks with many
+uses, times that are free or huge, prompts of which nothing or all but the last token is in reach.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from xllm_lab.copy_time import KINDS, CopyTime, CopyWeights
+from xllm_lab.policies.api import RequestId
+from xllm_lab.policies.cache import CachedBlock
+from xllm_lab.step_time import TERMS, StepTime
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DrawnWaiting:
+    """A `WaitingView`."""
+
+    id: RequestId
+    arrival_us: int
+    priority: int
+    num_tokens: int
+    num_device_blocks: int
+    num_idle_blocks: int
+    num_host_blocks: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DrawnCacheView:
+    """A `CacheView`, and its number.
+
+    Attributes:
+        idle_blocks, hosted_blocks: what `idle` and `hosted` tell, each time anew.
+    """
+
+    number: int
+    now_us: int
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+    num_clean_blocks: int
+    num_host_blocks: int
+    num_free_host_blocks: int
+    num_offloading: int
+    num_restoring: int
+    num_outstanding_tokens: int
+    step_time: StepTime
+    copy_time: CopyTime
+    waiting: list[DrawnWaiting] = field(default_factory=list)
+    idle_blocks: list[CachedBlock] = field(default_factory=list)
+    hosted_blocks: list[CachedBlock] = field(default_factory=list)
+
+    def idle(self) -> Iterator[CachedBlock]:
+        return iter(self.idle_blocks)
+
+    def is_idle(self, block: int) -> bool:
+        return any(b.id == block for b in self.idle_blocks)
+
+    def hosted(self) -> Iterator[CachedBlock]:
+        return iter(self.hosted_blocks)
+
+    def is_hosted(self, block: int) -> bool:
+        return any(b.id == block for b in self.hosted_blocks)
+
+
+def drawn_cache_view(number: int) -> DrawnCacheView:
+    """The view of that number, at least 0: always the same one, in new objects."""
+    rng = random.Random(f"cache view {number}")
+    num_clean, num_idle, num_copied = rng.choice((0, 0, 1, 20)), rng.choice((0, 1, 3, 12)), rng.choice((0, 0, 4))
+    num_offloading, num_restoring = rng.choice((0, 0, 2, 40)), rng.choice((0, 0, 3, 70))
+    num_hosted, num_free_host = rng.choice((0, 1, 6, 15)), rng.choice((0, 0, 1, 5))
+    num_held = num_offloading + num_restoring + rng.choice((0, 1, 30))
+    now_us = rng.choice((5_000, 4 * 3_600_000_000))
+    view = DrawnCacheView(
+        number=number,
+        now_us=now_us,
+        block_size=rng.choice((1, 4, 128)),
+        num_blocks=max(1, num_clean + num_idle + num_copied + num_held),
+        num_free_blocks=num_clean + num_idle + num_copied,
+        num_clean_blocks=num_clean,
+        num_host_blocks=max(1, num_free_host + num_offloading + num_restoring + num_hosted),
+        num_free_host_blocks=num_free_host,
+        num_offloading=num_offloading,
+        num_restoring=num_restoring,
+        num_outstanding_tokens=rng.choice((0, 0, 7, 5000)),
+        step_time=_step_time(rng),
+        copy_time=_copy_time(rng),
+        idle_blocks=_blocks(rng, num_idle, now_us),
+        hosted_blocks=_blocks(rng, num_hosted, now_us),
+    )
+    for request_id in rng.sample(range(50), rng.choice((0, 1, 2, 6))):
+        view.waiting.append(_waiting(rng, view, RequestId(request_id)))
+    return view
+
+
+def _blocks(rng: random.Random, num: int, now_us: int) -> list[CachedBlock]:
+    """Least recently used first; of chains that were used at once, in any order of depth."""
+    times_us = rng.choice(([0], [0, now_us], range(0, now_us, 1 + now_us // 7)))
+    used_us = sorted(rng.choice(times_us) for _ in range(num))
+    ids = rng.sample(range(200), num)
+    return [
+        CachedBlock(block, rng.choice((1, 1, 2, 10**9)), us, rng.choice((0, 1, 2, 1000)))
+        for block, us in zip(ids, used_us, strict=True)
+    ]
+
+
+def _waiting(rng: random.Random, view: DrawnCacheView, request_id: RequestId) -> DrawnWaiting:
+    most_idle = view.num_free_blocks - view.num_clean_blocks
+    num_idle = rng.choice((0, 0, most_idle, rng.randint(0, most_idle)))
+    num_used = rng.randint(0, view.num_blocks - view.num_free_blocks)
+    num_in_host = rng.choice((0, 0, len(view.hosted_blocks), view.num_restoring + len(view.hosted_blocks)))
+    num_in_reach = (num_used + num_idle + num_in_host) * view.block_size
+    return DrawnWaiting(
+        id=request_id,
+        arrival_us=rng.choice((0, 0, 100, 500)),
+        priority=rng.choice((1, 2, 2, 3)),
+        num_tokens=num_in_reach + rng.choice((1, 1, 50, 3000)),
+        num_device_blocks=num_used + num_idle,
+        num_idle_blocks=num_idle,
+        num_host_blocks=num_in_host,
+    )
+
+
+def _step_time(rng: random.Random) -> StepTime:
+    weights = {"eager_us": rng.choice((0.0, 100.0)), "token_us": rng.choice((0.0, 1.0, 1e6))}
+    return StepTime(tuple(weights.get(t, 0.0) for t in TERMS))
+
+
+def _copy_time(rng: random.Random) -> CopyTime:
+    return CopyTime({kind: CopyWeights(rng.choice((0.0, 5.0, 1e9)), rng.choice((0.0, 1.0, 1e6))) for kind in KINDS})

@@ -9,7 +9,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("xllm-lab", "numpy", "pyarrow", "scipy", "torch", "torch-npu", "transformers", "simpy", "optuna", "mooncake-transfer-engine-non-cuda")
+PACKAGES = (
+    *("xllm-lab", "numpy", "pyarrow", "scipy", "torch", "torch-npu", "transformers", "simpy", "optuna"),
+    "mooncake-transfer-engine-non-cuda",
+)
 
 
 def versions() -> dict[str, str]:

@@ -10,15 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "xllm-lab",
-    "numpy",
-    "pyarrow",
-    "scipy",
-    "torch",
-    "torch-npu",
-    "transformers",
-    "simpy",
-    "optuna",
+    *("xllm-lab", "numpy", "pyarrow", "scipy", "torch", "torch-npu", "transformers", "simpy", "optuna"),
     "mooncake-transfer-engine-non-cuda",
 )
 

@@ -82,6 +82,7 @@ def test_an_owner_that_stops_is_late(master: tuple[MooncakePlace, Service]) -> N
         there = [n for n in range(NUM_CHAINS) if num_right(store, n) == LENGTH]
         before = store.counters()
         owner.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, owner.pid, os.WSTOPPED | os.WNOWAIT)  # all its threads have stopped
         found = room(LENGTH, BLOCK_BYTES)
         since_us = now_us()
         num_hits = store.get_into(chain(there[0]), found, TIMEOUT_US)

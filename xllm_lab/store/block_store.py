@@ -20,6 +20,8 @@ T = TypeVar("T")
 # A block's bytes where they are: contiguous buffers that follow one another, its layers for instance.
 Parts = Sequence[bytes | bytearray | memoryview | np.ndarray[Any, Any]]
 _CLOSING_US = 2_000_000
+# Shelves with a call under way. Collected as garbage, Mooncake would wait for its master, and all of Python with it.
+_LEFT_BEHIND: list[Shelf] = []
 _MOST_REASONS = 32  # told apart; a shelf may put an address into each
 
 
@@ -122,11 +124,16 @@ class BlockStore:
             return replace(self._counters, reasons=reasons, num_evictions=self._shelf.num_evictions())
 
     def close(self, timeout_us: int = _CLOSING_US) -> None:
-        """Let the shelf go once no call is under way; if one is at the deadline, leave it to the process's end."""
+        """Let the shelf go once no call is under way; if one is at the deadline, leave it to the process's end.
+
+        The deadline is that of the calls: leaving Mooncake takes another second or two, in which nothing else runs.
+        """
         if not self._is_closed:
             self._is_closed = True
             if self._lanes.drain(now_us() + timeout_us):
                 self._shelf.close()
+            else:
+                _LEFT_BEHIND.append(self._shelf)
 
     def _names(self, keys: Sequence[bytes]) -> list[str]:
         folder = self._digest.hex()

@@ -13,7 +13,7 @@ Wanted = Callable[[WaitingView], int]
 def restore_by_arrival(view: CacheView, copies: Copies, most_blocks: int, wanted: Wanted) -> None:
     """In order of arrival, while fewer than `most_blocks` are on their way."""
     left = most_blocks - view.num_restoring
-    for request in sorted((r for r in view.waiting if r.num_host_blocks), key=waiting_key):
+    for request in sorted(view.waiting, key=waiting_key):
         if left < 1:
             return
         left -= copies.restore(request, min(left, wanted(request)))

@@ -356,10 +356,15 @@ def tight_configs(draw: st.DrawFn) -> InstanceConfig:
 @st.composite
 def batch_policies(draw: st.DrawFn) -> BatchPolicy:
     """Any catalogued policy with any values of its knobs."""
-    name = draw(st.sampled_from(sorted(policies("batch"))))
-    cls = policies("batch")[name]
-    policy: BatchPolicy = make_policy("batch", name, {field: draw(_values(knob)) for field, knob in knobs(cls).items()})
+    policy: BatchPolicy = draw(values_of_knobs("batch", draw(st.sampled_from(sorted(policies("batch"))))))
     return policy
+
+
+@st.composite
+def values_of_knobs(draw: st.DrawFn, decides: str, name: str) -> Any:
+    """A catalogued policy with any values of its knobs."""
+    cls = policies(decides)[name]
+    return make_policy(decides, name, {field: draw(_values(knob)) for field, knob in knobs(cls).items()})
 
 
 @st.composite

@@ -233,6 +233,13 @@ class Ledger:
                 (self._copied if goes_first else self._idle)[block] = None
         self.version += 1
 
+    def touch(self, blocks: Sequence[int]) -> None:
+        """Those of them that are idle are the last to be evicted, and the first of them the very last."""
+        for block in reversed(blocks):
+            if self._num_users[block] == 0:
+                self._leave_idle(block)
+                self._idle[block] = None
+
     def reserve(self, num_blocks: int) -> list[int]:
         """Blocks that a copy will fill. The caller has checked that they are there."""
         blocks = [self._clean.pop() if self._clean else self._evict() for _ in range(num_blocks)]

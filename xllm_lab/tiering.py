@@ -201,6 +201,8 @@ class Tiering:
         wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
         self.ledger.pin(plan.offload)
         restoring = [(s, self._cached(s), plan.restore[s.id]) for s in asking if s.id in plan.restore]
+        if restoring:
+            self._keep_for(asking, restoring[-1][0])
         for _, before, _ in restoring:
             self.ledger.pin(before)
         for state, before, num_blocks in restoring:
@@ -283,6 +285,14 @@ class Tiering:
             slots = tuple([self.host.fill(key) for key in keys])
             copy = Copy(self.num_copies, "offload", None, blocks, slots, keys, now_us)
             self._launch(copy, plan.reason, evicted=evicted)
+
+    def _keep_for(self, waiting: Sequence[RequestState], last: RequestState) -> None:
+        """Room for restored blocks is made of what nobody waits for, if there is enough of that.
+
+        Or requests that cannot run yet would take each other's blocks for ever.
+        """
+        for state in reversed(waiting[: waiting.index(last) + 1]):
+            self.ledger.touch(self._cached(state))
 
     def _cached(self, state: RequestState) -> tuple[int, ...]:
         """Blocks of its prompt that the device has."""

@@ -239,12 +239,17 @@ class Copies:
         return hosted if worth is recency else sorted(hosted, key=worth)
 
     def restore(self, request: WaitingView, num_blocks: int) -> int:
-        """Fetch up to so many of a request's blocks, as far as they fit on the device; returns how many."""
-        num = min(num_blocks, request.num_host_blocks, self._blocks_left - request.num_idle_blocks)
+        """Fetch up to so many of a request's blocks, as far as they fit on the device; returns how many.
+
+        Its blocks that are there are kept for it, fetched or not: of requests that cannot run yet, those that come
+        later must not take them, or they would take each other's for ever. So ask in order, for all.
+        """
+        self._blocks_left -= request.num_idle_blocks
+        num = min(num_blocks, request.num_host_blocks, self._blocks_left)
         if num < 1:
             return 0
         self._restore[request.id] = num
-        self._blocks_left -= num + request.num_idle_blocks
+        self._blocks_left -= num
         return num
 
     def plan(self, reason: str) -> CachePlan:

@@ -53,7 +53,7 @@ class CostAware:
         left = self.max_restoring_blocks - view.num_restoring
         for request in next_in_line(view):
             num = min(left, weighing.best(request)) if left > 0 and request.num_host_blocks else 0
-            num = copies.restore(request, num) if num else 0
+            num = copies.restore(request, num)
             left -= num
             weighing.passes(request, num)
         return copies.plan("sooner fetched than computed" if left < self.max_restoring_blocks else "nothing to fetch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -47,7 +48,8 @@ class ReuseAware:
         copies = Copies(view)
 
         def worth(block: CachedBlock) -> tuple[float, int]:
-            return block.num_uses * 0.5 ** ((view.now_us - block.last_used_us) / self.half_life_us), -block.depth
+            # The logarithm, and without what all have lost by now: old ones differ still, and ranks never change.
+            return math.log2(block.num_uses) + block.last_used_us / self.half_life_us, -block.depth
 
         room = max(0, self.max_offloading_blocks - view.num_offloading)
         wanted = heapq.nlargest(room, (b for b in view.idle() if b.num_uses >= self.min_uses), key=worth)

@@ -119,7 +119,7 @@ class Space:
                 yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
 
     def _knobs(self, cls: type[Any]) -> dict[str, Knob | Choice]:
-        """Those of the class, less what nobody here can do: methods of drafting, layouts. They would be trials in vain."""
+        """Those of the class, less the methods and layouts that nobody here has: they would be trials in vain."""
         return {name: self._possible(note) for name, note in knobs(cls).items()}
 
     def _possible(self, note: Knob | Choice) -> Knob | Choice:

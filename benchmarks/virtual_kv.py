@@ -133,8 +133,8 @@ def mapping(engine: Engine) -> None:
         print(json.dumps({"run_of_pages": size, **quartiles}), flush=True)
 
 
-def requests(rng: random.Random, count: int, gap_us: int) -> Workload:
-    """A third share a prefix of 160 tokens."""
+def requests(rng: random.Random, count: int, gap_us: int, *, longest: int = 300, most_outputs: int = 120) -> Workload:
+    """A third begin alike, if they are long enough: by up to 320 tokens."""
     made = []
     for i in range(count):
         shared = rng.random() < 0.33
@@ -143,8 +143,8 @@ def requests(rng: random.Random, count: int, gap_us: int) -> Workload:
             Request(
                 id=RequestId(i),
                 arrival_us=i * gap_us,
-                prompt=Prompt(num_tokens=rng.randint(170, 300), block_hashes=hashes, hash_block_tokens=16),
-                output_tokens=rng.randint(20, 120),
+                prompt=Prompt(num_tokens=rng.randint(longest // 2, longest), block_hashes=hashes, hash_block_tokens=16),
+                output_tokens=rng.randint(most_outputs // 6, most_outputs),
                 sampling=Sampling(ignore_eos=True),
             )
         )
@@ -193,11 +193,12 @@ def soak(engine: Engine, minutes: float) -> None:
     turns = [(mode, name) for mode in ASYNC_SCHEDULING for name in policies("pages")]
     while time.monotonic() < until or done < len(turns):
         mode, name = turns[done % len(turns)]
-        blocks = rng.choice((40, 80, 200))
+        blocks = rng.choice((20, 40, 100))
         config = replace(CONFIG, kv_layout="virtual", num_kv_blocks=blocks, async_scheduling=mode)
         records = Records()
         chosen = Policies(make_policy("batch", "decode-first"), shapes=SHAPES, pages=make_policy("pages", name))
-        engine.serve(requests(rng, 12, 20_000), config, chosen, records)
+        work = requests(rng, 12, 20_000, longest=100, most_outputs=60)
+        engine.serve(work, config, chosen, records)
         assert all(r.finish_reason == "length" for r in records.requests), "a request did not end"
         shown: set[tuple[int, int]] = set()
         for step in records.steps:

@@ -99,13 +99,10 @@ def test_what_two_wait_for_is_copied_once() -> None:
     assert [r.cached_tokens for r in records.requests[3:]] == [40, 40]
 
 
-def test_what_is_sooner_computed_is_not_fetched() -> None:
-    """A copy of a token takes as long as its computation, and 5 us more for all; so only beside others' work."""
+def test_what_is_sooner_computed_is_not_copied() -> None:
+    """Of a token, a copy takes as long as its computation, and 5 us more."""
     config = instance_config(max_tokens_per_batch=16, num_kv_blocks=28)
-    alone = conversation(config, CostAware())
-    assert {c.kind for c in alone.copies} == {"offload"}
-    behind = conversation(config, CostAware(), request(4, 890, prompt=64, output=2, hashes=(99,)))
-    assert [(c.request, c.num_tokens) for c in behind.copies if c.kind == "restore"] == [(3, 40)]
+    assert conversation(config, CostAware()).copies == []
 
 
 def test_a_tier_that_nobody_could_use_is_refused() -> None:

@@ -282,7 +282,7 @@ def test_a_rehearsal_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in (5, 1, 1):
         chunks = [s.chunk(length, True) for s in batch]
         same(subject.run(chunks, size_for(EVERYTHING, chunks)), eager.run(chunks), exactly=False, dtype=torch.float32)
-    for mine, theirs in zip(captured(subject)._kv_pool.layers, eager._kv_pool.layers, strict=True):
+    for mine, theirs in zip(captured(subject)._kv_pool.layers, eager.kv_pool.layers, strict=True):
         torch.testing.assert_close(mine.k_BPKH[:-1], theirs.k_BPKH[:-1])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from xllm_lab.engine.kv import KvPool
 from xllm_lab.engine.machine_profile import Grid, num_shapes, write_machine_profile
 from xllm_lab.engine.operator_times import TimedSteps
 from xllm_lab.engine.runner import Runner, SequenceChunk
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, ProfileError
 from xllm_lab.formats import own
 from xllm_lab.sim.cost import batch_of
 from xllm_lab.sim.cost.profile_bundle import read_bundle
@@ -137,3 +139,21 @@ def test_options_without_effect_are_refused(options: list[str], told: str) -> No
     got = said("profile", *options)
     assert got.status == 2  # the user can mend it
     assert told in got.err
+
+
+def test_what_mapping_pages_takes_is_measured(bundle: Path, machine: Machine) -> None:
+    """On a CPU under Linux, which has pages of 4 KiB whatever the model; runs cost something, and so do pages."""
+    told = read_bundle(bundle).page_time
+    assert told is not None
+    assert machine.page_time == told
+    assert told.map_run_us + told.map_page_us > 0
+    assert told.unmap_run_us + told.unmap_page_us > 0
+
+
+def test_a_page_time_of_words_is_refused(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    text = (copy / "meta.yaml").read_text(encoding="utf-8")
+    (copy / "meta.yaml").write_text(re.sub(r"map_run_us: .*", "map_run_us: soon", text, count=1), encoding="utf-8")
+    with pytest.raises(ProfileError, match=r"meta.yaml: page_time is .*soon.*; accepted: map_run_us"):
+        read_bundle(copy)

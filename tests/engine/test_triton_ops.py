@@ -448,7 +448,7 @@ def test_graphs_on_a_gpu_are_whole(dtype: torch.dtype) -> None:
     replayed, eager, reference_ = runners
     assert {op for op, served in loaded.model.ops.served.items() if served.by == "triton"} == set(OPS)
     replayed.graphs = Graphs(
-        loaded.model, replayed._kv_pool, DEVICE, replayed.workspace, config=STEPS, policy=VllmBuckets()
+        loaded.model, replayed.kv_pool, DEVICE, replayed.workspace, config=STEPS, policy=VllmBuckets()
     )
     replayed.graphs.warm()
     batch = stories(7, range(200))

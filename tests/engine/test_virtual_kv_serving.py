@@ -71,7 +71,7 @@ def served(where: InstanceConfig, modes: dict[str, object], work: Workload) -> R
         pages=make_policy("pages", modes.get("pages", "on-demand")),  # type: ignore[arg-type]
         **({} if method == "off" else {"draft": Fixed(method=method)}),  # type: ignore[arg-type]
     )
-    engine(modes.get("without", ())).serve(work, where, chosen, records)  # type: ignore[arg-type]
+    engine(modes.get("without", ())).serve(work, where, chosen, records)
     return records.sort()
 
 

@@ -53,6 +53,7 @@ def test_decode_first_as_xllm_reads_it() -> None:
         "enable_mix_batch": True,
         "enable_prefix_cache": True,
         "enable_schedule_overlap": False,
+        "enable_xtensor": False,
         "max_cache_size": 1024 * KV_BYTES_PER_TOKEN,
         "max_global_tpot_ms": 50,
         "max_global_ttft_ms": 2000,
@@ -181,6 +182,14 @@ def test_planning_ahead_is_a_flag_that_foresees_no_end(mode: str, overlaps: bool
     ahead = replace(default().instance, async_scheduling=mode)
     made = export(replace(candidate("prefill-first"), instance=ahead), "xllm", kv_bytes_per_token=1)
     assert (made.config["enable_schedule_overlap"], made.left_out) == (overlaps, left_out)
+
+
+def test_virtual_kv_is_xtensor_and_what_that_lacks_is_told() -> None:
+    """xLLM shares no prefixes there, and its reserve of pages is fixed."""
+    virtual = replace(default().instance, kv_layout="virtual")
+    made = export(replace(candidate("prefill-first"), instance=virtual), "xllm", kv_bytes_per_token=1)
+    assert made.config["enable_xtensor"] is True
+    assert made.left_out.keys() >= {"enable_prefix_cache", "num_reserved_pages"}
 
 
 def test_a_policy_that_xllm_does_not_have_is_refused() -> None:

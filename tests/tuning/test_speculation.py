@@ -105,12 +105,12 @@ def test_every_draft_policy_brings_its_own_knobs() -> None:
 
 def test_methods_that_nobody_can_draft_by_are_not_drawn() -> None:
     """A choice among all of them is one among those that the machine knows; "auto" stays."""
-    known = Space(default(), OTHERS).drafting_by([METHOD]).describe()["knobs"]
+    known = Space(default(), OTHERS).where(methods=[METHOD]).describe()["knobs"]
     assert known["draft.fixed.method"] == known["draft.load-aware.method"] == [METHOD]
     assert known["draft.adaptive-pruning.method"] == ["auto", METHOD]
     assert Space(default(), OTHERS).describe()["knobs"]["draft.fixed.method"] == list(METHODS)
     with pytest.raises(ConfigError, match=r"default draft\.fixed\.method is 'ngram', the space accepts mtp"):
-        Space(default(method="ngram"), OTHERS).drafting_by([METHOD])
+        Space(default(method="ngram"), OTHERS).where(methods=[METHOD])
 
 
 def test_speculation_is_found_where_requests_are_few(tmp_path: Path) -> None:

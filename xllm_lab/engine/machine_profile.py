@@ -27,6 +27,7 @@ import yaml
 from xllm_lab.engine.engine import Engine
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.operator_times import TimedSteps
+from xllm_lab.engine.page_times import measure_page_time
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.errors import ConfigError
 from xllm_lab.runs import new_folder
@@ -225,8 +226,18 @@ def _meta(engine: Engine, grid: Grid) -> dict[str, Any]:
         "block_size": _block_tokens(engine),
         "grid": asdict(grid),
         "ops": engine.model.model.describe_ops(),
+        "page_time": _page_time(engine, grid.repeats),
         "skew_fit": {"enabled": False},
     }
+
+
+def _page_time(engine: Engine, repeats: int) -> dict[str, float] | None:
+    """What virtual KV would take besides; None where the device has none."""
+    model = engine.model.model
+    found = measure_page_time(
+        model.config, model.dtype, engine.device, least_tokens=_block_tokens(engine), repeats=repeats
+    )
+    return None if found is None else asdict(found)
 
 
 def _transformers_config(config: ModelConfig, name: str) -> dict[str, Any]:

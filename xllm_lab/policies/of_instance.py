@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 from xllm_lab.errors import ConfigError
@@ -76,9 +76,9 @@ def refuse_other_decisions(named: Iterable[str], accepted: Sequence[str] = DECIS
             raise ConfigError(f"unknown decision {decides!r} of an instance; accepted: {', '.join(accepted)}")
 
 
-def asked_where(kv_layout: str, policies: Policies) -> Policies:
-    """These, with the policy that does nothing for what nobody decides where KV lies so."""
-    return policies if kv_layout == "virtual" else replace(policies, pages=ON_DEMAND)
+def not_asked(kv_layout: str) -> dict[str, Any]:
+    """What nobody decides where KV lies so, and the policy that does nothing."""
+    return {} if kv_layout == "virtual" else {ON_DEMAND.decides: ON_DEMAND}
 
 
 def refuse_drafts(policies: Policies) -> None:

@@ -268,7 +268,9 @@ def profiled_machine(
     cost = ProfiledCost(bundle, spec, collectives=links)
     told = {"cost_model": "profiled", "profile": str(folder), **_told(d)}
     step_time = step_time_of(Hosted(cost, d.host))
-    return Machine(cost=cost, model=_described(spec), timing=told, step_time=step_time, host=d.host)
+    return Machine(
+        cost=cost, model=_described(spec), timing=told, step_time=step_time, host=d.host, page_time=bundle.page_time
+    )
 
 
 def step_time_of(cost: CostModel) -> StepTime:

@@ -14,7 +14,7 @@ from xllm_lab.instance_config import KV_LAYOUTS, InstanceConfig
 from xllm_lab.policies.api import Choice, Knob
 from xllm_lab.policies.catalog import knobs, make_policy, policies, policy_class, policy_name, values_of
 from xllm_lab.policies.draft import METHODS
-from xllm_lab.policies.of_instance import DECISIONS, Policies, asked_where
+from xllm_lab.policies.of_instance import DECISIONS, Policies, not_asked
 
 
 class Space:
@@ -82,14 +82,15 @@ class Space:
         # Policies' names, the instance, policies' knobs: in an order that adding a decision does not change.
         names = {decides: self._draw_name(trial, decides) for decides in DECISIONS}
         instance = replace(self.default.instance, **dict(self._draw(trial, "", InstanceConfig)))
-        drawn: dict[str, Any] = {}
+        drawn = not_asked(instance.kv_layout)
         for decides, own in self.default.policies:
+            if decides in drawn:
+                continue
             name = names[decides]
             values = values_of(own) if name == policy_name(own) else {}
             values |= self._draw(trial, self._prefix(decides, name), policy_class(decides, name))
             drawn[decides] = make_policy(decides, name, values)
-        policies = asked_where(instance.kv_layout, Policies(**drawn))
-        return Candidate(instance=self._within_memory(instance), policies=policies)
+        return Candidate(instance=self._within_memory(instance), policies=Policies(**drawn))
 
     def describe(self) -> dict[str, Any]:
         """The space as plain data, for the study's manifest."""
@@ -118,12 +119,8 @@ class Space:
                 yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
 
     def _knobs(self, cls: type[Any]) -> dict[str, Knob | Choice]:
-        """Those of the class, less what nobody here can do: methods of drafting, layouts. They would be trials in vain.
-
-        What leaves no choice is no knob.
-        """
-        found = {name: self._possible(note) for name, note in knobs(cls).items()}
-        return {name: note for name, note in found.items() if isinstance(note, Knob) or note.values[1:]}
+        """Those of the class, less the methods and layouts that nobody here has: they would be trials in vain."""
+        return {name: self._possible(note) for name, note in knobs(cls).items()}
 
     def _possible(self, note: Knob | Choice) -> Knob | Choice:
         if not isinstance(note, Choice):

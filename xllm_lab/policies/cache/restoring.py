@@ -29,8 +29,7 @@ def restore_by_arrival(view: CacheView, copies: Copies, most_blocks: int, wanted
     """For those who are next, while fewer than `most_blocks` are on their way."""
     left = most_blocks - view.num_restoring
     for request in next_in_line(view):
-        if request.num_host_blocks and left > 0:
-            left -= copies.restore(request, min(left, wanted(request)))
+        left -= copies.restore(request, min(left, wanted(request)))
 
 
 def everything(request: WaitingView) -> int:

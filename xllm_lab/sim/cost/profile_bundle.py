@@ -23,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from xllm_lab.errors import ProfileError
+from xllm_lab.errors import ConfigError, ProfileError
+from xllm_lab.page_time import PageTime
 
 # No kernel is shorter than a tenth of a microsecond and no call of one operator lasts a second: times outside are
 # in another unit.
@@ -61,6 +62,7 @@ class ProfileBundle:
         attention: (prefill chunk, KV before it, decodes, KV of each) -> microseconds.
         moe: (tokens, activated experts) -> microseconds; empty without experts.
         skew: empty if there is none, or if the bundle says that it is not to be used.
+        page_time: of mapping pages of virtual KV, if it was measured.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class ProfileBundle:
     attention: Mapping[Key, float]
     moe: Mapping[Key, float]
     skew: tuple[SkewShot, ...]
+    page_time: PageTime | None = None
 
 
 def read_bundle(folder: Path, tensor_parallel: int = 1) -> ProfileBundle:
@@ -101,6 +104,7 @@ def read_bundle(folder: Path, tensor_parallel: int = 1) -> ProfileBundle:
         attention=attention,
         moe=_table(moe, ("tokens", "activated_experts"), least=1) if moe.exists() else {},
         skew=_skew(tables / "skew.csv") if _uses_skew(meta) else (),
+        page_time=_page_time(folder / "meta.yaml", meta.get("page_time")),
     )
 
 
@@ -114,6 +118,17 @@ def _meta(path: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not meta.get("model"):
         raise ProfileError(f"{path}: has no field 'model'; the name of the profiled model is expected")
     return meta
+
+
+def _page_time(path: Path, told: Any) -> PageTime | None:
+    """Bundles of other profilers say nothing of it."""
+    if told is None:
+        return None
+    try:
+        return PageTime(**{name: told[name] + 0 for name in PageTime.__slots__})
+    except (TypeError, KeyError, ConfigError) as error:
+        accepted = ", ".join(PageTime.__slots__)
+        raise ProfileError(f"{path}: page_time is {told} ({error}); accepted: {accepted}, microseconds") from None
 
 
 def _uses_skew(meta: Mapping[str, Any]) -> bool:

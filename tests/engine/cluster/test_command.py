@@ -40,14 +40,17 @@ def test_a_cluster_file_drives_both_hosts(in_lockstep: EngineFleet, tmp_path: Pa
     (tmp_path / "fleet.toml").write_text(FLEET, encoding="utf-8")
     fleet = tmp_path / "fleet.toml"
     done = verbs.replay(
-        crowd(20), out=tmp_path / "run", engine=in_lockstep, fleet=fleet, settings=SETTINGS, progress=False
+        crowd(30), out=tmp_path / "run", engine=in_lockstep, fleet=fleet, settings=SETTINGS, progress=False
+    )
+    other = verbs.replay(
+        crowd(30), out=tmp_path / "other", engine=in_lockstep, fleet=fleet, settings=SETTINGS, progress=False
     )
     assert verbs.parity(done).is_identical
-    simulated = verbs.simulate(done, calibrate([done]), out=tmp_path / "simulated")
+    simulated = verbs.simulate(done, calibrate([done, other]), out=tmp_path / "simulated")
     assert simulated.manifest.fleet == done.manifest.fleet == read_fleet(fleet).as_dict()
     for each in (done, simulated):
         assert (each.path / "transfers.parquet").exists()
-        assert len(each.records.requests) == 20
+        assert len(each.records.requests) == 30
         assert {s.instance for s in each.records.steps} == {0, 1, 2}
         assert not [s for s in each.records.steps if s.instance == 2 and s.start_us < 5000 and s.end_us > 3000]
 

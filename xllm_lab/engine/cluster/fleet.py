@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import select
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -345,18 +344,17 @@ class _Serving:
         for seat in seats:
             if seat.is_up and self.processes.is_lost(seat.id):
                 self.dispatch.fail(seat.id)
-        comes = any(o.end_us >= calendar.now_us for o in self.fleet.outages)
+        comes = any(o.end_us > calendar.now_us for o in self.fleet.outages)
         if not self.dispatch.router.up and not comes:
             self.dispatch.give_up()
 
     def _end(self, seats: Sequence[ProcessSeat]) -> None:
         """They are ready for another serving."""
         for seat in seats:
-            with contextlib.suppress(GoneError):
+            try:
                 seat.end()
-        for instance in self.processes.instances:
-            if self.processes.is_lost(instance):
-                self.processes.kill(instance)
+            except GoneError:
+                self.processes.kill(seat.id)
 
 
 def _prepared(seat: WallSeat) -> None:

@@ -1,9 +1,10 @@
 """A simulation-backed research and tuning platform for the xLLM inference engine.
 
 Read three files first: `policies/api.py` (what decides), `scheduler.py` (the loop that both hosts drive), and
-`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the two hosts; `sim/fleet.py`,
-many instances behind a router; `sim/cost/__init__.py` (what a step costs) and `sim/machine.py` (who can say so);
-`run_writer.py` and `summary_of_run.py`, for runs larger than memory; and `tuning/search.py`.
+`serving.py` (how a host talks to it). Then `engine/engine.py` and `sim/instance.py`, the two hosts; `router.py` and
+`dispatch.py`, many instances behind a router, which `sim/fleet.py` and `engine/cluster/` drive; `sim/cost/__init__.py`
+(what a step costs) and `sim/machine.py` (who can say so); `run_writer.py` and `summary_of_run.py`, for runs larger than
+memory; and `tuning/search.py`.
 
 The verbs of the `xllm-lab` command are functions of this package:
 

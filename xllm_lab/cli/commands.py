@@ -150,8 +150,10 @@ def _parity(o: argparse.Namespace) -> int:
         line += f" of instances, {found.num_decisions} of the router" * bool(found.num_decisions)
     else:
         where = f"instance {found.instance}: " * (found.instance is not None)
-        what = f"{where}step {found.step}" if found.decision is None else f"the router's decision {found.decision}"
-        line = f"{what} differs\n  engine     {found.engine}\n  simulator  {found.simulator}"
+        line = f"{where}step {found.step} differs\n  engine     {found.engine}\n  simulator  {found.simulator}"
+        if found.decision is not None:
+            what = f"the router's decision {found.decision} differs"
+            line = f"{what}\n  engine     {found.routed}\n  simulator  {found.routed_again}"
     _print(o, {**asdict(found), "is_identical": found.is_identical}, line)
     return 0 if found.is_identical else 1
 

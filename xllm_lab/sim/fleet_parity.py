@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import simpy
 
@@ -108,16 +108,11 @@ def fleet_parity(run: Run, *, policies: Policies | None = None) -> Parity:
         differs = _life_differs(run, policies or run.manifest.instance_policies(), life, requests)
         if differs is not None:
             return differs
-    for number, (engine, simulator) in enumerate(_routed_again(fleet_config(run.manifest.fleet), decisions)):
-        if engine != simulator:
-            return Parity(
-                num_steps=num_steps,
-                num_decisions=len(decisions),
-                decision=number,
-                engine=engine,
-                simulator=simulator,
-            )
-    return Parity(num_steps=num_steps, num_decisions=len(decisions))
+    found = Parity(num_steps=num_steps, num_decisions=len(decisions))
+    for number, (routed, again) in enumerate(_routed_again(fleet_config(run.manifest.fleet), decisions)):
+        if routed != again:
+            return replace(found, decision=number, routed=routed, routed_again=again)
+    return found
 
 
 def lives_of(deliveries: Sequence[Delivery]) -> list[Life]:

@@ -59,16 +59,19 @@ class Parity:
 
     Attributes:
         instance: of a fleet, whose step it is.
-        num_decisions: of a fleet's router, all alike if `decision` is None, which else is the first that differs.
+        num_decisions: of a fleet's router, all alike if `decision` is None, which else is the first that differs:
+            `routed` as it was recorded, `routed_again` as the policy takes it on the same view.
     """
 
     num_steps: int
     step: int | None = None
-    engine: Decision | RouterDecision | None = None
-    simulator: Decision | RouterDecision | None = None
+    engine: Decision | None = None
+    simulator: Decision | None = None
     instance: int | None = None
     num_decisions: int = 0
     decision: int | None = None
+    routed: RouterDecision | None = None
+    routed_again: RouterDecision | None = None
 
     @property
     def is_identical(self) -> bool:

@@ -158,6 +158,13 @@ def test_clients_in_a_closed_loop_are_served(engines: EngineFleet) -> None:
     assert [r.finish_reason for r in records.requests] == [FinishReason.LENGTH] * 15
 
 
+def test_loads_may_be_told_after_every_step(engines: EngineFleet) -> None:
+    """A heartbeat period of 0: the router's figures are those of the latest plan, and spread simultaneous requests."""
+    records, told = serve(engines, crowd(18), fleet("prefix-affinity", heartbeat_us=0), config())
+    assert len({r.instance for r in records.requests}) == 3
+    assert all(i.as_of_us == d.now_us for d in told.decisions for i in d.instances or ())
+
+
 def test_clients_may_go_away(engines: EngineFleet) -> None:
     """Before, while and after they are served; those that stay get all their tokens."""
     work = crowd(18)

@@ -32,7 +32,7 @@ class VirtualCalendar:
     def run_next(self) -> None:
         """Do what comes next, at its time."""
         when_us, _, _, action = heapq.heappop(self._entries)
-        self.now_us = when_us
+        self.now_us = max(self.now_us, when_us)
         action()
 
 
@@ -59,6 +59,10 @@ class WallCalendar(VirtualCalendar):
         """Until something is to happen."""
         assert self.next_us is not None, "something is"
         return max(0.0, (self.next_us - self._clock.now_us()) / 1e6)
+
+    def look(self) -> None:
+        """It is as late as it is, whatever is due."""
+        self.now_us = max(self.now_us, self._clock.now_us())
 
     def run_due(self) -> None:
         """Do what is due by now, and have the time be now."""

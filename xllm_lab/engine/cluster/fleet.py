@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import select
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,10 +34,12 @@ from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.progress import tell
-from xllm_lab.records import Records
+from xllm_lab.records import Records, transfer_table
 from xllm_lab.registry import open_registry
+from xllm_lab.run_writer import TRANSFERS_FILE
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.step_time import StepTime
+from xllm_lab.transfers import Transfer
 from xllm_lab.wire import GoneError
 from xllm_lab.workload import Workload
 
@@ -50,9 +51,11 @@ class Served:
     """What a serving leaves behind beside its records.
 
     Attributes:
+        transfers: over links, where they are configured.
         graphs: of each instance that was up in the end.
     """
 
+    transfers: Sequence[Transfer]
     decisions: Sequence[FleetDecision]
     deliveries: Sequence[Delivery]
     graphs: dict[str, Any] | None
@@ -173,7 +176,9 @@ class EngineFleet:
         records.steps.sort(key=lambda s: (s.end_us, s.instance))
         graphs = [seat.graphs for seat in seats]
         known = {"instances": graphs} if any(g is not None for g in graphs) else None
-        return Served(decisions=serving.log.decisions, deliveries=serving.deliveries, graphs=known)
+        return Served(
+            transfers=serving.transfers, decisions=serving.log.decisions, deliveries=serving.deliveries, graphs=known
+        )
 
     def replay(
         self,
@@ -211,6 +216,8 @@ class EngineFleet:
                 **describe(config, policies, step_time, workload, draft_time=draft_time),
             )
             fill_run(folder, manifest, workload, records)
+            if served.transfers:
+                pq.write_table(transfer_table(served.transfers), folder / TRANSFERS_FILE, write_page_checksum=True)
             pq.write_table(decision_table(served.decisions), folder / DECISIONS_FILE, write_page_checksum=True)
             pq.write_table(delivery_table(served.deliveries), folder / DELIVERIES_FILE, write_page_checksum=True)
         return Run(out, manifest)
@@ -258,6 +265,7 @@ class _Serving:
     opening: dict[str, Any]
     log: DecisionLog = field(default_factory=DecisionLog)
     deliveries: list[Delivery] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
     dispatch: Dispatch = field(init=False)
 
     def open_dispatch(self, calendar: VirtualCalendar, *, asks_for_loads: bool) -> None:
@@ -265,6 +273,7 @@ class _Serving:
             *(self.workload, self.fleet, self.config, calendar),
             recorder=self.records,
             vocab_size=self.vocab_size,
+            on_transfer=None if self.fleet.link == LinkConfig() else self.transfers.append,
             on_decision=self.log.listener(),
             asks_for_loads=asks_for_loads,
         )
@@ -335,18 +344,17 @@ class _Serving:
         for seat in seats:
             if seat.is_up and self.processes.is_lost(seat.id):
                 self.dispatch.fail(seat.id)
-        comes = any(o.end_us >= calendar.now_us for o in self.fleet.outages)
+        comes = any(o.end_us > calendar.now_us for o in self.fleet.outages)
         if not self.dispatch.router.up and not comes:
             self.dispatch.give_up()
 
     def _end(self, seats: Sequence[ProcessSeat]) -> None:
         """They are ready for another serving."""
         for seat in seats:
-            with contextlib.suppress(GoneError):
+            try:
                 seat.end()
-        for instance in self.processes.instances:
-            if self.processes.is_lost(instance):
-                self.processes.kill(instance)
+            except GoneError:
+                self.processes.kill(seat.id)
 
 
 def _prepared(seat: WallSeat) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from xllm_lab.copies import CopyRecord
 from xllm_lab.formats import own
 from xllm_lab.ledger import BlockKey
-from xllm_lab.records import FinishReason, Recorder, RequestRecord, StepRecord, steps_of
+from xllm_lab.records import FinishReason, Recorder, RequestRecord, steps_of
+from xllm_lab.request_state import new_record
 from xllm_lab.router import Load
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Event
@@ -35,17 +36,12 @@ def event_cells(event: Event) -> dict[str, Any]:
     return {"arrives": own.request_cells(request), "kept": {**kept, **tokens, **drafts}}
 
 
-def event_from(cells: Mapping[str, Any], known: Mapping[RequestId, Request], new_record: Any) -> Event:
-    """Inverse of `event_cells`.
-
-    Args:
-        known: the requests that arrived before.
-        new_record: makes the record of one that arrives.
-    """
+def event_from(cells: Mapping[str, Any], known: Mapping[RequestId, Request]) -> Event:
+    """Inverse of `event_cells`; `known` are the requests that arrived before."""
     if "leaves" in cells:
         return Event(False, known[RequestId(cells["leaves"])])
     request = own.request_from(cells["arrives"], "router")
-    record: RequestRecord = new_record(request)
+    record = new_record(request)
     kept = cells["kept"]
     for name in _KEPT:
         setattr(record, name, kept[name])
@@ -118,17 +114,12 @@ def apply_changes(record: RequestRecord, changes: Sequence[Any]) -> None:
             setattr(record, name, value)
 
 
-def step_from(cells: Mapping[str, Any]) -> StepRecord:
-    return StepRecord(**cells)
-
-
 class IndexTeller:
     """What an engine's prefix index stored and removed since it said so last."""
 
     def __init__(self) -> None:
         self._told: frozenset[BlockKey] = frozenset()
         self._version = -1
-        self._ledger: object = None
 
     def take(self, scheduler: Scheduler) -> dict[str, list[str]]:
         ledger = scheduler.ledger

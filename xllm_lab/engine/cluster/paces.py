@@ -14,7 +14,6 @@ from typing import Any
 
 from xllm_lab.engine.clock import Clock, VirtualClock, WallClock
 from xllm_lab.engine.cluster.messages import IndexTeller, Reporter, event_from, load_cells
-from xllm_lab.request_state import new_record
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Event
 from xllm_lab.step import Step
@@ -83,7 +82,7 @@ class Pace(ABC):
         for cells in message.get("events", ()):
             if "leaves" in cells and cells["leaves"] not in self._requests:
                 continue  # it ended before its client went away
-            event = event_from(cells, self._requests, new_record)
+            event = event_from(cells, self._requests)
             if event.arrives:
                 request = event.request
                 self._requests[request.id] = request

@@ -46,10 +46,11 @@ class EngineProcess:
         )
         self._finalizer = weakref.finalize(self, _kill, self.popen, self._said)
 
-    def how_it_ended(self) -> str | None:
-        """None while it runs."""
-        status = self.popen.poll()
-        if status is None:
+    def how_it_ended(self, within_s: float = 0.0) -> str | None:
+        """None while it runs. A socket closes a little before its process is gone."""
+        try:
+            status = self.popen.wait(within_s)
+        except subprocess.TimeoutExpired:
             return None
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
@@ -123,6 +124,11 @@ class Processes:
         self._read_registry()
         process = self._running.get(instance)
         return process is not None and process.is_lost
+
+    def how_it_ended(self, instance: InstanceId) -> str:
+        """For people, of one that is lost."""
+        process = self._running.get(instance)
+        return (process and process.how_it_ended(_LOOK_S)) or f"instance {instance} lost its lease, and is ended"
 
     def kill(self, instance: InstanceId) -> None:
         """An instance is gone when this returns."""

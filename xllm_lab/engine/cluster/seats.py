@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from xllm_lab.decisions import Delivery
 from xllm_lab.dispatch import FIRST_INSTANCE, Dispatch, Lost
 from xllm_lab.engine.cluster.calendar import VirtualCalendar, WallCalendar
-from xllm_lab.engine.cluster.messages import apply_changes, apply_index, event_cells, load_from, step_from
+from xllm_lab.engine.cluster.messages import apply_changes, apply_index, event_cells, load_from
 from xllm_lab.engine.cluster.processes import Processes
 from xllm_lab.errors import ConfigError, InstanceError, PolicyError
 from xllm_lab.ledger import BlockKey
 from xllm_lab.policies.routing import InstanceId
-from xllm_lab.records import Records, RequestRecord
+from xllm_lab.progress import tell
+from xllm_lab.records import Records, RequestRecord, StepRecord
 from xllm_lab.router import Load
 from xllm_lab.serving import Event
 from xllm_lab.wire import Channel, GoneError
@@ -119,9 +120,11 @@ class ProcessSeat(ABC):
         )
 
     def fail(self) -> Lost:
-        now_us = self.calendar.now_us
+        now_us, comes_back = self.calendar.now_us, self._shared.comes_back(self.id, self.calendar.now_us)
+        if not comes_back:
+            tell(f"xllm-lab: {self._shared.processes.how_it_ended(self.id)}")
         self._go()
-        if self._shared.comes_back(self.id, now_us):
+        if comes_back:
             self._shared.processes.start(self.id)  # it loads its model meanwhile
         self._shared.deliveries.append(Delivery(now_us, self.id, "down"))
         lost = sorted(self._live.values(), key=lambda pair: (pair[1].arrival_us, pair[1].id))
@@ -136,8 +139,11 @@ class ProcessSeat(ABC):
 
     def _come(self) -> Channel:
         """Its process is there, and told what to serve on."""
-        self._shared.processes.start(self.id)
-        self._channel = self._shared.processes.await_up(self.id)
+        processes = self._shared.processes
+        if processes.is_lost(self.id):
+            processes.kill(self.id)
+        processes.start(self.id)
+        self._channel = processes.await_up(self.id)
         self._channel.tell({"do": "serve", "start_us": self.calendar.now_us, **self._shared.opening})
         return self._channel
 
@@ -163,7 +169,7 @@ class ProcessSeat(ABC):
             self._shared.deliveries.append(Delivery(us, self.id, kind, RequestId(request)))
         drawn_us = None
         if "step" in report:
-            step = step_from({**report["step"], "step": self._num_steps})
+            step = StepRecord(**{**report["step"], "step": self._num_steps})
             drawn_us = step.end_us
             self._num_steps += 1
             self._shared.records.steps.append(step)
@@ -327,6 +333,14 @@ class WallSeat(ProcessSeat):
             self._unseen[event.request.id] = event.request.prompt.num_tokens
         with contextlib.suppress(GoneError):  # which the next look finds out
             self.channel.tell({"us": self._calendar.now_us, "events": self._hand_over()})
+
+    def fail(self) -> Lost:
+        # A configured outage began when it was to begin: what was done since never was.
+        if not self._shared.comes_back(self.id, self._calendar.now_us):
+            with contextlib.suppress(GoneError):
+                self.hear()  # what it said before it went
+            self._calendar.look()
+        return super().fail()
 
     def hear(self) -> None:
         """Take what it said. GoneError: it is not there any more."""

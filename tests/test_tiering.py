@@ -150,11 +150,11 @@ def test_a_restore_does_not_evict_what_another_counts_on() -> None:
     requests = (
         request(0, 0, prompt=24, hashes=second),
         request(1, 200, prompt=32, hashes=first),
-        request(2, 400, prompt=40, hashes=(200,)),  # in place of all of the first and the end of the second
-        request(3, 900, prompt=36, hashes=(*first, 9)),
-        request(4, 900, prompt=28, hashes=(*second, 109)),
+        request(2, 400, prompt=40, hashes=(200,)),  # in place of all of the second and the end of the first
+        request(3, 900, prompt=28, hashes=(*second, 109)),
+        request(4, 900, prompt=36, hashes=(*first, 9)),
     )
     config = instance_config(max_tokens_per_batch=64)
     records = run_audited(Workload(requests=requests), config, DecodeFirst(), cache=OffloadsEarly(until_us=400))
-    assert [(c.request, c.num_tokens) for c in records.copies if c.kind == "restore"] == [(3, 32), (4, 4)]
-    assert [r.cached_tokens for r in records.requests[3:]] == [32, 24]
+    assert [(c.request, c.num_tokens) for c in records.copies if c.kind == "restore"] == [(3, 24), (4, 12)]
+    assert [r.cached_tokens for r in records.requests[3:]] == [24, 32]

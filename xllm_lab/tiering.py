@@ -222,8 +222,9 @@ class Tiering:
         copy, record, pinned = self._under_way.pop(end.number)
         record.end_us = end.end_us
         if copy.kind == "offload":
-            self.ledger.unpin(copy.blocks, goes_first=True)
-            self.host.filled(copy.slots)
+            # As they were offloaded, which is least recently used first: ends of prompts before their beginnings.
+            self.ledger.unpin(copy.blocks[::-1], goes_first=True)
+            self.host.filled(copy.slots[::-1])
             return []
         self.ledger.keep(copy.blocks, copy.keys)
         self.ledger.unpin(pinned, goes_first=False)

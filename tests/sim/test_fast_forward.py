@@ -15,7 +15,6 @@ from tests.small_runs import (
     COPY_TIME,
     STEP_TIME,
     TIERED,
-    WildCache,
     batch_policies,
     busy_workloads,
     instance_config,
@@ -133,7 +132,7 @@ def test_skipping_steps_changes_nothing(
     config=tight_configs(),
     policy=batch_policies(),
     mode=st.sampled_from(ASYNC_SCHEDULING),
-    cache=st.sampled_from((WildCache(), *TIERED)),
+    cache=st.sampled_from(TIERED),
 )
 def test_skipping_steps_beside_copies_changes_nothing(
     work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, cache: CachePolicy
@@ -157,7 +156,9 @@ def same_records(
     event(f"skips {(slow.num_events - fast.num_events) * 10 // slow.num_events if slow.num_events else 0}0 %")
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
-    assert copy_table(skipped.copies).equals(copy_table(stepped.copies))
+    # Which of equal blocks a table is handed may differ; what is copied, where to and when may not.
+    copied = [copy_table(records.copies).drop_columns("blocks") for records in (skipped, stepped)]
+    assert copied[0].equals(copied[1])
     assert step_table(skipped.spans).equals(step_table(stepped.spans))
     assert request_table(skipped.requests).equals(request_table(stepped.requests))
     assert (fast.num_steps, fast.num_extrapolated) == (slow.num_steps, slow.num_extrapolated)

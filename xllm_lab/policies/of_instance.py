@@ -73,6 +73,12 @@ def refuse_other_decisions(named: Iterable[str], accepted: Sequence[str] = DECIS
             raise ConfigError(f"unknown decision {decides!r} of an instance; accepted: {', '.join(accepted)}")
 
 
+def refuse_tiers(policies: Policies) -> None:
+    """ConfigError where a host that copies nothing is given a cache policy."""
+    if policies.cache != DEVICE_ONLY:
+        raise ConfigError(f"cache policy {policy_name(policies.cache)} is not served here; accepted: device-only")
+
+
 def refuse_drafts(policies: Policies) -> None:
     """ConfigError where a host that cannot speculate is given a draft policy."""
     if policies.draft != OFF:

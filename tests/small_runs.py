@@ -40,6 +40,8 @@ from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, 
 
 STEP_US = 10
 NEVER = 2**62
+# All that copy between tiers, as they come.
+TIERED = tuple(make_policy("cache", name) for name in policies("cache") if name != "device-only")
 # 5 us a step, 1 us a token, 1/100 us per token in KV.
 STEP_TIME = StepTime(tuple({"eager_us": 5.0, "token_us": 1.0, "kv_read_us": 0.01}.get(t, 0.0) for t in TERMS))
 # Half a step, and 1 us a token, each way.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.laws import is_repeatable, obey_the_laws
 from tests.small_runs import (
     STEP_TIME,
+    TIERED,
     EqualSteps,
     StoppingSteps,
     WildCache,
@@ -33,12 +34,9 @@ from xllm_lab.policies.cache.lru import Lru
 from xllm_lab.policies.cache.restoring import everything, restore_by_arrival
 from xllm_lab.policies.cache.reuse_aware import ReuseAware
 from xllm_lab.policies.cache.watermark import Watermark
-from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.records import Records
 from xllm_lab.tiering import tiering_of
 from xllm_lab.workload import Request, Workload
-
-TIERED = [make_policy("cache", name) for name in policies("cache") if name != "device-only"]
 
 
 @given(

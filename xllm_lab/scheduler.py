@@ -600,7 +600,7 @@ class Scheduler:
         self._leave_queue(state)
         num_cached = state.admit(now_us)
         if self.tiering is not None:
-            self.tiering.used(state.block_keys(num_cached // self.ledger.block_size), 0, now_us)
+            self.tiering.found(state.reusable_keys(), num_cached // self.ledger.block_size, now_us)
         if state.record.first_scheduled_us is None:
             state.record.cached_tokens = min(num_cached, state.num_prompt_tokens)
         return state.id
@@ -644,7 +644,7 @@ class Scheduler:
             keys = state.block_keys(num_full)[state.num_published :]
             self.ledger.publish(state.id, state.num_published, keys)
             if self.tiering is not None:
-                self.tiering.used(keys, state.num_published, self._view.now_us)
+                self.tiering.used(keys, state.num_published, state.admitted_us)
             state.num_published = num_full
 
     def _publish_ahead(self, state: RequestState) -> None:

@@ -159,16 +159,23 @@ class Tiering:
     def is_copying(self) -> bool:
         return bool(self._under_way)
 
-    def used(self, keys: Sequence[BlockKey], first_block: int, now_us: int) -> None:
-        """A request has blocks from `first_block` of its own on: it computed them, or found them on the device."""
+    def found(self, keys: Sequence[BlockKey], num_cached: int, now_us: int) -> None:
+        """A request begins to run: of its keys it found so many on the device, and the host may have others, too."""
+        self.used(keys[:num_cached], 0, now_us)
+        self.host.touch(keys)
+        self._forget()
+
+    def used(self, keys: Sequence[BlockKey], first_block: int, began_us: int) -> None:
+        """A request that began to run then has blocks from `first_block` of its own on.
+
+        It does not matter when it computed them, or steps could not be skipped.
+        """
         for depth, key in enumerate(keys, first_block):
             use = self._uses.get(key)
             if use is None:
                 use = self._uses[key] = _Use(depth)
             use.num_uses += 1
-            use.last_used_us = now_us
-        self.host.touch(keys)
-        self._forget()
+            use.last_used_us = max(use.last_used_us, began_us)
 
     def could_copy(self, waiting: Sequence[RequestState]) -> bool:
         """Whether the policy has anything to decide."""

@@ -63,7 +63,7 @@ class TiersByHand:
         if len(names) - num_cached > self.ledger.num_free_blocks - num_idle:
             return False
         self.ledger.attach(state.id, keys)
-        self.tiering.used(keys[:num_cached], 0, self.now_us)
+        self.tiering.found(keys, num_cached, self.now_us)
         self.ledger.grow(state.id, len(names) * SIZE)
         self.ledger.publish(state.id, num_cached, keys[num_cached:])
         self.tiering.used(keys[num_cached:], num_cached, self.now_us)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE, obey_the_laws
 from tests.small_runs import (
+    COPY_TIME,
     STEP_TIME,
+    TIERED,
     batch_policies,
     busy_workloads,
     instance_config,
@@ -24,6 +26,8 @@ from xllm_lab.page_time import PageTime
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.admission import ORDERS
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.cache import CachePolicy
+from xllm_lab.policies.cache.device_only import DEVICE_ONLY
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.pages import PagesPolicy
 from xllm_lab.policies.pages.next_page import NextPage
@@ -31,7 +35,7 @@ from xllm_lab.policies.pages.on_demand import ON_DEMAND
 from xllm_lab.policies.pages.xllm_pool import XllmPool
 from xllm_lab.policies.shapes import ShapePlan, ShapesPolicy, ShapeView, eagerly, replayed
 from xllm_lab.policies.shapes.eager import EAGER
-from xllm_lab.records import Records, request_table, step_table
+from xllm_lab.records import Records, copy_table, request_table, step_table
 from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.simulator import run_simulation
@@ -77,16 +81,18 @@ def simulated(
     fast_forward: bool,
     shapes: ShapesPolicy = EAGER,
     pages: PagesPolicy = ON_DEMAND,
+    cache: CachePolicy = DEVICE_ONLY,
 ) -> tuple[Records, Counting]:
     timing = Counting(
         cost,
         fast_forward=fast_forward,
         page_time=PageTime(map_run_us=3.0, map_page_us=1.5, unmap_run_us=2.0, unmap_page_us=0.5),
         hides_mapping=config.async_scheduling == "on",
+        copy_time=COPY_TIME,
     )
-    policies = Policies(policy, shapes=shapes, pages=pages)
-    records = run_simulation(work, config, policies, timing, vocab_size=VOCAB_SIZE, step_time=STEP_TIME)
-    return records, timing
+    policies = Policies(policy, shapes=shapes, pages=pages, cache=cache)
+    told: dict[str, Any] = {"step_time": STEP_TIME, "copy_time": COPY_TIME}
+    return run_simulation(work, config, policies, timing, vocab_size=VOCAB_SIZE, **told), timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +136,21 @@ def test_skipping_steps_changes_nothing(
     work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, shapes: ShapesPolicy
 ) -> None:
     """Any workload, policies, and way of scheduling: the records are equal, on disk too, and so is what was counted."""
-    same_records(work, config, policy, mode, shapes)
+    same_records(work, config, policy, mode, shapes=shapes)
+
+
+@given(
+    work=busy_workloads() | long_answers(),
+    config=tight_configs(),
+    policy=batch_policies(),
+    mode=st.sampled_from(ASYNC_SCHEDULING),
+    cache=st.sampled_from(TIERED),
+)
+def test_skipping_steps_beside_copies_changes_nothing(
+    work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str, cache: CachePolicy
+) -> None:
+    """A copy that ends is an event as an arrival is, and steps are told of it alike."""
+    same_records(work, replace(config, enable_prefix_cache=True), policy, mode, cache=cache)
 
 
 @given(
@@ -156,6 +176,9 @@ def same_records(
     event(f"skips {(slow.num_events - fast.num_events) * 10 // slow.num_events if slow.num_events else 0}0 %")
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
+    # Which of equal blocks a table is handed may differ; what is copied, where to and when may not.
+    copied = [copy_table(records.copies).drop_columns("blocks") for records in (skipped, stepped)]
+    assert copied[0].equals(copied[1])
     assert step_table(skipped.spans).equals(step_table(stepped.spans))
     assert request_table(skipped.requests).equals(request_table(stepped.requests))
     assert (fast.num_steps, fast.num_extrapolated) == (slow.num_steps, slow.num_extrapolated)
@@ -177,7 +200,7 @@ def test_skipping_chunks_changes_nothing(
     work: Workload, config: InstanceConfig, policy: BatchPolicy, mode: str
 ) -> None:
     """As above, where chunks of a prompt repeat themselves."""
-    same_records(work, config, policy, mode, Turning())
+    same_records(work, config, policy, mode, shapes=Turning())
 
 
 @pytest.mark.parametrize("mode", ASYNC_SCHEDULING)

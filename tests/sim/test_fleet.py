@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE, fleet_obeys_the_laws
 from tests.sim.test_fast_forward import Uneven, long_answers
-from tests.small_runs import STEP_TIME, batch_policies, busy_workloads, instance_config, request, tight_configs
+from tests.small_runs import (
+    COPY_TIME,
+    STEP_TIME,
+    TIERED,
+    batch_policies,
+    busy_workloads,
+    instance_config,
+    request,
+    tight_configs,
+)
 from xllm_lab.copies import CopyRecord
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
@@ -20,6 +29,8 @@ from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.outages import Outage
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.cache import CachePolicy
+from xllm_lab.policies.cache.device_only import DEVICE_ONLY
 from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.failover.requeue import Requeue
 from xllm_lab.policies.of_instance import Policies
@@ -42,19 +53,21 @@ def served(
     policy: BatchPolicy,
     *,
     fast_forward: bool = True,
+    cache: CachePolicy = DEVICE_ONLY,
 ) -> tuple[Records, list[Transfer]]:
     """Records and transfers of the fleet that serves the workload."""
     records, transfers = Records(), list[Transfer]()
-    timing = Predicted(Uneven(), fast_forward=fast_forward)
+    timing = Predicted(Uneven(), fast_forward=fast_forward, copy_time=COPY_TIME)
     Fleet(
         work,
         fleet,
         config,
-        Policies(policy),
+        Policies(policy, cache=cache),
         timing,
         recorder=records,
         vocab_size=VOCAB_SIZE,
         step_time=STEP_TIME,
+        copy_time=COPY_TIME,
         on_transfer=transfers.append,
     ).run()
     return records.sort(), transfers
@@ -101,6 +114,22 @@ def test_skipping_steps_changes_nothing(
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
     assert fast == slow
+    fleet_obeys_the_laws(work, fleet, config, skipped)
+
+
+@given(work=busy_workloads(), fleet=fleets(), config=tight_configs(), cache=st.sampled_from(TIERED))
+def test_tiers_are_lost_with_their_instance_and_nothing_else_is(
+    work: Workload, fleet: FleetConfig, config: InstanceConfig, cache: CachePolicy
+) -> None:
+    """Copies under way when an instance fails never end; skipping steps still changes nothing."""
+    config = replace(config, enable_prefix_cache=True)
+    stepped, _ = served(work, fleet, config, Fcfs(), fast_forward=False, cache=cache)
+    skipped, _ = served(work, fleet, config, Fcfs(), cache=cache)
+    assert skipped.requests == stepped.requests
+    assert skipped.steps == stepped.steps
+    assert [(c.kind, c.slots, c.asked_us, c.end_us) for c in skipped.copies] == [
+        (c.kind, c.slots, c.asked_us, c.end_us) for c in stepped.copies
+    ]
     fleet_obeys_the_laws(work, fleet, config, skipped)
 
 

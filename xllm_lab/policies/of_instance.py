@@ -81,6 +81,12 @@ def not_asked(kv_layout: str) -> dict[str, Any]:
     return {} if kv_layout == "virtual" else {ON_DEMAND.decides: ON_DEMAND}
 
 
+def refuse_tiers(policies: Policies) -> None:
+    """ConfigError where a host that copies nothing is given a cache policy."""
+    if policies.cache != DEVICE_ONLY:
+        raise ConfigError(f"cache policy {policy_name(policies.cache)} is not served here; accepted: device-only")
+
+
 def refuse_drafts(policies: Policies) -> None:
     """ConfigError where a host that cannot speculate is given a draft policy."""
     if policies.draft != OFF:

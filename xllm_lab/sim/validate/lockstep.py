@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.policies.of_instance import Policies, refuse_drafts
+from xllm_lab.policies.of_instance import Policies, refuse_drafts, refuse_tiers
 from xllm_lab.records import Records
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Completion, Conversation, Idle, Woke, WorkloadFeed, serve
@@ -39,6 +39,7 @@ def run_lockstep(
     All step in the graph that holds the largest batch of them, or eagerly.
     """
     refuse_drafts(policies)
+    refuse_tiers(policies)
     records = [Records() for _ in workloads]
     feeds = [WorkloadFeed(w) for w in workloads]
     schedulers = [Scheduler(config, policies.batch, r) for r in records]

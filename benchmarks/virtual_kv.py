@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import resource
@@ -190,11 +191,19 @@ def _rounded(values: dict[str, float | None], digits: int) -> dict[str, float | 
 def soak(engine: Engine, minutes: float) -> None:
     rng, until, done = random.Random(11), time.monotonic() + 60 * minutes, 0
     before, steps_run, pages_moved = state(), 0, 0
+    size = page_tokens(engine)
     turns = [(mode, name) for mode in ASYNC_SCHEDULING for name in policies("pages")]
     while time.monotonic() < until or done < len(turns):
         mode, name = turns[done % len(turns)]
         blocks = rng.choice((20, 40, 100))
-        config = replace(CONFIG, kv_layout="virtual", num_kv_blocks=blocks, async_scheduling=mode)
+        config = replace(
+            CONFIG,
+            kv_layout="virtual",
+            block_size=size,
+            num_kv_blocks=max(4, blocks * 16 // size),
+            max_model_len=min(CONFIG.max_model_len, engine.model.config.max_position),
+            async_scheduling=mode,
+        )
         records = Records()
         chosen = Policies(make_policy("batch", "decode-first"), shapes=SHAPES, pages=make_policy("pages", name))
         work = requests(rng, 12, 20_000, longest=100, most_outputs=60)
@@ -208,7 +217,7 @@ def soak(engine: Engine, minutes: float) -> None:
                     moved = {(slot, page + i) for i in range(count)}
                     pages_moved += count
                     shown = shown - moved if numbers is step.page_unmaps else shown | moved
-            assert step.mapped_tokens == len(shown) * CONFIG.block_size, "a page is lost"
+            assert step.mapped_tokens == len(shown) * size, "a page is lost"
         steps_run += len(records.steps)
         done += 1
         if done == len(turns):
@@ -221,6 +230,13 @@ def soak(engine: Engine, minutes: float) -> None:
             assert now["kv_mappings"] == now["kv_files"] == 0, "something of virtual KV is left"
     after = state()
     assert after["mappings"] <= before["mappings"] + 50, f"{before['mappings']} mappings became {after['mappings']}"
+
+
+def page_tokens(engine: Engine) -> int:
+    """The smallest blocks of at least 16 tokens that the device maps."""
+    model, page_bytes = engine.model.model, engine.device.page_bytes()
+    token_bytes = model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize
+    return math.lcm(16, page_bytes // math.gcd(page_bytes, token_bytes))
 
 
 def state() -> dict[str, int]:

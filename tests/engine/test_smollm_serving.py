@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,3 +69,21 @@ def test_served_text_is_that_of_transformers(
         assert len(ours) == NUM_TOKENS
         theirs = reference_logits(smollm2_reference, prompt + ours).argmax(-1)[len(prompt) - 1 : -1].tolist()
         assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pages", ["on-demand", "xllm-pool", "next-page"])
+def test_virtual_kv_gives_the_same_text(served: tuple[Workload, Records], pages: str) -> None:
+    """One range of addresses a sequence, with steps planned ahead and replayed, prefixes shared and KV lost."""
+    workload, plain = served
+    where = replace(WHERE, kv_layout="virtual", async_scheduling="length_aware")
+    chosen = Policies(
+        make_policy("batch", "fcfs"), shapes=make_policy("shapes", "vllm-buckets"), pages=make_policy("pages", pages)
+    )
+    records = Records()
+    Engine(EngineOptions(device="cpu", dtype="float32")).serve(workload, where, chosen, records)
+    told = summarize(records)
+    assert told.num_preemptions > 0
+    assert told.prefix_hit_frac > 0
+    for one, other in zip(records.sort().requests, plain.requests, strict=True):
+        assert one.output_token_ids == other.output_token_ids, f"request {one.id}"

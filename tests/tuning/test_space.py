@@ -19,6 +19,8 @@ from xllm_lab.policies import catalog
 from xllm_lab.policies.api import Choice
 from xllm_lab.policies.catalog import knobs, make_policy
 from xllm_lab.policies.of_instance import DECISIONS, Policies
+from xllm_lab.policies.pages.next_page import NextPage
+from xllm_lab.policies.pages.on_demand import OnDemand
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
@@ -185,3 +187,16 @@ def test_a_default_outside_its_own_space_is_refused() -> None:
         Space(default(num_kv_blocks=8))
     with pytest.raises(ConfigError, match="block_size is 24, the space accepts 16, 32, 64, 128"):
         Space(default(block_size=24))
+
+
+def test_the_layout_of_kv_is_searched_where_its_pages_have_a_price() -> None:
+    """With the knobs of the policy that looks after them, which nobody asks where KV is paged."""
+    space = Space(default(), ["pages.next-page"])
+    layouts = {candidate.instance.kv_layout for _, candidate in drawn(space)}
+    assert layouts == {"paged", "virtual"}
+    for params, candidate in drawn(space):
+        asked = candidate.instance.kv_layout == "virtual" and params["pages"] == "next-page"
+        assert ("pages.next-page.lead_steps" in params) == asked
+        assert isinstance(candidate.policies.pages, NextPage if asked else OnDemand)
+    unpriced = space.where(layouts=("paged",))
+    assert {candidate.instance.kv_layout for _, candidate in drawn(unpriced)} == {"paged"}

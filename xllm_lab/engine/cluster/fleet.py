@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import select
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,17 @@ import pyarrow.parquet as pq
 from xllm_lab.decisions import (
     DECISIONS_FILE,
     DELIVERIES_FILE,
-    DecisionLog,
     Delivery,
     FleetDecision,
     decision_table,
     delivery_table,
 )
-from xllm_lab.dispatch import Dispatch
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.engine.clock import make_clock
-from xllm_lab.engine.cluster.calendar import VirtualCalendar, WallCalendar
 from xllm_lab.engine.cluster.processes import Processes
-from xllm_lab.engine.cluster.seats import LockstepSeat, ProcessSeat, Surroundings, WallSeat
+from xllm_lab.engine.cluster.serving import Serving
 from xllm_lab.engine.engine import EngineOptions, refuse_unknown_tokens
-from xllm_lab.errors import ConfigError, InstanceError, PolicyError
+from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import policy_name, values_of
@@ -40,10 +36,7 @@ from xllm_lab.run_writer import TRANSFERS_FILE
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.step_time import StepTime
 from xllm_lab.transfers import Transfer
-from xllm_lab.wire import GoneError
 from xllm_lab.workload import Workload
-
-_LOOK_S = 0.02  # at who is lost, in real time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +152,7 @@ class EngineFleet:
             "seed": workload.seed,
             "heartbeat_us": fleet.heartbeat_us,
         }
-        serving = _Serving(
+        serving = Serving(
             processes=self.processes,
             workload=workload,
             fleet=fleet,
@@ -250,115 +243,3 @@ class EngineFleet:
                 name = policy_name(policy)
                 raise ConfigError(f"{decides} policy {name} needs step times; accepted: a machine's calibration")
         refuse_unknown_tokens(workload, self.model["vocab_size"])
-
-
-@dataclass(slots=True, kw_only=True)
-class _Serving:
-    """One workload's way through the fleet."""
-
-    processes: Processes
-    workload: Workload
-    fleet: FleetConfig
-    config: InstanceConfig
-    vocab_size: int
-    records: Records
-    opening: dict[str, Any]
-    log: DecisionLog = field(default_factory=DecisionLog)
-    deliveries: list[Delivery] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    dispatch: Dispatch = field(init=False)
-
-    def open_dispatch(self, calendar: VirtualCalendar, *, asks_for_loads: bool) -> None:
-        self.dispatch = Dispatch(
-            *(self.workload, self.fleet, self.config, calendar),
-            recorder=self.records,
-            vocab_size=self.vocab_size,
-            on_transfer=None if self.fleet.link == LinkConfig() else self.transfers.append,
-            on_decision=self.log.listener(),
-            asks_for_loads=asks_for_loads,
-        )
-        self.log.sees_index = self.opening["tells_index"] = self.dispatch.router.needs_index
-
-    def in_lockstep(self) -> Sequence[ProcessSeat]:
-        """The router's virtual time is everybody's."""
-        calendar = VirtualCalendar()
-        self.open_dispatch(calendar, asks_for_loads=True)
-        seats = [LockstepSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
-        self._begin(seats)
-        while self.dispatch.num_open or any(seat.is_up and not seat.is_at_rest for seat in seats):
-            self._look_after(seats, calendar)
-            if not calendar.has_more and self.dispatch.num_open:
-                raise PolicyError(
-                    f"the batch policy leaves {self.dispatch.num_open} requests waiting for ever "
-                    f"at {calendar.now_us} us"
-                )
-            if calendar.has_more:
-                calendar.run_next()
-        self._end(seats)
-        return seats
-
-    def in_real_time(self) -> Sequence[ProcessSeat]:
-        """All engines serve side by side, from the moment in which the last of them is warm."""
-        calendar = WallCalendar()
-        self.open_dispatch(calendar, asks_for_loads=False)
-        seats = [WallSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
-        for seat in seats:
-            seat.dispatch = self.dispatch
-            _prepared(seat)
-        calendar.start()
-        self._begin(seats)
-        while self.dispatch.num_open:
-            calendar.run_due()
-            self._look_after(seats, calendar)
-            self._listen(seats, calendar)
-        self._end(seats)
-        return seats
-
-    def _listen(self, seats: Sequence[WallSeat], calendar: WallCalendar) -> None:
-        """Until somebody says something, or something is due."""
-        wait_s = _LOOK_S if calendar.next_us is None else min(_LOOK_S, calendar.left_s())
-        speaking = {seat.channel.fileno(): seat for seat in seats if seat.is_up}
-        ready, _, _ = select.select(list(speaking), [], [], wait_s)
-        calendar.run_due()
-        for number in ready:
-            seat = speaking[number]
-            try:
-                if seat.is_up:
-                    seat.hear()
-            except GoneError:
-                self.dispatch.fail(seat.id)
-
-    def _surroundings(self) -> Surroundings:
-        return Surroundings(self.processes, self.records, self.deliveries, self.opening, self._comes_back)
-
-    def _comes_back(self, instance: InstanceId, now_us: int) -> bool:
-        return any(o.instance == instance and o.start_us <= now_us < o.end_us for o in self.fleet.outages)
-
-    def _begin(self, seats: Sequence[ProcessSeat]) -> None:
-        for seat in seats:
-            seat.dispatch = self.dispatch
-        self.dispatch.begin(seats)
-
-    def _look_after(self, seats: Sequence[ProcessSeat], calendar: VirtualCalendar) -> None:
-        """Whoever is lost fails; when nobody is left and nobody comes back, what is held is given up."""
-        for seat in seats:
-            if seat.is_up and self.processes.is_lost(seat.id):
-                self.dispatch.fail(seat.id)
-        comes = any(o.end_us > calendar.now_us for o in self.fleet.outages)
-        if not self.dispatch.router.up and not comes:
-            self.dispatch.give_up()
-
-    def _end(self, seats: Sequence[ProcessSeat]) -> None:
-        """They are ready for another serving."""
-        for seat in seats:
-            try:
-                seat.end()
-            except GoneError:
-                self.processes.kill(seat.id)
-
-
-def _prepared(seat: WallSeat) -> None:
-    try:
-        seat.prepare()
-    except GoneError as error:
-        raise InstanceError(f"instance {seat.id}: {error}") from None

@@ -6,17 +6,15 @@ process but the step it was at.
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from xllm_lab.decisions import Delivery
-from xllm_lab.dispatch import FIRST_INSTANCE, Dispatch, Lost
-from xllm_lab.engine.cluster.calendar import VirtualCalendar, WallCalendar
-from xllm_lab.engine.cluster.messages import apply_changes, apply_index, event_cells, load_from
+from xllm_lab.dispatch import Dispatch, Lost
+from xllm_lab.engine.cluster.calendar import VirtualCalendar
+from xllm_lab.engine.cluster.messages import apply_changes, event_cells
 from xllm_lab.engine.cluster.processes import Processes
 from xllm_lab.errors import ConfigError, InstanceError, PolicyError
 from xllm_lab.ledger import BlockKey
@@ -28,7 +26,7 @@ from xllm_lab.serving import Event
 from xllm_lab.wire import Channel, GoneError
 from xllm_lab.workload import Request, RequestId
 
-_LOOK_S = 0.05  # between looks at whether a process that is waited for still has its lease
+LOOK_S = 0.05  # between looks at whether a process that is waited for still has its lease
 _NOTHING = Load(0, 0, 0, 0, 0.0, None)
 
 
@@ -191,183 +189,3 @@ class ProcessSeat(ABC):
         if "error" in message:
             error = PolicyError if message["error"] == "PolicyError" else ConfigError
             raise error(f"instance {self.id}: {message['says']}")
-
-
-class LockstepSeat(ProcessSeat):
-    """One whose engine serves in virtual time: it says what it has done by `us`, and waits for what came until then."""
-
-    def __init__(self, calendar: VirtualCalendar, instance: InstanceId, shared: Surroundings) -> None:
-        self._calendar = calendar
-        self._life = 0
-        self._rests = self._is_woken = False
-        super().__init__(instance, shared)
-
-    @property
-    def calendar(self) -> VirtualCalendar:
-        return self._calendar
-
-    @property
-    def is_at_rest(self) -> bool:
-        return self.is_up and self._rests
-
-    @property
-    def _num_arrivals(self) -> int:
-        return sum(event.arrives for event in self._inbox)
-
-    def _begin(self) -> None:
-        self._come()
-        self._rests = self._is_woken = False
-        self._take(self._next_report())
-
-    def fail(self) -> Lost:
-        self._life += 1
-        return super().fail()
-
-    def put(self, event: Event) -> None:
-        self._inbox.append(self._noted(event))
-        if self._rests and not self._is_woken:
-            self._is_woken = True
-            self._soon(self._calendar.now_us, self._wake)
-
-    def end(self) -> None:
-        while self.is_up:
-            self.channel.tell({"over": True, "us": self._calendar.now_us})
-            message = self._next_report()
-            if "served" in message:
-                self.graphs = message["graphs"]
-                return
-
-    def _soon(self, when_us: int, action: Callable[[], None]) -> None:
-        self._calendar.call(when_us, FIRST_INSTANCE + self.id, partial(self._unless_failed, self._life, action))
-
-    def _unless_failed(self, life: int, action: Callable[[], None]) -> None:
-        if life != self._life:
-            return
-        try:
-            action()
-        except GoneError:
-            if self.is_up and life == self._life:
-                self.dispatch.fail(self.id)
-
-    def _wake(self) -> None:
-        self._rests = self._is_woken = False
-        self.channel.tell({"us": self._calendar.now_us})
-        self._take(self._next_report())
-
-    def _over(self, report: Mapping[str, Any]) -> None:
-        """What it did is over: it counts, and the engine hears what came meanwhile."""
-        self._commit(report)
-        self.channel.tell({"us": self._calendar.now_us, "events": self._hand_over()})
-        self._take(self._next_report())
-
-    def _take(self, report: dict[str, Any]) -> None:
-        """It has been until `report["us"]`, and all that it did until then counts when it is that late."""
-        if "load" in report:
-            self._load = load_from(report["load"])
-            apply_index(self._keys, report)
-        self._end_early(report)
-        if report.get("rests"):
-            self._commit(report)
-            self._rests = True
-            if self._inbox:
-                self._is_woken = True
-                self._soon(self._calendar.now_us, self._wake)
-        else:
-            self._soon(report["us"], partial(self._over, report))
-
-    def _end_early(self, report: dict[str, Any]) -> None:
-        """Who ended as the engine looked, before its step, has ended now: its client went away."""
-        now_us = self._calendar.now_us
-        early = {request for request, end_us in report.get("ended", ()) if end_us <= now_us}
-        if early:
-            which = {name: report.pop(name, []) for name in ("changed", "ended")}
-            for name, rows in which.items():
-                report[name] = [row for row in rows if row[0] not in early]
-            self._commit({name: [row for row in rows if row[0] in early] for name, rows in which.items()})
-
-    def _next_report(self) -> dict[str, Any]:
-        while (message := self.channel.hear(_LOOK_S)) is None:
-            if self._shared.processes.is_lost(self.id):
-                raise GoneError("its lease is lost")
-        self._refuse_error(message)
-        return message
-
-
-class WallSeat(ProcessSeat):
-    """One whose engine serves in real time, and says what it did as it is done."""
-
-    def __init__(self, calendar: WallCalendar, instance: InstanceId, shared: Surroundings) -> None:
-        self._calendar = calendar
-        self._is_warm = False
-        self._unseen: dict[RequestId, int] = {}  # their prompt tokens
-        super().__init__(instance, shared)
-
-    @property
-    def calendar(self) -> WallCalendar:
-        return self._calendar
-
-    @property
-    def _num_arrivals(self) -> int:
-        return len(self._unseen)
-
-    def prepare(self) -> None:
-        """It is warm when this returns. GoneError, InstanceError: it does not come up."""
-        self._come()
-        while (message := self.channel.hear(_LOOK_S)) is None or "warm" not in message:
-            if message is not None:
-                self._refuse_error(message)
-            elif self._shared.processes.is_lost(self.id):
-                raise GoneError("its lease is lost")
-        self._is_warm = True
-
-    def _begin(self) -> None:
-        if not self._is_warm:
-            self.prepare()
-        self._is_warm = False
-        self._unseen.clear()
-        self.channel.tell({"start_ns": self._calendar.start_ns})
-
-    def put(self, event: Event) -> None:
-        self._inbox.append(self._noted(event))
-        if event.arrives:
-            self._unseen[event.request.id] = event.request.prompt.num_tokens
-        with contextlib.suppress(GoneError):  # which the next look finds out
-            self.channel.tell({"us": self._calendar.now_us, "events": self._hand_over()})
-
-    def fail(self) -> Lost:
-        # A configured outage began when it was to begin: what was done since never was.
-        if not self._shared.comes_back(self.id, self._calendar.now_us):
-            with contextlib.suppress(GoneError):
-                self.hear()  # what it said before it went
-            self._calendar.look()
-        return super().fail()
-
-    def hear(self) -> None:
-        """Take what it said. GoneError: it is not there any more."""
-        for message in self.channel.heard():
-            self._refuse_error(message)
-            for _, _, request in message.get("took", ()):
-                self._unseen.pop(request, None)
-            self._commit(message)
-            if "load" in message:
-                self._load = load_from(message["load"])
-                apply_index(self._keys, message)
-                if self.dispatch.config.heartbeat_us:
-                    self.dispatch.router.known[self.id].beat(self._told())
-
-    def _told(self) -> Load:
-        keys = self._keys.copy() if self.dispatch.router.needs_index else None
-        unseen = {"num_unseen": len(self._unseen), "num_unseen_tokens": sum(self._unseen.values())}
-        return self._load._replace(cached_keys=keys, **unseen)
-
-    def end(self) -> None:
-        while self.is_up:
-            self.channel.tell({"over": True})
-            while (message := self.channel.hear(_LOOK_S)) is not None:
-                if "served" in message:
-                    self.graphs = message["graphs"]
-                    return
-                self._refuse_error(message)
-                self._commit(message)  # a step that was planned ahead, for requests that ended
-            if self._shared.processes.is_lost(self.id):
-                raise GoneError("its lease is lost")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -26,9 +27,10 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
-from xllm_lab.policies.cache import CachePolicy
+from xllm_lab.policies.cache import CachePlan, CachePolicy, CacheView, Copies
 from xllm_lab.policies.cache.cost_aware import CostAware
 from xllm_lab.policies.cache.lru import Lru
+from xllm_lab.policies.cache.restoring import everything, restore_by_arrival
 from xllm_lab.policies.cache.reuse_aware import ReuseAware
 from xllm_lab.policies.cache.watermark import Watermark
 from xllm_lab.policies.catalog import make_policy, policies
@@ -109,3 +111,44 @@ def test_a_tier_that_nobody_could_use_is_refused() -> None:
         tiering_of(CostAware(), config, None)
     with pytest.raises(ConfigError, match="needs copy times, none are given"):
         tiering_of(CostAware(), config, None, step_time=STEP_TIME)
+
+
+def test_what_two_want_is_fetched_once() -> None:
+    """In one plan: the second waits for the copy of the first, and then for one of what it alone has."""
+    config = instance_config(max_tokens_per_batch=64)
+    records = conversation(config, Lru(), request(4, 900, prompt=44, output=2, hashes=(*range(10), 12)))
+    assert [(c.request, c.num_tokens) for c in records.copies if c.kind == "restore"] == [(3, 40)]
+    assert [r.cached_tokens for r in records.requests[3:]] == [40, 40]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadsEarly:
+    """Everything, up to a time; and fetches everything, always."""
+
+    decides: ClassVar[str] = "cache"
+
+    until_us: int
+    host_blocks_factor: float = 4.0
+
+    def decide(self, view: CacheView) -> CachePlan:
+        copies = Copies(view)
+        if view.now_us < self.until_us:
+            copies.offload(view.idle())
+        restore_by_arrival(view, copies, 64, everything)
+        return copies.plan("early")
+
+
+def test_a_restore_does_not_evict_what_another_counts_on() -> None:
+    """Both in one plan: five blocks of the second are on the device, and would be the first to go."""
+    first, second = tuple(range(8)), tuple(range(100, 106))
+    requests = (
+        request(0, 0, prompt=24, hashes=second),
+        request(1, 200, prompt=32, hashes=first),
+        request(2, 400, prompt=40, hashes=(200,)),  # in place of all of the first and the end of the second
+        request(3, 900, prompt=36, hashes=(*first, 9)),
+        request(4, 900, prompt=28, hashes=(*second, 109)),
+    )
+    config = instance_config(max_tokens_per_batch=64)
+    records = run_audited(Workload(requests=requests), config, DecodeFirst(), cache=OffloadsEarly(until_us=400))
+    assert [(c.request, c.num_tokens) for c in records.copies if c.kind == "restore"] == [(3, 32), (4, 4)]
+    assert [r.cached_tokens for r in records.requests[3:]] == [32, 24]

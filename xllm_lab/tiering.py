@@ -121,6 +121,7 @@ class Tiering:
     Attributes:
         ledger: the device's blocks; a new one when the instance failed.
         host: the host's.
+        copier: who copies.
         copy_time, step_time: what the policy is told.
         num_copies: asked for so far.
     """
@@ -135,7 +136,7 @@ class Tiering:
         copy_time: CopyTime | None = None,
     ) -> None:
         self.policy, self.step_time, self.copy_time = policy, step_time, copy_time
-        self._copier, self._num_host_blocks = copier, num_host_blocks
+        self.copier, self._num_host_blocks = copier, num_host_blocks
         self.num_copies = 0
         self._recorder: Recorder | None = None
         self._instance = 0
@@ -200,11 +201,13 @@ class Tiering:
         # Pinned before anything is reserved, which may evict; copied last, when it is known what of the host is read.
         wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
         self.ledger.pin(plan.offload)
-        for state in asking:
-            if num_blocks := plan.restore.get(state.id, 0):
-                if not self._follows(state):  # nor does it want what another's copy in this plan brings
-                    self._restore(state, num_blocks, now_us, plan)
-                following.append(state)
+        restoring = [s for s in asking if plan.restore.get(s.id, 0)]
+        for state, found in zip(restoring, [self._pin_found(s) for s in restoring], strict=True):
+            if self._follows(state):  # what it wants, another's copy in this plan brings
+                self.ledger.unpin(found, goes_first=False)
+            else:
+                self._restore(state, found, now_us, plan)
+            following.append(state)
         if plan.offload:
             self._offload(wanted, now_us, plan)
         return [s.id for s in following]
@@ -280,19 +283,24 @@ class Tiering:
             copy = Copy(self.num_copies, "offload", None, blocks, slots, keys, now_us)
             self._launch(copy, plan.reason, evicted=evicted)
 
-    def _restore(self, state: RequestState, num_blocks: int, now_us: int, plan: CachePlan) -> None:
-        found = state.num_blocks
-        keys = state.reusable_keys()
-        before = [block for key in keys[:found] if (block := self.ledger.find(key)) is not None]
-        assert len(before) == found, f"request {state.id} has {found} blocks cached, {len(before)} are there"
-        self.ledger.pin(before)
-        mine = tuple(keys[found : found + num_blocks])
+    def _pin_found(self, state: RequestState) -> list[int]:
+        """Blocks of a request that are on the device stay there."""
+        keys = state.reusable_keys()[: state.num_blocks]
+        found = [block for key in keys if (block := self.ledger.find(key)) is not None]
+        assert len(found) == len(keys), f"request {state.id} has {len(keys)} blocks cached, {len(found)} are there"
+        self.ledger.pin(found)
+        return found
+
+    def _restore(self, state: RequestState, found: list[int], now_us: int, plan: CachePlan) -> None:
+        """What is behind the blocks that were found."""
+        num_blocks = plan.restore[state.id]
+        mine = tuple(state.reusable_keys()[len(found) : len(found) + num_blocks])
         slots = self.host.read(mine)
         blocks = tuple(self.ledger.reserve(num_blocks))
         copy = Copy(self.num_copies, "restore", state.id, blocks, slots, mine, now_us)
         self._fetched_by |= dict.fromkeys(mine, copy.number)
         self._followers[copy.number] = [state.id]
-        self._launch(copy, plan.reason, pinned=tuple(before))
+        self._launch(copy, plan.reason, pinned=tuple(found))
 
     def _launch(
         self,
@@ -320,7 +328,7 @@ class Tiering:
         self._under_way[copy.number] = _UnderWay(copy, record, pinned)
         assert self._recorder is not None, "an instance serves"
         self._recorder.copy(record)
-        self._copier.launch(copy)
+        self.copier.launch(copy)
 
     def _forget(self) -> None:
         """Uses of what is nowhere any more, now and then."""

@@ -23,6 +23,11 @@ class Clock(Protocol):
         """Let time pass up to `until_us`; returns the time then."""
         ...
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all threads read the same time: what another has not done yet, it will have done later than now."""
+        ...
+
     def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
         """Do a device's work, on whatever thread, and say when it began and ended.
 
@@ -42,6 +47,8 @@ class Timed(NamedTuple, Generic[T]):
 
 class WallClock:
     """Real time: waiting sleeps."""
+
+    is_shared = True
 
     def __init__(self) -> None:
         self._start_ns = time.perf_counter_ns()
@@ -70,7 +77,7 @@ class VirtualClock:
 
     def __init__(self, timer: str = "wall") -> None:
         self._read_ns = timer_ns(timer)
-        self._is_shared = timer == "wall"  # by all threads
+        self.is_shared = timer == "wall"
         self._zero_ns = self._read_ns()
 
     def now_us(self) -> int:
@@ -81,7 +88,7 @@ class VirtualClock:
         return self.now_us()
 
     def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
-        start_us = self.now_us() if self._is_shared else not_before_us
+        start_us = self.now_us() if self.is_shared else not_before_us
         before_ns = self._read_ns()
         result = work()
         return Timed(result, start_us, start_us + (self._read_ns() - before_ns) // 1000)

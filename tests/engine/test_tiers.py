@@ -39,7 +39,7 @@ WHERE = InstanceConfig(
 )
 TIGHT = 44  # blocks: two of the longest prompts
 # Slower to compute than to copy, so that a policy that weighs them copies.
-COPY_TIME = CopyTime(dict.fromkeys(KINDS, CopyWeights(5.0, 1.0)))
+COPY_TIME = CopyTime(dict.fromkeys(KINDS, CopyWeights(1.0, 0.1)))
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "cache": (
         Lru(),

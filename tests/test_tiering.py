@@ -111,6 +111,8 @@ def test_a_tier_that_nobody_could_use_is_refused() -> None:
         tiering_of(Lru(host_blocks_factor=0.3), config, None)
     with pytest.raises(ConfigError, match="enable_prefix_cache is false; accepted: true"):
         tiering_of(Lru(), replace(config, enable_prefix_cache=False), None)
+    with pytest.raises(ConfigError, match="kv_layout is 'virtual', whose pages are not copied; accepted: 'paged'"):
+        tiering_of(Lru(), replace(config, kv_layout="virtual"), None)
     with pytest.raises(ConfigError, match="needs step times, none are given"):
         tiering_of(CostAware(), config, None)
     with pytest.raises(ConfigError, match="needs copy times, none are given"):

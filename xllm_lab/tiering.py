@@ -3,8 +3,7 @@
     before a step is planned    decide: the policy; check; act: pin, reserve, launch copies
     a copy is done              offloaded blocks can be found in the host, restored ones on the device
 
-The policy is asked whenever there is something that could be copied, and only then: between two such moments nothing
-that it sees can make a difference, and steps may be skipped.
+The policy is asked whenever there is something that could be copied, and only then.
 """
 
 from __future__ import annotations
@@ -121,6 +120,7 @@ class Tiering:
     Attributes:
         ledger: the device's blocks; a new one when the instance failed.
         host: the host's.
+        copier: who copies.
         copy_time, step_time: what the policy is told.
         num_copies: asked for so far.
     """
@@ -135,7 +135,7 @@ class Tiering:
         copy_time: CopyTime | None = None,
     ) -> None:
         self.policy, self.step_time, self.copy_time = policy, step_time, copy_time
-        self._copier, self._num_host_blocks = copier, num_host_blocks
+        self.copier, self._num_host_blocks = copier, num_host_blocks
         self.num_copies = 0
         self._recorder: Recorder | None = None
         self._instance = 0
@@ -346,7 +346,7 @@ class Tiering:
         self._under_way[copy.number] = _UnderWay(copy, record, pinned)
         assert self._recorder is not None, "an instance serves"
         self._recorder.copy(record)
-        self._copier.launch(copy)
+        self.copier.launch(copy)
 
     def _forget(self) -> None:
         """Uses of what is nowhere any more, now and then."""
@@ -380,6 +380,8 @@ def tiering_of(
             f"cache policy {name}: the host has room for no block; accepted: a host_blocks_factor of at least "
             f"{1 / config.num_kv_blocks:.3g}"
         )
+    if config.kv_layout == "virtual":
+        raise ConfigError(f"cache policy {name}: kv_layout is 'virtual', whose pages are not copied; accepted: 'paged'")
     if not config.enable_prefix_cache:
         raise ConfigError(f"cache policy {name}: enable_prefix_cache is false; accepted: true")
     if getattr(policy, "needs_step_time", False) and step_time is None:

@@ -77,6 +77,12 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="processes that share the model")
     group.add_argument("--rank-timeout-s", type=float, default=300.0, metavar="S", help="one waits so long for another")
     group.add_argument("--check-ops", action="store_true", help="hold operators' calls against their documented limits")
+    group.add_argument(
+        "--host-link",
+        type=float,
+        metavar="BYTES_PER_S",
+        help="KV goes to the host and back as over such a link",
+    )
     group.add_argument("--draft-model", metavar="M", help="for --draft: as --model, or layers of it, layers:0-9,28-29")
     group.add_argument("--graph-pool-mib", type=int, metavar="N", help="of captured graphs; else what is free")
 
@@ -160,6 +166,7 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         tensor_parallel=o.tensor_parallel,
         rank_timeout_s=o.rank_timeout_s,
         draft_model=o.draft_model,
+        host_link_bytes_per_s=o.host_link,
     )
 
 

@@ -24,6 +24,11 @@ class Clock(Protocol):
         """Let time pass up to `until_us`; returns the time then."""
         ...
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all threads read the same time: what another has not done yet, it will have done later than now."""
+        ...
+
     def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
         """Do a device's work, on whatever thread, and say when it began and ended.
 
@@ -47,6 +52,8 @@ class WallClock:
     Args:
         start_ns: of the run, as `machine_ns` reads it; None is now.
     """
+
+    is_shared = True
 
     def __init__(self, start_ns: int | None = None) -> None:
         self._start_ns = machine_ns() if start_ns is None else start_ns
@@ -75,7 +82,7 @@ class VirtualClock:
 
     def __init__(self, timer: str = "wall") -> None:
         self._read_ns = timer_ns(timer)
-        self._is_shared = timer == "wall"  # by all threads
+        self.is_shared = timer == "wall"
         self._zero_ns = self._read_ns()
 
     def now_us(self) -> int:
@@ -95,7 +102,7 @@ class VirtualClock:
             self._zero_ns += self._read_ns() - before_ns
 
     def times(self, work: Callable[[], T], *, not_before_us: int) -> Timed[T]:
-        start_us = self.now_us() if self._is_shared else not_before_us
+        start_us = self.now_us() if self.is_shared else not_before_us
         before_ns = self._read_ns()
         result = work()
         return Timed(result, start_us, start_us + (self._read_ns() - before_ns) // 1000)

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import Proposer
 from xllm_lab.engine.clock import make_clock
+from xllm_lab.engine.copies import EngineCopies, measure_copy_time
 from xllm_lab.engine.device import DTYPES, Device, open_device
 from xllm_lab.engine.drafts.draft_model import draft_model_proposer, open_draft_model
 from xllm_lab.engine.drafts.engine_drafts import EngineDrafts, Maker
@@ -37,6 +39,8 @@ from xllm_lab.engine.virtual_kv_pool import VirtualKvPool
 from xllm_lab.engine.workspace import most_logits
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.cache import CachePolicy
+from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.draft import METHODS, DraftPolicy
 from xllm_lab.policies.draft.off import Off
@@ -50,6 +54,7 @@ from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
 from xllm_lab.step_time import StepTime
+from xllm_lab.tiering import num_host_blocks
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 
@@ -69,6 +74,7 @@ class EngineOptions:
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
         draft_model: what drafts by "draft_model": another model, or some layers of the served one, "layers:0-9,28-29".
+        host_link_bytes_per_s: copies between device and host end no sooner than at that rate; None: when they end.
         check_ops: from now on, hold each call of an operator in this process against the limits of its documentation;
             slow, and only where operators have some.
     """
@@ -84,6 +90,7 @@ class EngineOptions:
     tensor_parallel: int = 1
     rank_timeout_s: float = 300.0
     draft_model: str | None = None
+    host_link_bytes_per_s: float | None = None
     check_ops: bool = False
 
 
@@ -112,6 +119,8 @@ class Engine:
         make_clock(self.options.clock, self.options.timer)
         if self.options.graph_pool_bytes is not None and self.options.graph_pool_bytes < 0:
             raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
+        if (rate := self.options.host_link_bytes_per_s) is not None and not rate > 0:
+            raise ConfigError(f"host_link_bytes_per_s is {rate}, more than 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.ranks = self._others() if ranks is None else ranks
@@ -185,6 +194,7 @@ class Engine:
         *,
         step_time: StepTime | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
     ) -> dict[str, Any] | None:
         """Serve a workload to its end; records go to `recorder` as they come.
 
@@ -195,16 +205,17 @@ class Engine:
 
         Raises:
             ConfigError: the KV pool or the graphs' does not fit, the context is longer than the model's, a token is not
-                in the vocabulary, or step times are missing.
+                in the vocabulary, or step or copy times are missing; tiers that do not fit, or cannot be kept here.
             PolicyError: a policy planned something illegal, or starves a request.
         """
         self._refuse(workload, config, policies)
         scheduler = scheduler_of(
             *(config, policies, recorder),
             proposer=self.proposer(policies, config),
-            copier=None,
+            copier=self._copies(policies.cache, config),
             step_time=step_time,
             draft_time=draft_time,
+            copy_time=copy_time,
         )
         prompts = {r.id: self._prompt_ids(r, workload.seed) for r in workload.requests}
         return self.serve_on(scheduler, WorkloadFeed(workload), lambda r: prompts.pop(r.id))
@@ -236,7 +247,13 @@ class Engine:
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
-            with Lane(clock, beside=config.async_scheduling != "off") as lane, self._mapper(runner) as mapper:
+            with contextlib.ExitStack() as run:
+                lane = run.enter_context(Lane(clock, beside=config.async_scheduling != "off"))
+                mapper = run.enter_context(self._mapper(runner))
+                copies = None if scheduler.tiering is None else scheduler.tiering.copier
+                assert copies is None or isinstance(copies, EngineCopies), "copies are the engine's own"
+                if copies is not None:
+                    run.enter_context(copies.open(clock, runner.kv, self.device, lane))
                 drafts = None if scheduler.drafting is None else scheduler.drafting.proposer
                 assert drafts is None or isinstance(drafts, EngineDrafts), "drafts are the engine's own"
                 if drafts is not None:
@@ -244,7 +261,7 @@ class Engine:
                 launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts, mapper=mapper)
                 start_us = 0 if seat is None else seat.start_us
                 conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch, start_us=start_us)
-                self._answer(conversation, launcher, seat)
+                self._answer(conversation, launcher, seat, copies)
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
@@ -262,19 +279,26 @@ class Engine:
             self._abandon()
             raise
 
-    def _answer(self, conversation: Conversation, launcher: Launcher, seat: Seat | None) -> None:
+    def _answer(
+        self, conversation: Conversation, launcher: Launcher, seat: Seat | None, copies: EngineCopies | None
+    ) -> None:
         try:
             command = next(conversation)
             while True:
-                if isinstance(command, Idle):
-                    until_us = command.until_us if seat is None else seat.rest()
-                    assert until_us is not None, "a workload says when its next request comes"
-                    answer: Completion | Woke = Woke(launcher.rest(until_us))
-                else:
+                answer: Completion | Woke
+                if not isinstance(command, Idle):
                     if seat is not None:
                         seat.planned(command)
                     launched, done = launcher.wait_for(command)
                     answer = self._completion(command, launched, done)
+                    if copies is not None:
+                        answer.copied = copies.over(answer.ends_us[-1])
+                elif copies is not None and (copies.is_copying or command.until_us is None):
+                    answer = copies.rest(command.until_us, launcher.rest)
+                else:
+                    until_us = command.until_us if seat is None else seat.rest()
+                    assert until_us is not None, "a workload says when its next request comes"
+                    answer = Woke(launcher.rest(until_us))
                 command = conversation.send(answer)
         except StopIteration:
             return
@@ -296,11 +320,12 @@ class Engine:
         out: Path,
         step_time: StepTime | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
         recorder: Records | None = None,
     ) -> Run:
         """Serve a workload and write the run folder.
 
-        A policy that needs step times gets this machine's, measured first, unless `step_time` has them. Without a
+        A policy that needs step or copy times gets this machine's, measured first, unless they are given. Without a
         `draft_time` it believes that drafting is free.
 
         Raises:
@@ -314,17 +339,22 @@ class Engine:
         self._refuse(workload, config, policies)
         if step_time is None and any(getattr(policy, "needs_step_time", False) for _, policy in policies):
             step_time = self.measure_step_time(config)
+        if copy_time is None and getattr(policies.cache, "needs_copy_time", False):
+            copy_time = self.measure_copy_time(config, policies.cache)
         records = Records() if recorder is None else recorder
+        times: dict[str, Any] = {"step_time": step_time, "draft_time": draft_time, "copy_time": copy_time}
         with new_folder(out) as folder:
-            graphs = self.serve(workload, config, policies, records, step_time=step_time, draft_time=draft_time)
+            graphs = self.serve(workload, config, policies, records, **times)
             timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
+            if not isinstance(policies.cache, DeviceOnly) and self.options.host_link_bytes_per_s is not None:
+                timing["host_link_bytes_per_s"] = self.options.host_link_bytes_per_s
             manifest = Manifest(
                 host="engine",
                 timing=timing,
                 model=self.describe(),
                 graphs=graphs,
                 drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
-                **describe(config, policies, step_time, workload, draft_time=draft_time),
+                **describe(config, policies, step_time, workload, draft_time=draft_time, copy_time=copy_time),
             )
             fill_run(folder, manifest, workload, records)
         return Run(out, manifest)
@@ -355,6 +385,21 @@ class Engine:
         with self._together():
             return measure_step_time(self._runner(config), config, self._lead, self.options.timer)
 
+    def measure_copy_time(self, config: InstanceConfig, policy: CachePolicy) -> CopyTime:
+        """Fit copy times, over the emulated link if there is one, to copies between this device and its host.
+
+        Raises:
+            ConfigError: the KV pool or the host's blocks do not fit.
+        """
+        copies, num_slots = self._copies(policy, config), num_host_blocks(policy, config)
+        with self._together():
+            runner = self._runner(config)
+            clock = make_clock("virtual", self.options.timer)
+            return measure_copy_time(copies, clock, runner.kv, self.device, num_slots=num_slots)
+
+    def _copies(self, policy: CachePolicy, config: InstanceConfig) -> EngineCopies:
+        return EngineCopies(num_host_blocks(policy, config), link_bytes_per_s=self.options.host_link_bytes_per_s)
+
     def _refuse(self, workload: Workload, config: InstanceConfig, policies: Policies) -> None:
         self.refuse(config, policies)
         refuse_unknown_tokens(workload, self.model.config.vocab_size)
@@ -372,6 +417,22 @@ class Engine:
                 "accepted: tensor_parallel 1, or 'paged'"
             )
         self._refuse_method(policies.draft)
+        if not isinstance(policies.cache, DeviceOnly):
+            self._refuse_tiers(policies.cache, policies.draft)
+
+    def _refuse_tiers(self, cache: CachePolicy, draft: DraftPolicy) -> None:
+        name, size = policy_name(cache), self.options.tensor_parallel
+        if size > 1:
+            raise ConfigError(
+                f"cache policy {name}: with tensor_parallel {size} each rank would have to copy its part of a block; "
+                "accepted: tensor_parallel 1"
+            )
+        method = getattr(draft, "method", "mtp")  # a policy without one may choose it
+        if not isinstance(draft, Off) and method == "mtp" and self.model.mtp is not None:
+            raise ConfigError(
+                f"cache policy {name}: draft policy {policy_name(draft)} may draft by 'mtp', which needs hidden states "
+                f"of the blocks before, and the host keeps none; accepted: another method, or cache policy device-only"
+            )
 
     def _refuse_method(self, policy: DraftPolicy) -> None:
         name, method, known = policy_name(policy), getattr(policy, "method", None), self._makers()

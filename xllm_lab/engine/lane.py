@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from xllm_lab.engine.clock import Clock, Timed
 
@@ -37,6 +37,7 @@ class Lane:
     Attributes:
         is_beside: on a thread of its own, while the host goes on. PyTorch and our kernels let go of Python's lock while
             they compute.
+        latest: what was launched last.
     """
 
     def __init__(self, clock: Clock, *, beside: bool) -> None:
@@ -44,14 +45,17 @@ class Lane:
         self.is_beside = beside
         self._thread = ThreadPoolExecutor(1, "device") if beside else None
         self._free_us: int | None = None  # when the last launch was done; the device's own
+        self.latest: Future[Done[Any]] | None = None
 
     def launch(self, work: Callable[[], T]) -> Future[Done[T]]:
         """Queue work; in the host's place, do it now."""
         now_us = self._clock.now_us()
         if self._thread is not None:
-            return self._thread.submit(self._do, work, now_us)
-        done: Future[Done[T]] = Future()
-        done.set_result(self._do(work, now_us))
+            done = self._thread.submit(self._do, work, now_us)
+        else:
+            done = Future()
+            done.set_result(self._do(work, now_us))
+        self.latest = done
         return done
 
     def rest(self) -> None:

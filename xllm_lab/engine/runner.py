@@ -14,7 +14,7 @@ from torch import Tensor
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.drafts.verify import Row, verify
 from xllm_lab.engine.graphs import Graphs
-from xllm_lab.engine.kv import KvLayout
+from xllm_lab.engine.kv import KvLayout, LayerKv
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.ops.batch import paged_batch, sent
 from xllm_lab.engine.ops.collectives import Group
@@ -75,6 +75,11 @@ class Runner:
         self.most_logits = 1 << 30
         self.observer: Callable[[Sequence[SequenceChunk], Tensor], None] | None = None
         self._drawn: list[int] = []
+
+    @property
+    def kv(self) -> Sequence[LayerKv]:
+        """What the steps read and write."""
+        return self.kv_pool.layers
 
     def run(self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None) -> Tensor:
         """Computes one step; sequences may share blocks as long as nobody writes into a shared one.

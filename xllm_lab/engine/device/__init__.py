@@ -7,7 +7,7 @@ is left, how a step is captured, what to write into the run's manifest.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,19 @@ class Device:
         if not self.is_host:
             torch.accelerator.set_device_index(self.torch_device.index or 0)
 
+    def host_memory(self) -> DeviceMemory:
+        """Of the host, which on the CPU is the device's."""
+        return cpu.memory()
+
+    def host_zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeroed memory of the host that is large and stays, and that the device can copy to and from by itself."""
+        return cpu.zeros(shape, dtype) if self.is_host else torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def side(self, name: str) -> Callable[[Callable[[], None]], None]:
+        """What does work on this thread and returns when it is done; on an accelerator, beside all other work, on the
+        stream of that name. What it reads must be done before."""
+        return _at_once if self.streams is None else self.streams.side(name)
+
     def mirrored(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """Zeroed bytes of the host, from which the device can copy by itself, and as many of its own.
 
@@ -173,6 +186,10 @@ def open_device(name: str, *, threads: int | None = None, index: int | None = No
         description=torch.cuda.get_device_name(),
         streams=Streams(torch.cuda, torch.cuda.CUDAGraph, loads_lazily=True),
     )
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 def _select(name: str, index: int | None) -> None:

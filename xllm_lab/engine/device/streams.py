@@ -57,11 +57,12 @@ class Streams:
         self._api, self._new_graph, self.loads_lazily = api, new_graph, loads_lazily
         self.has_task_groups = hasattr(api, "graph_task_group_begin")
         self._beside: Any = None
+        self._sides: dict[str, Any] = {}
 
     def new(self, *others: Any) -> Any:
         """A stream, neither this thread's nor one of `others`: torch has 32, and hands them out again and again."""
         stream = self._api.Stream()
-        while stream in (self.current(), self._beside, *others):
+        while stream in (self.current(), self._beside, *self._sides.values(), *others):
             stream = self._api.Stream()
         return stream
 
@@ -76,6 +77,24 @@ class Streams:
             self._beside = stream
         context: AbstractContextManager[object] = self._api.stream(self._beside)
         return context
+
+    def side(self, name: str) -> Callable[[Callable[[], None]], None]:
+        """What launches work on one more stream, of that name, from any thread, and waits for that work alone.
+
+        What it reads must be done when it begins: it waits for no other stream.
+        """
+        if name not in self._sides:
+            self._sides[name] = self.new()
+        stream = self._sides[name]
+
+        def run(work: Callable[[], None]) -> None:
+            with self._api.stream(stream):
+                work()
+                done = self._api.Event(blocking=True)  # the waiting thread leaves its core to others
+                done.record(stream)
+            done.synchronize()
+
+        return run
 
     def current(self) -> Any:
         """This thread's."""

@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.pages.next_page import NextPage
 from xllm_lab.records import Records, page_runs
 from xllm_lab.sim.parity import parity
-from xllm_lab.step import PageRun
-from xllm_lab.workload import Workload
+from xllm_lab.step import Decodes, PageMoves, PageRun, Step
+from xllm_lab.workload import RequestId, Workload
 
 # Of the tiny model's 64 bytes a token, layer and side, 64 tokens are a page of 4 KiB.
 PAGE_TOKENS = 64
@@ -209,3 +210,30 @@ def test_what_is_mapped_over_is_replaced() -> None:
     memory.map(5, 1, 1)
     assert int(memory.ranges[1][5 * PAGE_BYTES]) == 2
     assert (memory.num_map_calls, memory.num_unmap_calls) == (6, 2)
+
+
+class Slow(VirtualKvPool):
+    """Maps page 1 of any slot when it is let."""
+
+    gate = threading.Event()
+
+    def map(self, run: PageRun) -> None:
+        assert run.page != 1 or self.gate.wait(10), "nobody opens"
+        super().map(run)
+
+
+def test_a_step_waits_for_pages_that_are_being_mapped_ahead() -> None:
+    """Though it maps none itself: it enters one of them. Otherwise it would write where nothing is."""
+    model, where = engine().model.model, config(kv_layout="virtual")
+    pool = Slow(model.config, where, num_blocks=11, dtype=model.dtype, device=engine().device)
+    with PageMapper(pool, engine().device) as mapper:
+        mapper.prepare(_step(0, PageMoves(maps=(PageRun(0, 0, 4, 1),), ahead=(PageRun(0, 1, 5, 1),))))
+        threading.Timer(0.05, pool.gate.set).start()
+        mapper.prepare(_step(1, PageMoves()))
+        assert pool.gate.is_set()
+        pool.layers[0].k_BPKH[0, PAGE_TOKENS] = 1.0
+
+
+def _step(index: int, pages: PageMoves) -> Step:
+    decodes = Decodes((RequestId(0),), (PAGE_TOKENS - 1,), index, PAGE_TOKENS, PAGE_TOKENS)
+    return Step(index, 0, decodes, (), (), (), (), "", 0, 0, 0, 0, 0, 0, pages=pages)

@@ -28,10 +28,11 @@ class PageMapper:
 
     def prepare(self, step: Step) -> None:
         """What a step needs is mapped when this returns; the rest begins."""
-        moves = step.pages
-        if moves is None or moves.is_empty:
-            return
+        # Also where this step maps nothing: it may enter a page that is being mapped ahead.
         self._wait()
+        moves = step.pages
+        if moves is None:
+            return
         for run in moves.maps:
             self._pool.map(run)
         if moves.ahead or moves.unmaps:

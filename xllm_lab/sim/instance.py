@@ -147,7 +147,7 @@ class Predicted:
                 us += draft_us
             us += self._mapping_us(step, us)
             return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
-        if num_steps < _FEWEST_STEPS or step.others or (step.pages is not None and not step.pages.is_empty):
+        if num_steps < _FEWEST_STEPS or step.others or self._maps(step):
             return self._one_by_one(step, batch, num_steps)
         prices = self._cost.decode_steps(batch, num_steps)
         times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
@@ -166,16 +166,21 @@ class Predicted:
             are_extrapolated.append(is_extrapolated)
         return Stretch(ends_us, tuple(are_extrapolated))
 
+    def _maps(self, step: Step) -> bool:
+        """Whether pages are moved for the step, or still for one before it."""
+        if step.pages is None:
+            return False
+        return not step.pages.is_empty or self._mapper_free_us.get(step.instance, 0.0) > step.start_us
+
     def _mapping_us(self, step: Step, us: float) -> float:
         """What a step of `us` waits for pages; what is mapped beside it takes the mapper's time from when it starts."""
         pages = step.pages
-        if pages is None or pages.is_empty:
+        if pages is None or not self._maps(step):
             return 0.0
-        time, waited = self._page_time, 0.0
-        free_us = self._mapper_free_us.get(step.instance, 0.0)
-        if pages.maps:
-            waited = max(0.0, free_us - step.start_us) + time.map_us(pages.maps)
-            step.map_us = round(waited)
+        time, free_us = self._page_time, self._mapper_free_us.get(step.instance, 0.0)
+        # Whether or not it maps: what is being mapped may be a page that it enters.
+        waited = max(0.0, free_us - step.start_us) + time.map_us(pages.maps)
+        step.map_us = round(waited)
         beside = time.beside_us(pages)
         step.beside_us = round(beside)
         self._mapper_free_us[step.instance] = max(free_us, step.start_us + waited) + beside

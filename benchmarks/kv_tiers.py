@@ -74,9 +74,7 @@ def sessions(num_sessions: int, num_turns: int, gap_us: int) -> Workload:
         tokens = said[session][: FIRST_TOKENS + TURN_TOKENS * turn]
         prompt = Prompt(num_tokens=len(tokens), token_ids=tokens)
         arrival_us = int(gap_us * (i + rng.random()))
-        requests.append(
-            Request(id=RequestId(i), arrival_us=arrival_us, prompt=prompt, output_tokens=OUTPUT_TOKENS)
-        )
+        requests.append(Request(id=RequestId(i), arrival_us=arrival_us, prompt=prompt, output_tokens=OUTPUT_TOKENS))
     return Workload(requests=tuple(requests))
 
 
@@ -118,29 +116,27 @@ def main() -> None:
         f"at {even / 1e6:.0f} MB/s\n"
     )
     for speed, factor in SPEEDS.items():
-        engine = Engine(
-            EngineOptions(device="cpu", dtype="float32", timer="cpu", host_link_bytes_per_s=even * factor)
-        )
+        engine = Engine(EngineOptions(device="cpu", dtype="float32", timer="cpu", host_link_bytes_per_s=even * factor))
         runs: dict[str, Run] = {}
         for name, cache in POLICIES.items():
             policies = Policies(DecodeFirst(), cache=cache)
             runs[name] = engine.replay(
                 work, config, policies, out=o.out / speed / name.replace(" ", "-"), step_time=step_time
             )
-        table(speed, even * factor, runs, work, config, o.out)
+        print(f"### {speed}: {even * factor / 1e6:.0f} MB/s\n")
+        table(runs, work, config, o.out / speed)
 
 
-def table(speed: str, rate: float, runs: Mapping[str, Run], work: Workload, config: InstanceConfig, out: Path) -> None:
+def table(runs: Mapping[str, Run], work: Workload, config: InstanceConfig, out: Path) -> None:
     machine = fitted_machine(calibrate(list(runs.values())))
-    print(f"### {speed}: {rate / 1e6:.0f} MB/s\n")
     print(f"Copies were fitted as {machine.copy_time.weights}; parity is checked on each run.\n")
-    print("| cache policy | hit frac | TTFT mean ms | P90 ms | tokens/s | restored | simulated mean | error | P90 | error |")
+    print("| cache policy | hit frac | TTFT mean ms | P90 ms | tokens/s | restored | simulated | error | P90 | error |")
     print("|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     ranking: dict[str, tuple[float, float]] = {}
     for name, run in runs.items():
         assert parity(run).is_identical, f"{run.path}: the simulator decides otherwise"
         policies = run.manifest.instance_policies()
-        simulated = simulate(work, config, policies, machine, out=out / speed / f"sim-{name.replace(' ', '-')}")
+        simulated = simulate(work, config, policies, machine, out=out / f"sim-{name.replace(' ', '-')}")
         is_, says = outcome(run.records), outcome(simulated.records)
         restored = sum(c.num_tokens for c in run.records.copies if c.kind == "restore")
         print(

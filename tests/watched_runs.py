@@ -14,6 +14,7 @@ from tests.laws import (
     fleet_obeys_the_laws,
     obey_the_laws,
 )
+from xllm_lab.copies import CopyRecord
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.of_instance import Policies
@@ -41,6 +42,10 @@ class Listening:
     def request(self, record: RequestRecord) -> None:
         self.heard.request(replace(record))
         self._recorder.request(record)
+
+    def copy(self, record: CopyRecord) -> None:
+        self.heard.copy(record)
+        self._recorder.copy(record)
 
     @property
     def is_long(self) -> bool:

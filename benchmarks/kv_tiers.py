@@ -130,9 +130,7 @@ def main() -> None:
 def table(runs: Mapping[str, Run], work: Workload, config: InstanceConfig, out: Path) -> None:
     machine = fitted_machine(calibrate(list(runs.values())))
     print(f"Copies were fitted as {machine.copy_time.weights}; parity is checked on each run.\n")
-    print(
-        "| cache policy | hits | TTFT mean ms | P90 ms | tokens/s | restored | simulated, mean | error | P90 | error |"
-    )
+    print("| cache policy | hit frac | TTFT mean ms | P90 ms | tokens/s | restored | simulated | error | P90 | error |")
     print("|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     ranking: dict[str, tuple[float, float]] = {}
     for name, run in runs.items():

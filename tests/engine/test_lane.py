@@ -17,6 +17,8 @@ T = TypeVar("T")
 class Told:
     """Host time passes when a test says so; work on the device takes `work_us`, side by side with the host."""
 
+    is_shared = False
+
     def __init__(self, work_us: int) -> None:
         self.host_us, self.work_us = 0, work_us
 

@@ -104,7 +104,11 @@ class Turning:
     def decide(self, view: ShapeView) -> ShapePlan:
         if 14 <= view.max_context_tokens < 23:
             return eagerly("in between")
-        return replayed(view, view.num_tokens + (view.max_context_tokens >= 23))
+        first, other = (replayed(view, view.num_tokens + more) for more in (0, 1))
+        if view.max_context_tokens < 14:
+            return first
+        # Where the largest graph is the first, too, coming back to it would break the law of the contract.
+        return other if other != first else eagerly("no other")
 
 
 @st.composite

@@ -86,11 +86,11 @@ class Streams:
         if name not in self._sides:
             self._sides[name] = self.new()
         stream = self._sides[name]
+        done = self._api.Event(blocking=True)  # the waiting thread leaves its core to others
 
         def run(work: Callable[[], None]) -> None:
             with self._api.stream(stream):
                 work()
-                done = self._api.Event(blocking=True)  # the waiting thread leaves its core to others
                 done.record(stream)
             done.synchronize()
 

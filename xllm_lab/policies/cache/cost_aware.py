@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import refuse_below
+from xllm_lab.policies.api import Knob, refuse_below
 from xllm_lab.policies.cache import CachedBlock, CachePlan, CacheView, Copies, HostBlocksFactor, MostBlocks, WaitingView
 from xllm_lab.policies.cache.restoring import next_in_line
 
@@ -23,10 +23,12 @@ class CostAware:
                         |-- link's backlog --|-- n blocks --|               the later of the two, and then the rest
 
     So a slow link is used while the device is busy with others, and not when it would wait. Equally soon, more blocks
-    are fetched: the device has less to do. Offloads as `lru` does, but nothing that is sooner computed than fetched
-    from an idle link: while it is copied, nobody else can have its block.
+    are fetched: the device has less to do. Offloads as `lru` does, but nothing whose fetching could hardly ever be
+    hidden: while a block is copied, nobody else can have it.
 
     Attributes:
+        max_fetch_ratio: what takes more than so many times as long to fetch, from an idle link, as to compute is not
+            offloaded.
         max_offloading_blocks: blocks on their way to the host at once.
         max_restoring_blocks: blocks on their way back at once.
         host_blocks_factor: room in the host, in times of the device's blocks.
@@ -36,11 +38,13 @@ class CostAware:
     needs_step_time: ClassVar[bool] = True
     needs_copy_time: ClassVar[bool] = True
 
+    max_fetch_ratio: Annotated[float, Knob(0.5, 8.0, log=True)] = 3.0
     max_offloading_blocks: MostBlocks = 32
     max_restoring_blocks: MostBlocks = 64
     host_blocks_factor: HostBlocksFactor = 4.0
 
     def __post_init__(self) -> None:
+        refuse_below(0, max_fetch_ratio=self.max_fetch_ratio)
         refuse_below(
             1, max_offloading_blocks=self.max_offloading_blocks, max_restoring_blocks=self.max_restoring_blocks
         )
@@ -49,7 +53,7 @@ class CostAware:
         copies = Copies(view)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
         weighing = _Weighing(view)
-        copies.offload(islice(filter(weighing.pays, view.idle()), room))
+        copies.offload(islice((b for b in view.idle() if weighing.fetch_ratio(b) <= self.max_fetch_ratio), room))
         left = self.max_restoring_blocks - view.num_restoring
         for request in next_in_line(view):
             num = min(left, weighing.best(request)) if left > 0 and request.num_host_blocks else 0
@@ -69,10 +73,10 @@ class _Weighing:
         self._device_us = self._computes_us(0, view.num_outstanding_tokens)
         self._link_us = self._fetch_us(view.num_restoring)
 
-    def pays(self, block: CachedBlock) -> bool:
-        """Whether fetching it alone would be sooner than computing it."""
+    def fetch_ratio(self, block: CachedBlock) -> float:
+        """How many times as long fetching it alone takes as computing it."""
         start = block.depth * self._size
-        return self._fetch_us(1) < self._computes_us(start, start + self._size)
+        return self._fetch_us(1) / max(1e-9, self._computes_us(start, start + self._size))
 
     def best(self, request: WaitingView) -> int:
         """How many blocks to fetch; 0 is none."""

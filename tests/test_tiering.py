@@ -99,11 +99,12 @@ def test_what_two_wait_for_is_copied_once() -> None:
     assert [r.cached_tokens for r in records.requests[3:]] == [40, 40]
 
 
-def test_what_is_sooner_computed_is_not_fetched() -> None:
-    """Of a token, a copy takes as long as its computation, and 5 us more; of a block it is 2.25 times as long."""
+def test_what_costs_less_to_compute_is_not_copied() -> None:
+    """Of a token, a copy takes as long as its computation, and 5 us more: it is fetched if the device is worth more."""
     config = instance_config(max_tokens_per_batch=16, num_kv_blocks=28)
-    assert {c.kind for c in conversation(config, CostAware()).copies} == {"offload"}
-    assert conversation(config, CostAware(max_fetch_ratio=1.0)).copies == []
+    assert conversation(config, CostAware(device_cost=1.0)).copies == []
+    restored = [c for c in conversation(config, CostAware(device_cost=4.0)).copies if c.kind == "restore"]
+    assert [(c.request, c.num_tokens) for c in restored] == [(3, 40)]
 
 
 def test_a_tier_that_nobody_could_use_is_refused() -> None:

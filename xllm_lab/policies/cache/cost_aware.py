@@ -1,4 +1,4 @@
-"""Fetches blocks only where that is sooner than computing them again."""
+"""Fetches blocks where that costs less than computing them again."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ _MOST_LENGTHS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostAware:
-    """Of each waiting request as many blocks are fetched as bring its first token soonest.
+    """Of each waiting request as many blocks are fetched as bring its first token soonest for the least of the device.
 
         without         |-- those before it --|---- its whole prompt ----|
         with n blocks   |-- those before it --|-- the rest --|
                         |-- link's backlog --|-- n blocks --|               the later of the two, and then the rest
 
-    So a slow link is used while the device is busy with others, and not when it would wait. Equally soon, more blocks
-    are fetched: the device has less to do. Offloads as `lru` does, but nothing whose fetching could hardly ever be
-    hidden: while a block is copied, nobody else can have it.
+    What the device computes delays those behind, and what the link brings delays nobody, so a microsecond of the device
+    counts as several of waiting. Offloads as `lru` does, but no block that an idle link would bring for more than
+    computing it costs: while it is copied, nobody else can have it.
 
     Attributes:
-        max_fetch_ratio: what takes more than so many times as long to fetch, from an idle link, as to compute is not
-            offloaded.
+        device_cost: so many microseconds of a request's waiting are worth one of the device's.
         max_offloading_blocks: blocks on their way to the host at once.
         max_restoring_blocks: blocks on their way back at once.
         host_blocks_factor: room in the host, in times of the device's blocks.
@@ -38,57 +37,65 @@ class CostAware:
     needs_step_time: ClassVar[bool] = True
     needs_copy_time: ClassVar[bool] = True
 
-    max_fetch_ratio: Annotated[float, Knob(0.5, 8.0, log=True)] = 3.0
+    device_cost: Annotated[float, Knob(1.0, 8.0, log=True)] = 3.0
     max_offloading_blocks: MostBlocks = 32
     max_restoring_blocks: MostBlocks = 64
     host_blocks_factor: HostBlocksFactor = 4.0
 
     def __post_init__(self) -> None:
-        refuse_below(0, max_fetch_ratio=self.max_fetch_ratio)
         refuse_below(
-            1, max_offloading_blocks=self.max_offloading_blocks, max_restoring_blocks=self.max_restoring_blocks
+            1,
+            device_cost=self.device_cost,
+            max_offloading_blocks=self.max_offloading_blocks,
+            max_restoring_blocks=self.max_restoring_blocks,
         )
 
     def decide(self, view: CacheView) -> CachePlan:
         copies = Copies(view)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
-        weighing = _Weighing(view)
-        copies.offload(islice((b for b in view.idle() if weighing.fetch_ratio(b) <= self.max_fetch_ratio), room))
+        weighing = _Weighing(view, self.device_cost)
+        copies.offload(islice(filter(weighing.pays, view.idle()), room))
         left = self.max_restoring_blocks - view.num_restoring
         for request in next_in_line(view):
             num = min(left, weighing.best(request)) if left > 0 and request.num_host_blocks else 0
             num = copies.restore(request, num)
             left -= num
             weighing.passes(request, num)
-        return copies.plan("sooner fetched than computed" if left < self.max_restoring_blocks else "nothing to fetch")
+        return copies.plan("fetched for less than computed" if left < self.max_restoring_blocks else "nothing to fetch")
 
 
 class _Weighing:
     """What device and link have to do, request by request."""
 
-    def __init__(self, view: CacheView) -> None:
+    def __init__(self, view: CacheView, device_cost: float) -> None:
         assert view.step_time is not None, "the policy says that it needs step times"
         assert view.copy_time is not None, "the policy says that it needs copy times"
         self._size, self._step_time, self._copy_time = view.block_size, view.step_time, view.copy_time
+        self._device_cost = device_cost
         self._device_us = self._computes_us(0, view.num_outstanding_tokens)
         self._link_us = self._fetch_us(view.num_restoring)
 
-    def fetch_ratio(self, block: CachedBlock) -> float:
-        """How many times as long fetching it alone takes as computing it."""
+    def pays(self, block: CachedBlock) -> bool:
+        """Whether fetching it alone would cost less than computing it."""
         start = block.depth * self._size
-        return self._fetch_us(1) / max(1e-9, self._computes_us(start, start + self._size))
+        return self._fetch_us(1) < self._device_cost * self._computes_us(start, start + self._size)
 
     def best(self, request: WaitingView) -> int:
         """How many blocks to fetch; 0 is none."""
         num = request.num_host_blocks
         step = max(1, num // _MOST_LENGTHS)
         lengths: list[int] = [*range(num, 0, -step), 0]
-        return min(lengths, key=lambda n: (self._first_token_us(request, n), -n))
+        return min(lengths, key=lambda n: (self._costs_us(request, n), -n))
 
     def passes(self, request: WaitingView, num_blocks: int) -> None:
         """It was decided, and is before those that come."""
         self._device_us += self._rest_us(request, num_blocks)
         self._link_us += self._fetch_us(num_blocks)
+
+    def _costs_us(self, request: WaitingView, num_blocks: int) -> float:
+        """Until its first token, and what the device does for it more than once."""
+        more = (self._device_cost - 1) * self._rest_us(request, num_blocks)
+        return self._first_token_us(request, num_blocks) + more
 
     def _first_token_us(self, request: WaitingView, num_blocks: int) -> float:
         begins_us = self._device_us

@@ -84,6 +84,15 @@ def test_planning_ahead_changes_nothing(mode: str) -> None:
     assert served(engine("npu"), crowd(), where, "xllm-buckets")[0] == expected
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_who_serves_on_a_stream_of_its_own_is_served_there(seed: int) -> None:
+    """The thread beside the host computes behind what the host has prepared."""
+    where = InstanceConfig(**{**vars_of(WHERE), "async_scheduling": "on"})
+    expected, _ = served(engine("cpu"), crowd())
+    with control.order("shuffled", seed=seed), torch.npu.stream(torch.npu.Stream()):
+        assert served(engine("npu"), crowd(), where)[0] == expected
+
+
 def test_a_tight_pool_preempts_and_recomputes() -> None:
     """Blocks of one request become another's, in graphs too."""
     where = InstanceConfig(**{**vars_of(WHERE), "num_kv_blocks": 7})
@@ -152,7 +161,7 @@ def test_lengths_change_between_replays(shapes: Any) -> None:
 def test_padding_writes_nobodys_block() -> None:
     """And reads only what is there: fresh memory of the fake is not a number."""
     subject = runner("npu", XllmBuckets())
-    layers = subject._kv_pool.layers
+    layers = subject.kv_pool.layers
     for layer in layers:
         layer.k_BPKH.fill_(3.0)
         layer.v_BPKH.fill_(3.0)

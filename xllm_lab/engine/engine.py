@@ -248,7 +248,9 @@ class Engine:
                 warm_up(runner, config, self._lead, self.device)
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
             with contextlib.ExitStack() as run:
-                lane = run.enter_context(Lane(clock, beside=config.async_scheduling != "off"))
+                lane = run.enter_context(
+                    Lane(clock, beside=config.async_scheduling != "off", begins=self.device.like_this_thread())
+                )
                 mapper = run.enter_context(self._mapper(runner))
                 copies = None if scheduler.tiering is None else scheduler.tiering.copier
                 assert copies is None or isinstance(copies, EngineCopies), "copies are the engine's own"

@@ -34,16 +34,19 @@ class Done(NamedTuple, Generic[T]):
 class Lane:
     """Runs what is launched. Close it, or use it with `with`.
 
+    Args:
+        begins: called first on the thread beside the host.
+
     Attributes:
         is_beside: on a thread of its own, while the host goes on. PyTorch and our kernels let go of Python's lock while
             they compute.
         latest: what was launched last.
     """
 
-    def __init__(self, clock: Clock, *, beside: bool) -> None:
+    def __init__(self, clock: Clock, *, beside: bool, begins: Callable[[], None] | None = None) -> None:
         self._clock = clock
         self.is_beside = beside
-        self._thread = ThreadPoolExecutor(1, "device") if beside else None
+        self._thread = ThreadPoolExecutor(1, "device", begins) if beside else None
         self._free_us: int | None = None  # when the last launch was done; the device's own
         self.latest: Future[Done[Any]] | None = None
 

@@ -23,7 +23,7 @@ class PageMapper:
     def __init__(self, pool: VirtualKvPool, device: Device) -> None:
         self._pool = pool
         self.table = pool.table
-        self._thread = ThreadPoolExecutor(1, "pages", device.use_in_this_thread)
+        self._thread = ThreadPoolExecutor(1, "pages", device.like_this_thread())
         self._beside: tuple[Step, Future[int]] | None = None
 
     def prepare(self, step: Step) -> None:

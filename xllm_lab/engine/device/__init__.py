@@ -104,10 +104,20 @@ class Device:
         driver = (npu_pages if self.name == "npu" else cuda_pages).driver(self.torch_device.index or 0)
         return DriverPages(geometry, driver, self.torch_device)
 
-    def use_in_this_thread(self) -> None:
-        """A new thread works for this device."""
-        if not self.is_host:
-            torch.accelerator.set_device_index(self.torch_device.index or 0)
+    def like_this_thread(self) -> Callable[[], None]:
+        """What a new thread begins with: this device, and the stream that this thread works on now.
+
+        Or what the one prepared would not be in order with what the other computes.
+        """
+        if self.streams is None:
+            return lambda: None
+        index, streams, stream = self.torch_device.index or 0, self.streams, self.streams.current()
+
+        def begin() -> None:
+            torch.accelerator.set_device_index(index)
+            streams.use(stream)
+
+        return begin
 
     def host_memory(self) -> DeviceMemory:
         """Of the host, which on the CPU is the device's."""

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=12)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--load", type=float, default=0.6, help="of what the device can compute without tiers")
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     o = parser.parse_args()
     longest = FIRST_TOKENS + TURN_TOKENS * (o.turns - 1) + OUTPUT_TOKENS
     blocks = -(-longest // 16) * o.sessions // 4
@@ -118,8 +119,8 @@ def main() -> None:
     for speed, factor in SPEEDS.items():
         engine = Engine(EngineOptions(device="cpu", dtype="float32", timer="cpu", host_link_bytes_per_s=even * factor))
         runs: dict[str, Run] = {}
-        for name, cache in POLICIES.items():
-            policies = Policies(DecodeFirst(), cache=cache)
+        for name in o.policies:
+            policies = Policies(DecodeFirst(), cache=POLICIES[name])
             runs[name] = engine.replay(
                 work, config, policies, out=o.out / speed / name.replace(" ", "-"), step_time=step_time
             )

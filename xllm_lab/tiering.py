@@ -191,8 +191,10 @@ class Tiering:
         Raises:
             PolicyError: an illegal plan; nothing was changed.
         """
-        following = [s for s in waiting if self._follows(s)]
-        asking = [s for s in waiting if s not in following]
+        following: list[RequestState] = []
+        asking: list[RequestState] = []
+        for state in waiting:
+            (following if self._follows(state) else asking).append(state)
         if not self.could_copy(asking):
             return [s.id for s in following]
         view = TiersView(

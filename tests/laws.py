@@ -273,12 +273,16 @@ def every_step_fits(config: InstanceConfig, records: Records) -> None:
         assert config.enable_prefix_cache or step.num_idle_blocks == 0, f"{name} has cached blocks without a cache"
 
 
+FILLS, READS = ("offload", "prefetch"), ("restore", "save")
+
+
 def copies_lose_nothing(records: Records) -> None:
     """Tiers: a block of the host is filled while free, read while full, given up while nobody reads it; copies of one
     kind end in the order in which they are asked for, after they are."""
     filled: dict[int, int] = {}  # block of the host: when the copy there ended
     read_until: Counter[int] = Counter()
-    last_us = {"offload": 0, "restore": 0}
+    reserved_until: Counter[int] = Counter()  # blocks of the host that a prefetch did not fill
+    last_us: Counter[str] = Counter()
     for number, copy in enumerate(records.copies):
         told = f"copy {number} at {copy.asked_us} us"
         assert copy.copy == number, f"{told} says that it is {copy.copy}"
@@ -289,11 +293,24 @@ def copies_lose_nothing(records: Records) -> None:
         for slot in copy.evicted:
             assert filled.pop(slot) <= copy.asked_us, f"{told} gives up block {slot}, which is being filled"
             assert read_until[slot] <= copy.asked_us, f"{told} gives up block {slot}, which is being read"
-        assert len(copy.blocks) == len(copy.slots) == len({*copy.blocks}) == len({*copy.slots}), f"{told} is torn"
-        for slot in copy.slots:
-            if copy.kind == "offload":
+        num_blocks = max(len(copy.blocks), len(copy.slots))
+        for ids, has_part in ((copy.blocks, ("offload", "restore", "push")), (copy.slots, (*FILLS, *READS))):
+            assert len({*ids}) == len(ids) == (num_blocks if copy.kind in has_part else 0), f"{told} is torn"
+        num_moved = num_blocks
+        if copy.num_moved_tokens is not None:
+            assert copy.end_us is not None, f"{told} moved something and has no end"
+            num_moved, rest = divmod(copy.num_moved_tokens * num_blocks, copy.num_tokens)
+            assert rest == 0, f"{told} moved a part of a block"
+            assert num_moved == num_blocks or copy.kind in ("save", "prefetch", "push"), f"{told} moved {num_moved}"
+            assert 0 <= num_moved <= num_blocks, f"{told} moved {num_moved} of {num_blocks} blocks"
+        for position, slot in enumerate(copy.slots):
+            if copy.kind in FILLS:
                 assert slot not in filled, f"{told} fills block {slot}, which is full"
-                filled[slot] = end_us
+                assert reserved_until[slot] <= copy.asked_us, f"{told} fills block {slot}, which another may fill yet"
+                if position < num_moved:
+                    filled[slot] = end_us
+                else:
+                    reserved_until[slot] = end_us
             else:
                 assert filled.get(slot, NEVER) <= copy.asked_us, f"{told} reads block {slot}, which is not full yet"
                 read_until[slot] = max(read_until[slot], end_us)

@@ -28,10 +28,11 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
-from xllm_lab.sim.copies import EndsAt, priced_by
+from xllm_lab.sim.copies import EndOf, priced_by
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.step import Step
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import TERMS, StepTime
@@ -58,8 +59,12 @@ class EqualSteps:
     def wake_us(self, until_us: int) -> int:
         return until_us
 
-    def links(self, block_size: int) -> EndsAt:
+    def links(self, block_size: int) -> EndOf:
         return priced_by(COPY_TIME, block_size)
+
+    @property
+    def has_store(self) -> bool:
+        return False
 
     def end_us(self, step: Step) -> int:
         return step.start_us + self.step_us
@@ -108,7 +113,7 @@ class WildDrafts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WildCache:
-    """Copies whatever it may, back and forth: a cache policy to find what the tiers get wrong."""
+    """Copies whatever it may, to and fro: a cache policy to find what the tiers get wrong."""
 
     decides: ClassVar[str] = "cache"
 
@@ -116,10 +121,17 @@ class WildCache:
 
     def decide(self, view: CacheView) -> CachePlan:
         copies = Copies(view)
+        copies.save(b for b in view.unsaved() if (b.id + view.now_us) % 2)
         idle = [b for b in view.idle() if (b.depth + b.num_uses + view.now_us) % 3]
         copies.offload(idle, lambda b: ((7 * b.id) % 5, b.id))
-        for one in sorted(view.waiting, key=waiting_key):
-            if one.num_host_blocks and (one.id + view.now_us) % 4:
+        waiting = sorted(view.waiting, key=waiting_key)
+        for one in waiting:
+            if one.num_unasked_blocks and (one.id + view.now_us) % 3:
+                copies.prefetch(one, 1 + (one.id + view.now_us) % one.num_unasked_blocks, 1 + 13 * one.id)
+        for one in waiting:
+            if copies.is_prefetching(one):
+                copies.restore(one, 0)
+            elif one.num_host_blocks and (one.id + view.now_us) % 4:
                 copies.restore(one, 1 + (one.id + view.now_us) % one.num_host_blocks)
         return copies.plan("wild")
 
@@ -188,6 +200,7 @@ def run_audited(
     acceptance: Acceptance | None = None,
     shapes: ShapesPolicy = EAGER,
     cache: CachePolicy = DEVICE_ONLY,
+    store: SimulatedStore | None = None,
 ) -> Records:
     """As `run`, by hand, with the ledger audited before each step and all its blocks free in the end."""
     timing, records = timing or EqualSteps(), Records()
@@ -196,7 +209,7 @@ def run_audited(
         proposer = SimulatedDrafts(acceptance or CoinFlips())
         timing = replace(timing, proposer=proposer)
         drafting = Drafting(draft, proposer, step_time=STEP_TIME)
-    copier = HandCopier(config.block_size)
+    copier = HandCopier(config.block_size, store)
     scheduler = Scheduler(
         *(config, policy, records),
         step_time=STEP_TIME,
@@ -236,17 +249,18 @@ def run_audited(
 class HandCopier:
     """Copies that take `COPY_TIME`, by hand."""
 
-    def __init__(self, block_size: int) -> None:
-        self._ends_us, self._under_way = priced_by(COPY_TIME, block_size), list[CopyEnd]()
+    def __init__(self, block_size: int, store: SimulatedStore | None = None) -> None:
+        self._end_of, self._under_way = priced_by(COPY_TIME, block_size, store), list[CopyEnd]()
+        self.has_store = store is not None
 
     @property
     def next_us(self) -> int | None:
         return min((end.end_us for end in self._under_way), default=None)
 
     def launch(self, copy: Copy) -> None:
-        end_us = self._ends_us(copy, copy.asked_us)
-        assert end_us is not None, "a priced copy ends"
-        self._under_way.append(CopyEnd(copy.number, end_us))
+        end = self._end_of(copy, copy.asked_us)
+        assert end is not None, "a priced copy ends"
+        self._under_way.append(end)
 
     def over(self, now_us: int) -> list[CopyEnd]:
         ends = sorted((e for e in self._under_way if e.end_us <= now_us), key=lambda e: (e.end_us, e.number))

@@ -35,6 +35,7 @@ from xllm_lab.policies.cache.restoring import everything, restore_by_arrival
 from xllm_lab.policies.cache.reuse_aware import ReuseAware
 from xllm_lab.policies.cache.watermark import Watermark
 from xllm_lab.records import Records
+from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.tiering import tiering_of
 from xllm_lab.workload import Request, Workload
 
@@ -58,11 +59,12 @@ def test_any_run_with_tiers_obeys_the_laws(
     timing: EqualSteps,
     cache: CachePolicy,
 ) -> None:
-    """Chunks, preemptions, prefix hits, clients that leave, planning ahead and drafts, all at once."""
+    """Chunks, preemptions, prefix hits, clients that leave, planning ahead, drafts and a store, all at once."""
     draft = WildDrafts() if workload.seed % 2 else None
 
     def served() -> Records:
-        return run_audited(workload, config, policy, timing, cache=cache, draft=draft)
+        store = (None, SimulatedStore(), SimulatedStore(3))[workload.seed % 3]
+        return run_audited(workload, config, policy, timing, cache=cache, draft=draft, store=store)
 
     records = served()
     obey_the_laws(workload, config, records)

@@ -1,11 +1,11 @@
-"""How long copies between device and host take: a constant and a rate for each way, fitted to what an engine measured.
+"""How long copies between tiers take: a constant and a rate for each way, fitted to what an engine measured.
 
 copy_us = call_us + token_us * tokens
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
@@ -15,6 +15,8 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.policies.cache import CopyKind
 
 KINDS: tuple[CopyKind, ...] = get_args(CopyKind)
+HOST_KINDS: tuple[CopyKind, ...] = ("offload", "restore")
+STORE_KINDS: tuple[CopyKind, ...] = ("save", "prefetch", "push")
 
 
 class CopyWeights(NamedTuple):
@@ -47,7 +49,17 @@ class CopyTime:
                 raise ConfigError(f"copy-time weights of {kind!r} are {weights}, accepted: {accepted}")
 
     def __bool__(self) -> bool:
-        return all(kind in self.weights for kind in KINDS)
+        """Whether ways to the host and back are known."""
+        return all(kind in self.weights for kind in HOST_KINDS)
+
+    @property
+    def has_store(self) -> bool:
+        """Whether ways to the store and back are known."""
+        return all(kind in self.weights for kind in STORE_KINDS)
+
+    def with_store(self, store: CopyTime) -> CopyTime:
+        """These times, and another's of the store."""
+        return CopyTime({**self.weights, **{kind: store.weights[kind] for kind in STORE_KINDS}})
 
     def copy_us(self, kind: CopyKind, num_tokens: int) -> float:
         """Of one copy that nothing is in the way of."""
@@ -55,7 +67,9 @@ class CopyTime:
         return call_us + token_us * num_tokens
 
 
-def link_copy_time(bytes_per_s: float, bytes_per_token: float, *, latency_us: float = 0.0) -> CopyTime:
+def link_copy_time(
+    bytes_per_s: float, bytes_per_token: float, *, latency_us: float = 0.0, kinds: Sequence[CopyKind] = HOST_KINDS
+) -> CopyTime:
     """Over a link of that rate each way.
 
     Raises:
@@ -64,7 +78,7 @@ def link_copy_time(bytes_per_s: float, bytes_per_token: float, *, latency_us: fl
     if not bytes_per_s > 0:
         raise ConfigError(f"bytes_per_s is {bytes_per_s}, more than 0 is accepted")
     weights = CopyWeights(latency_us, bytes_per_token / bytes_per_s * 1e6)
-    return CopyTime(dict.fromkeys(KINDS, weights))
+    return CopyTime(dict.fromkeys(kinds, weights))
 
 
 def fit_copy_time(copied: Iterable[Copied]) -> CopyTime:

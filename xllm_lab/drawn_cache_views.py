@@ -27,6 +27,7 @@ class DrawnWaiting:
     num_device_blocks: int
     num_idle_blocks: int
     num_host_blocks: int
+    num_unasked_blocks: int
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -47,12 +48,16 @@ class DrawnCacheView:
     num_free_host_blocks: int
     num_offloading: int
     num_restoring: int
+    has_store: bool
+    num_saving: int
+    num_prefetching: int
     num_outstanding_tokens: int
     step_time: StepTime
     copy_time: CopyTime
     waiting: list[DrawnWaiting] = field(default_factory=list)
     idle_blocks: list[CachedBlock] = field(default_factory=list)
     hosted_blocks: list[CachedBlock] = field(default_factory=list)
+    unsaved_blocks: list[CachedBlock] = field(default_factory=list)
 
     def idle(self) -> Iterator[CachedBlock]:
         return iter(self.idle_blocks)
@@ -66,6 +71,12 @@ class DrawnCacheView:
     def is_hosted(self, block: int) -> bool:
         return any(b.id == block for b in self.hosted_blocks)
 
+    def unsaved(self) -> Iterator[CachedBlock]:
+        return iter(self.unsaved_blocks)
+
+    def is_unsaved(self, block: int) -> bool:
+        return any(b.id == block for b in self.unsaved_blocks)
+
 
 def drawn_cache_view(number: int) -> DrawnCacheView:
     """The view of that number, at least 0: always the same one, in new objects."""
@@ -73,6 +84,8 @@ def drawn_cache_view(number: int) -> DrawnCacheView:
     num_clean, num_idle, num_copied = rng.choice((0, 0, 1, 20)), rng.choice((0, 1, 3, 12)), rng.choice((0, 0, 4))
     num_offloading, num_restoring = rng.choice((0, 0, 2, 40)), rng.choice((0, 0, 3, 70))
     num_hosted, num_free_host = rng.choice((0, 1, 6, 15)), rng.choice((0, 0, 1, 5))
+    has_store = rng.choice((False, True))
+    num_saving, num_prefetching = (rng.choice((0, 0, 5, 80)) if has_store else 0 for _ in range(2))
     num_held = num_offloading + num_restoring + rng.choice((0, 1, 30))
     now_us = rng.choice((5_000, 4 * 3_600_000_000))
     view = DrawnCacheView(
@@ -82,16 +95,23 @@ def drawn_cache_view(number: int) -> DrawnCacheView:
         num_blocks=max(1, num_clean + num_idle + num_copied + num_held),
         num_free_blocks=num_clean + num_idle + num_copied,
         num_clean_blocks=num_clean,
-        num_host_blocks=max(1, num_free_host + num_offloading + num_restoring + num_hosted),
+        num_host_blocks=max(
+            1, num_free_host + num_offloading + num_restoring + num_hosted + num_saving + num_prefetching
+        ),
         num_free_host_blocks=num_free_host,
         num_offloading=num_offloading,
         num_restoring=num_restoring,
+        has_store=has_store,
+        num_saving=num_saving,
+        num_prefetching=num_prefetching,
         num_outstanding_tokens=rng.choice((0, 0, 7, 5000)),
         step_time=_step_time(rng),
         copy_time=_copy_time(rng),
         idle_blocks=_blocks(rng, num_idle, now_us),
         hosted_blocks=_blocks(rng, num_hosted, now_us),
     )
+    if has_store:
+        view.unsaved_blocks = rng.sample(view.hosted_blocks, rng.choice((0, num_hosted // 2, num_hosted)))
     for request_id in rng.sample(range(50), rng.choice((0, 1, 2, 6))):
         view.waiting.append(_waiting(rng, view, RequestId(request_id)))
     return view
@@ -113,7 +133,8 @@ def _waiting(rng: random.Random, view: DrawnCacheView, request_id: RequestId) ->
     num_idle = rng.choice((0, 0, most_idle, rng.randint(0, most_idle)))
     num_used = rng.randint(0, view.num_blocks - view.num_free_blocks)
     num_in_host = rng.choice((0, 0, len(view.hosted_blocks), view.num_restoring + len(view.hosted_blocks)))
-    num_in_reach = (num_used + num_idle + num_in_host) * view.block_size
+    num_unasked = rng.choice((0, 1, 20)) if view.has_store else 0
+    num_in_reach = (num_used + num_idle + num_in_host + num_unasked) * view.block_size
     return DrawnWaiting(
         id=request_id,
         arrival_us=rng.choice((0, 0, 100, 500)),
@@ -122,6 +143,7 @@ def _waiting(rng: random.Random, view: DrawnCacheView, request_id: RequestId) ->
         num_device_blocks=num_used + num_idle,
         num_idle_blocks=num_idle,
         num_host_blocks=num_in_host,
+        num_unasked_blocks=num_unasked,
     )
 
 

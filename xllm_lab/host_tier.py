@@ -1,6 +1,7 @@
 """The host's KV blocks: which keys lie where. Ids and counts, no tensors; as `ledger.py` for the device.
 
-free --fill--> filling --filled--> ready --read--> being read --unread--> ready --evict--> free
+free --fill--> filling --filled--> ready --read--> being read --release--> ready --evict--> free
+                       --not_filled--> free
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class HostTier:
         # Ready ones: how many copies read them; those that none does, least recently used first.
         self._num_readers: dict[int, int] = {}
         self._unread: OrderedDict[int, None] = OrderedDict()
+        # Ready ones that nobody gave to the store, nor had from there, in the order in which they came.
+        self._unsaved: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free_slots(self) -> int:
@@ -52,6 +55,20 @@ class HostTier:
         """Whether it holds a block, and is in no copy."""
         return slot in self._unread
 
+    def unsaved(self) -> Iterator[tuple[int, BlockKey]]:
+        """Those of `unread` that the store was not given, in the order in which they came."""
+        return ((slot, self._key_of[slot]) for slot in self._unsaved if slot in self._unread)
+
+    def is_unsaved(self, slot: int) -> bool:
+        """Whether `unsaved` has it."""
+        return slot in self._unsaved and slot in self._unread
+
+    def saves(self, slots: Sequence[int]) -> None:
+        """The store is given them; whether it takes them or not, once is enough."""
+        for slot in slots:
+            del self._unsaved[slot]
+        self.version += 1
+
     def fill(self, key: BlockKey) -> int:
         """A free block, for a copy of that key. The caller has checked that there is one."""
         assert key not in self._slot_of, "a copy of what is there"
@@ -60,12 +77,27 @@ class HostTier:
         self._filling.add(slot)
         return slot
 
-    def filled(self, slots: Sequence[int]) -> None:
-        """The copy is done."""
+    def filled(self, slots: Sequence[int], *, is_saved: bool = False) -> None:
+        """The copy is done.
+
+        Args:
+            slots: in order of their tokens.
+            is_saved: they are in the store, too.
+        """
         for slot in reversed(slots):
             self._filling.remove(slot)
             self._num_readers[slot] = 0
             self._unread[slot] = None
+        if not is_saved:
+            self._unsaved.update(dict.fromkeys(slots))
+        self.version += 1
+
+    def not_filled(self, slots: Sequence[int]) -> None:
+        """The copy is done, and brought nothing for them."""
+        for slot in reversed(slots):
+            self._filling.remove(slot)
+            del self._slot_of[self._key_of.pop(slot)]
+            self._free.append(slot)
         self.version += 1
 
     def read(self, keys: Sequence[BlockKey]) -> tuple[int, ...]:
@@ -75,6 +107,12 @@ class HostTier:
             self._unread.pop(slot, None)
             self._num_readers[slot] += 1
         return slots
+
+    def read_slots(self, slots: Sequence[int]) -> tuple[BlockKey, ...]:
+        """As `read`, by block; returns their keys."""
+        keys = tuple([self._key_of[slot] for slot in slots])
+        self.read(keys)
+        return keys
 
     def release(self, slots: Sequence[int]) -> None:
         """The copy is done; they are the ones used most recently, their beginnings last."""
@@ -95,6 +133,7 @@ class HostTier:
         if slot not in self._unread:
             return False
         del self._unread[slot], self._num_readers[slot]
+        self._unsaved.pop(slot, None)
         del self._slot_of[self._key_of.pop(slot)]
         self._free.append(slot)
         self.version += 1
@@ -109,3 +148,4 @@ class HostTier:
         assert set(self._unread) == {s for s, n in self._num_readers.items() if n == 0}, "readers are miscounted"
         assert self._key_of == {s: k for k, s in self._slot_of.items()}, "the index is torn"
         assert set(self._key_of) == filling | ready, "a block without a key holds something"
+        assert ready.issuperset(self._unsaved), "a block that is not there waits to be saved"

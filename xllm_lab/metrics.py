@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from xllm_lab.copy_time import KINDS
+from xllm_lab.copy_time import HOST_KINDS
 from xllm_lab.exact_counts import ExactCounts
+from xllm_lab.policies.cache import CopyKind
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.request_columns import Flags, Floats, Ints, RequestColumns, columns_of
 
@@ -155,6 +156,8 @@ class Summary:
         map_frac: of the time of all steps, what they waited for pages.
         num_offloaded_tokens, num_restored_tokens: whose KV was copied from the device to the host, and back; None
             without tiers.
+        num_saved_tokens, num_prefetched_tokens, num_pushed_tokens: from the host to the store, back, and from the
+            device to the store; None without a store.
     """
 
     num_requests: int
@@ -180,6 +183,9 @@ class Summary:
     map_frac: float | None
     num_offloaded_tokens: int | None
     num_restored_tokens: int | None
+    num_saved_tokens: int | None
+    num_prefetched_tokens: int | None
+    num_pushed_tokens: int | None
     ttft_us: Distribution | None
     tpot_us: Distribution | None
     itl_us: Distribution | None
@@ -217,6 +223,7 @@ class Tally:
         self._last_finish_us = -math.inf
         self._latencies: dict[str, list[Floats]] = {"ttft_us": [], "tpot_us": [], "e2e_us": [], "queue_us": []}
         self._itl_us = ExactCounts()
+        self._copied: Counter[CopyKind] = Counter()
 
     def add_requests(self, requests: RequestColumns) -> None:
         """At least one."""
@@ -256,9 +263,9 @@ class Tally:
         """What these steps had of virtual KV."""
         self._sums.update(pages._asdict())
 
-    def add_copies(self, num_offloaded_tokens: int, num_restored_tokens: int) -> None:
-        """Copies between tiers, those that the run did not wait for included."""
-        self._sums.update(copies=1, offloaded=num_offloaded_tokens, restored=num_restored_tokens)
+    def add_copies(self, num_tokens: Mapping[CopyKind, int]) -> None:
+        """Copies between tiers, and whose KV they moved; with the store's kinds where there is one."""
+        self._copied.update(num_tokens)
 
     def summary(self) -> Summary:
         """All metrics; at least one request has been added."""
@@ -283,8 +290,11 @@ class Tally:
             num_drafted_tokens=sums["drafted"] if sums["verifications"] else None,
             num_wasted_tokens=sums["drafted"] - sums["accepted"] if sums["verifications"] else None,
             **self._pages(),
-            num_offloaded_tokens=sums["offloaded"] if sums["copies"] else None,
-            num_restored_tokens=sums["restored"] if sums["copies"] else None,
+            num_offloaded_tokens=self._copied.get("offload"),
+            num_restored_tokens=self._copied.get("restore"),
+            num_saved_tokens=self._copied.get("save"),
+            num_prefetched_tokens=self._copied.get("prefetch"),
+            num_pushed_tokens=self._copied.get("push"),
             itl_us=self._itl(),
             **self._distributions(),
         )
@@ -326,8 +336,16 @@ def summarize(records: Records) -> Summary:
     if not records.spans or any(s.pages is not None for s in records.spans):
         tally.add_pages(page_sums(records.steps))
     if records.copies:
-        tally.add_copies(*(sum(c.num_tokens for c in records.copies if c.kind == kind) for kind in KINDS))
+        tally.add_copies(moved_tokens((c.kind, c.num_moved_tokens) for c in records.copies))
     return tally.summary()
+
+
+def moved_tokens(copies: Iterable[tuple[CopyKind, int | None]]) -> Counter[CopyKind]:
+    """By kind, whose KV was moved: by copies that are over, of (kind, tokens)."""
+    moved: Counter[CopyKind] = Counter(dict.fromkeys(HOST_KINDS, 0))
+    for kind, num_tokens in copies:
+        moved[kind] += num_tokens or 0
+    return moved
 
 
 def metric_value(summary: Summary, metric: str) -> float | None:

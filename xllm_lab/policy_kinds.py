@@ -104,11 +104,13 @@ def _renamed_batch(answer: _BatchAnswer, rename: Rename) -> _BatchAnswer:
 
 
 # Offloads and evictions are paired and queued in order; restores are begun in the order in which requests wait.
-_CacheAnswer = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]
+# Blocks to offload, to evict and to save; requests whose blocks are restored, and prefetched, and how many.
+_CacheAnswer = tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, int], ...], ...], int]
 
 
 def _cache_answer(view: DrawnCacheView, plan: CachePlan) -> _CacheAnswer:
-    return plan.offload, plan.evict, tuple(sorted(plan.restore.items()))
+    by_request = tuple(tuple(sorted(counts.items())) for counts in (plan.restore, plan.prefetch))
+    return (plan.offload, plan.evict, plan.save), by_request, plan.prefetch_timeout_us
 
 
 def _relisted_cache(view: DrawnCacheView) -> list[DrawnCacheView]:
@@ -123,11 +125,13 @@ def _rename_cache(view: DrawnCacheView, rename: Rename) -> None:
         request.id = rename(request.id)
     view.idle_blocks = [b._replace(id=rename(b.id)) for b in view.idle_blocks]
     view.hosted_blocks = [b._replace(id=rename(b.id)) for b in view.hosted_blocks]
+    view.unsaved_blocks = [b._replace(id=rename(b.id)) for b in view.unsaved_blocks]
 
 
 def _renamed_cache(answer: _CacheAnswer, rename: Rename) -> _CacheAnswer:
-    offload, evict, restore = answer
-    return tuple(map(rename, offload)), tuple(map(rename, evict)), tuple((rename(i), n) for i, n in restore)
+    blocks, by_request, timeout_us = answer
+    renamed = tuple(tuple((rename(i), n) for i, n in counts) for counts in by_request)
+    return tuple(tuple(map(rename, some)) for some in blocks), renamed, timeout_us
 
 
 # Hosts draft in an order of their own.

@@ -37,6 +37,7 @@ class RequestState:
         lockstep: the one that it is a member of.
         offset, joined, ticket: its place there.
         num_published: full blocks that the prefix cache knows.
+        has_asked_store: for what device and host had not of its prompt.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class RequestState:
         "admitted_us",
         "arrival_order",
         "arrival_us",
+        "has_asked_store",
         "id",
         "is_draining",
         "is_running",
@@ -78,7 +80,7 @@ class RequestState:
         self.prompt_ids = prompt_ids
         self.record = record
         self.queue: list[Any] = NO_QUEUE
-        self.is_running = self.is_draining = False
+        self.is_running = self.is_draining = self.has_asked_store = False
         self.admitted_us = 0
         self.offset = self.joined = self.ticket = self.num_published = 0
         self._computed = 0

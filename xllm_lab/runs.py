@@ -60,6 +60,7 @@ class Manifest:
             how many devices, tensor_parallel. A simulated run has its calibration's.
         workload: source, checksum, seed, number of requests.
         fleet: fields of `FleetConfig`; None is a single instance.
+        store: below the host, and what became of its blocks, see `store.StoreCounters`; of a fleet, by instance.
         graphs: what became of steps, see `step_shape.ShapeCounts`; of an engine, with its captures and their memory.
             None if every step was eager.
         drafts: of an engine that may speculate, the methods that it could draft by, and what its draft model was.
@@ -74,6 +75,7 @@ class Manifest:
     workload: dict[str, Any]
     fleet: dict[str, Any] | None = None
     graphs: dict[str, Any] | None = None
+    store: dict[str, Any] | None = None
     draft_time: dict[str, list[float]] = field(default_factory=dict)
     copy_time: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=provenance.versions)

@@ -83,7 +83,7 @@ def copied(copies: Iterable[CopyRecord]) -> Iterator[Copied]:
     """What the copies of a run took, from when they were asked for or the one of their kind before was done."""
     free_us: dict[tuple[int, str], int] = {}
     for c in sorted(copies, key=lambda c: (c.instance, c.copy)):
-        if c.end_us is not None:
+        if c.end_us is not None and c.num_moved_tokens is not None:
             began_us = max(c.asked_us, free_us.get((c.instance, c.kind), 0))
             free_us[c.instance, c.kind] = c.end_us
-            yield Copied(c.kind, c.num_tokens, c.end_us - began_us)
+            yield Copied(c.kind, c.num_moved_tokens, c.end_us - began_us)

@@ -6,9 +6,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from xllm_lab.columns import batches, ints
-from xllm_lab.copy_time import KINDS
 from xllm_lab.errors import RunError
-from xllm_lab.metrics import PageSums, Summary, Tally
+from xllm_lab.metrics import PageSums, Summary, Tally, moved_tokens
 from xllm_lab.records import COPY_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, FinishReason
 from xllm_lab.request_columns import NAMES, columns_from
 from xllm_lab.run_writer import COPIES_FILE, REQUESTS_FILE, STEPS_FILE
@@ -42,7 +41,7 @@ def summarize_run(run: Run) -> Summary:
         late = ints(batch["page_maps"].flatten())[3::4]
         tally.add_pages(PageSums(int(late.sum()), **counts))
     if (run.path / COPIES_FILE).exists():
-        for batch in batches(run.path / COPIES_FILE, COPY_SCHEMA, ("kind", "num_tokens")):
-            kinds, tokens = np.asarray(batch["kind"].to_pylist()), ints(batch["num_tokens"])
-            tally.add_copies(*(int(tokens[kinds == kind].sum()) for kind in KINDS))
+        for batch in batches(run.path / COPIES_FILE, COPY_SCHEMA, ("kind", "num_moved_tokens")):
+            moved = zip(batch["kind"].to_pylist(), batch["num_moved_tokens"].to_pylist(), strict=True)
+            tally.add_copies(moved_tokens(moved))
     return tally.summary()

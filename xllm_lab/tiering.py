@@ -1,13 +1,15 @@
 """A cache policy at work in one instance: what it sees of the tiers, and what its plans do to them.
 
     before a step is planned    decide: the policy; check; act: pin, reserve, launch copies
-    a copy is done              offloaded blocks can be found in the host, restored ones on the device
+    a copy is done              offloaded and prefetched blocks can be found in the host, restored ones on the device
 
-The policy is asked whenever there is something that could be copied, and only then.
+The policy is asked whenever there is something that could be copied, and only then. It does not decide on pushes:
+those are of requests that go on elsewhere, and wait for them.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +29,10 @@ from xllm_lab.request_state import RequestState
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import RequestId
 
+# Nobody waits for what is saved, and who waits for a push could as well compute anew; but a store that hangs must not
+# hold a thread and its blocks for ever.
+SAVE_TIMEOUT_US, PUSH_TIMEOUT_US = 5_000_000, 2_000_000
+
 
 class Waiting(NamedTuple):
     """A `WaitingView`."""
@@ -38,6 +44,7 @@ class Waiting(NamedTuple):
     num_device_blocks: int
     num_idle_blocks: int
     num_host_blocks: int
+    num_unasked_blocks: int
 
 
 class _Use:
@@ -47,6 +54,9 @@ class _Use:
 
     def __init__(self, depth: int) -> None:
         self.depth, self.last_used_us, self.num_uses = depth, 0, 0
+
+
+_NO_USE = _Use(0)
 
 
 class _UnderWay(NamedTuple):
@@ -93,6 +103,18 @@ class TiersView:
         return self.tiering.num_under_way("restore")
 
     @property
+    def has_store(self) -> bool:
+        return self.tiering.copier.has_store
+
+    @property
+    def num_saving(self) -> int:
+        return self.tiering.num_under_way("save")
+
+    @property
+    def num_prefetching(self) -> int:
+        return self.tiering.num_under_way("prefetch")
+
+    @property
     def step_time(self) -> StepTime | None:
         return self.tiering.step_time
 
@@ -112,6 +134,13 @@ class TiersView:
 
     def hosted(self) -> Iterator[CachedBlock]:
         return (self.tiering.described(slot, key) for slot, key in self.tiering.host.unread())
+
+    def unsaved(self) -> Iterator[CachedBlock]:
+        tiering = self.tiering
+        return (tiering.described(slot, key) for slot, key in tiering.host.unsaved() if self.has_store)
+
+    def is_unsaved(self, block: int) -> bool:
+        return self.has_store and self.tiering.host.is_unsaved(block)
 
 
 class Tiering:
@@ -145,15 +174,16 @@ class Tiering:
         self.ledger, self._recorder, self._instance = ledger, recorder, instance
         self.host = HostTier(self._num_host_blocks)
         self._under_way: dict[int, _UnderWay] = {}
-        self._fetched_by: dict[BlockKey, int] = {}  # what is being restored, by which copy
+        self._fetched_by: dict[BlockKey, int] = {}  # what is being restored or prefetched, by which copy
         self._followers: dict[int, list[RequestId]] = {}  # who waits for each
+        self._num_pushes: Counter[RequestId] = Counter()
         self._uses: dict[BlockKey, _Use] = {}
         self._seen_version = -1, -1
-        self._has_idle = False
+        self._is_anything_new = False
 
     def num_under_way(self, kind: CopyKind) -> int:
         """Blocks in copies."""
-        return sum(len(c.copy.blocks) for c in self._under_way.values() if c.copy.kind == kind)
+        return sum(len(c.copy.keys) for c in self._under_way.values() if c.copy.kind == kind)
 
     @property
     def is_copying(self) -> bool:
@@ -182,8 +212,10 @@ class Tiering:
         version = self.ledger.version, self.host.version
         if version != self._seen_version:
             self._seen_version = version
-            self._has_idle = next(self.idle_blocks(), None) is not None
-        return self._has_idle or any(self._num_hosted(state) for state in waiting)
+            self._is_anything_new = next(self.idle_blocks(), None) is not None or (
+                self.copier.has_store and next(self.host.unsaved(), None) is not None
+            )
+        return self._is_anything_new or any(self._num_hosted(s) or self._unasked(s) for s in waiting)
 
     def plan(self, waiting: Sequence[RequestState], now_us: int, num_outstanding_tokens: int) -> list[RequestId]:
         """Ask the policy, and begin what it wants. Returns who waits for a copy from now on.
@@ -206,7 +238,8 @@ class Tiering:
             tiering=self,
         )
         plan = self._decided(view)
-        # Pinned before anything is reserved, which may evict; copied last, when it is known what of the host is read.
+        # Pinned before anything is reserved, which may evict; copied to the host last, when it is known what of it is
+        # read.
         wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
         self.ledger.pin(plan.offload)
         restoring = [(s, self._cached(s), plan.restore[s.id]) for s in asking if s.id in plan.restore]
@@ -220,34 +253,71 @@ class Tiering:
             else:
                 self._restore(state, before, num_blocks, now_us, plan)
             following.append(state)
-        if plan.offload:
-            self._offload(wanted, now_us, plan)
+        if plan.save:
+            self._save(plan.save, now_us, plan.reason)
+        victims = deque(plan.evict)
+        if wanted:
+            self._offload(wanted, now_us, plan.reason, victims)
+        following += [s for s in asking if s.id in plan.prefetch and self._prefetch(s, now_us, plan, victims)]
         return [s.id for s in following]
+
+    def push(self, request: RequestId, blocks: Sequence[int], keys: Sequence[BlockKey], now_us: int) -> None:
+        """Give computed blocks of a request to the store, for who goes on with it elsewhere."""
+        assert self.copier.has_store, f"request {request} is pushed nowhere"
+        self.ledger.pin(blocks)
+        self._num_pushes[request] += 1
+        number, timeout_us = self.num_copies, PUSH_TIMEOUT_US
+        copy = Copy(number, "push", request, tuple(blocks), (), tuple(keys), now_us, timeout_us)
+        self._launch(copy, "goes on elsewhere")
+
+    def is_pushing(self, request: RequestId) -> bool:
+        """Whether some of its blocks are still on their way to the store."""
+        return request in self._num_pushes
 
     def done(self, end: CopyEnd) -> list[RequestId]:
         """A copy ended. Returns who waited for it. Nobody remembers one of an instance that failed meanwhile."""
         if end.number not in self._under_way:
             return []
         copy, record, pinned = self._under_way.pop(end.number)
-        record.end_us = end.end_us
-        if copy.kind == "offload":
-            # As they were offloaded, which is least recently used first: ends of prompts before their beginnings.
-            self.ledger.unpin(copy.blocks[::-1], goes_first=True)
-            self.host.filled(copy.slots[::-1])
+        record.end_us, record.num_moved_tokens = end.end_us, end.num_blocks * self.ledger.block_size
+        match copy.kind:
+            case "offload":
+                # As they were offloaded, least recently used first: ends of prompts before their beginnings.
+                self.ledger.unpin(copy.blocks[::-1], goes_first=True)
+                self.host.filled(copy.slots[::-1])
+            case "restore":
+                self.ledger.keep(copy.blocks, copy.keys)
+                self.ledger.unpin(pinned, goes_first=False)
+                self.host.release(copy.slots)
+            case "save":
+                self.host.release(copy.slots)
+            case "prefetch":
+                self.host.filled(copy.slots[: end.num_blocks], is_saved=True)
+                self.host.not_filled(copy.slots[end.num_blocks :])
+            case "push":
+                self.ledger.unpin(copy.blocks, goes_first=False)
+                return self._pushed(copy)
+        if end.number not in self._followers:
             return []
-        self.ledger.keep(copy.blocks, copy.keys)
-        self.ledger.unpin(pinned, goes_first=False)
-        self.host.release(copy.slots)
         for key in copy.keys:
             del self._fetched_by[key]
         return self._followers.pop(end.number)
+
+    def _pushed(self, copy: Copy) -> list[RequestId]:
+        """Who was waiting for its last push."""
+        assert copy.request is not None, "somebody's blocks are pushed"
+        self._num_pushes[copy.request] -= 1
+        if self._num_pushes[copy.request]:
+            return []
+        del self._num_pushes[copy.request]
+        return [copy.request]
 
     def idle_blocks(self) -> Iterator[tuple[int, BlockKey]]:
         """Of the device, that nobody uses and the host lacks."""
         return ((block, key) for block, key in self.ledger.idle() if key not in self.host)
 
     def described(self, block: int, key: BlockKey) -> CachedBlock:
-        use = self._uses[key]
+        use = self._uses.get(key, _NO_USE)  # nobody had yet what was prefetched
         return CachedBlock(block, use.num_uses, use.last_used_us, use.depth)
 
     def audit(self) -> None:
@@ -255,9 +325,9 @@ class Tiering:
         self.host.audit()
         offloading = [b for c in self._under_way.values() for b in c.copy.blocks if c.copy.kind == "offload"]
         assert len(offloading) == len(set(offloading)), "a block is offloaded twice at once"
-        fetched = [k for c in self._under_way.values() for k in c.copy.keys if c.copy.kind == "restore"]
-        assert sorted(fetched) == sorted(self._fetched_by), "what is restored is not what copies restore"
-        assert len(fetched) == len(set(fetched)), "a block is restored twice at once"
+        fetched = [k for c in self._under_way.values() for k in c.copy.keys if c.copy.number in self._followers]
+        assert sorted(fetched) == sorted(self._fetched_by), "what is fetched is not what copies fetch"
+        assert len(fetched) == len(set(fetched)), "a block is fetched twice at once"
 
     def _decided(self, view: TiersView) -> CachePlan:
         plan = self.policy.decide(view)
@@ -269,32 +339,75 @@ class Tiering:
         idle = state.num_idle_blocks
         return Waiting(
             *(state.id, state.arrival_us, state.priority, state.num_tokens),
-            *(state.num_blocks, idle, self._num_hosted(state)),
+            *(state.num_blocks, idle, self._num_hosted(state), len(self._unasked(state))),
         )
 
     def _num_hosted(self, state: RequestState) -> int:
         """Blocks right behind those on the device that the host has."""
         return self.host.num_leading(state.reusable_keys()[state.num_blocks :])
 
+    def _unasked(self, state: RequestState) -> Sequence[BlockKey]:
+        """Keys behind those that device and host have, which the store was not asked for."""
+        if not self.copier.has_store or state.has_asked_store:
+            return ()
+        behind = state.reusable_keys()[state.num_blocks + self._num_hosted(state) :]
+        return behind[: next((n for n, key in enumerate(behind) if key in self.host), len(behind))]
+
     def _follows(self, state: RequestState) -> bool:
-        """Whether its first block that is not on the device is being restored; then it waits for that copy."""
+        """Whether its first block that is not on the device is being restored, or the first one that the host lacks,
+        too, is being prefetched; then it waits for that copy."""
         keys, num = state.reusable_keys(), state.num_blocks
         copy = self._fetched_by.get(keys[num]) if num < len(keys) else None
+        if copy is None and self.copier.has_store:
+            num += self._num_hosted(state)
+            copy = self._fetched_by.get(keys[num]) if num < len(keys) else None
+            state.has_asked_store = state.has_asked_store or copy is not None
         if copy is None:
             return False
         self._followers[copy].append(state.id)
         return True
 
-    def _offload(self, wanted: Sequence[tuple[int, BlockKey]], now_us: int, plan: CachePlan) -> None:
-        """As many as there is room for: a victim that the same plan restores from stays."""
-        evicted = [slot for slot in plan.evict if self.host.evict(slot)]
+    def _save(self, slots: Sequence[int], now_us: int, reason: str) -> None:
+        keys = self.host.read_slots(slots)
+        self.host.saves(slots)
+        self._launch(Copy(self.num_copies, "save", None, (), tuple(slots), keys, now_us, SAVE_TIMEOUT_US), reason)
+
+    def _make_room(self, num_blocks: int, victims: deque[int]) -> list[int]:
+        """Blocks of the host that are given up; one that the same plan restores from stays."""
+        evicted = []
+        while victims and self.host.num_free_slots < num_blocks:
+            if self.host.evict(slot := victims.popleft()):
+                evicted.append(slot)
+        return evicted
+
+    def _offload(self, wanted: Sequence[tuple[int, BlockKey]], now_us: int, reason: str, victims: deque[int]) -> None:
+        """As many as there is room for."""
+        evicted = self._make_room(len(wanted), victims)
         room = min(len(wanted), self.host.num_free_slots)
         blocks, keys = tuple([b for b, _ in wanted[:room]]), tuple([k for _, k in wanted[:room]])
         self.ledger.unpin([b for b, _ in wanted[room:]], goes_first=False)
         if blocks:
             slots = tuple([self.host.fill(key) for key in keys])
-            copy = Copy(self.num_copies, "offload", None, blocks, slots, keys, now_us)
-            self._launch(copy, plan.reason, evicted=evicted)
+            self._launch(Copy(self.num_copies, "offload", None, blocks, slots, keys, now_us), reason, evicted=evicted)
+
+    def _prefetch(self, state: RequestState, now_us: int, plan: CachePlan, victims: deque[int]) -> bool:
+        """Whether it waits now: for its own blocks, or for another's that shares its prompt."""
+        if self._follows(state):
+            return True
+        wanted = self._unasked(state)[: plan.prefetch[state.id]]
+        evicted = self._make_room(len(wanted), victims)
+        keys = tuple(wanted[: self.host.num_free_slots])
+        if not keys:
+            return False
+        state.has_asked_store = True
+        self.host.touch(state.reusable_keys())
+        slots = tuple([self.host.fill(key) for key in keys])
+        number, timeout_us = self.num_copies, plan.prefetch_timeout_us
+        self._fetched_by |= dict.fromkeys(keys, number)
+        self._followers[number] = [state.id]
+        copy = Copy(number, "prefetch", state.id, (), slots, keys, now_us, timeout_us)
+        self._launch(copy, plan.reason, evicted=evicted)
+        return True
 
     def _keep_for(self, waiting: Sequence[RequestState], last: RequestState) -> None:
         """Room for restored blocks is made of what nobody waits for, if there is enough of that.
@@ -337,7 +450,8 @@ class Tiering:
             request=copy.request,
             blocks=list(copy.blocks),
             slots=list(copy.slots),
-            num_tokens=len(copy.blocks) * self.ledger.block_size,
+            num_tokens=len(copy.keys) * self.ledger.block_size,
+            num_moved_tokens=None,
             num_held_blocks=len(copy.blocks) + len(pinned),
             evicted=list(evicted),
             asked_us=copy.asked_us,
@@ -395,4 +509,9 @@ def tiering_of(
         )
     if copier is None:
         raise ConfigError(f"cache policy {name} is not served here; accepted: device-only")
+    if copier.has_store and getattr(policy, "needs_copy_time", False) and not (copy_time and copy_time.has_store):
+        raise ConfigError(
+            f"cache policy {name} needs copy times of the store, none are given; accepted: a calibration on runs with "
+            "one, or a store's rate"
+        )
     return Tiering(policy, copier, num_host_blocks=room, step_time=step_time, copy_time=copy_time or None)

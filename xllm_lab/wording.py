@@ -27,6 +27,9 @@ _OTHERS = {
     "map_frac": "Waited for pages, %",
     "num_offloaded_tokens": "Offloaded tokens",
     "num_restored_tokens": "Restored tokens",
+    "num_saved_tokens": "Tokens saved in the store",
+    "num_prefetched_tokens": "Tokens prefetched",
+    "num_pushed_tokens": "Tokens pushed",
 }
 
 

@@ -212,7 +212,7 @@ def test_copies_take_as_long_as_the_link(tmp_path: Path) -> None:
     )
     token_us = run.manifest.model["kv_bytes_per_token"] / rate * 1e6
     measured = run.manifest.copy_time_model()
-    for kind in KINDS:
+    for kind in HOST_KINDS:
         assert measured.copy_us(kind, 40) == pytest.approx(40 * token_us, rel=0.01)
     slow = served(host, sessions(), config, Policies(Fcfs(), cache=Lru()))
     free_us = dict.fromkeys(KINDS, 0)

@@ -8,7 +8,7 @@ from tests.small_runs import COPY_TIME, STEP_TIME
 from xllm_lab.copies import Copy, CopyEnd
 from xllm_lab.copy_time import CopyTime
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.ledger import Ledger
+from xllm_lab.ledger import BlockKey, Ledger
 from xllm_lab.policies.cache import CachePolicy
 from xllm_lab.records import Records
 from xllm_lab.request_state import RequestState, new_record
@@ -25,6 +25,7 @@ class TiersByHand:
     Attributes:
         now_us: passes only when somebody moves it.
         records: of the copies.
+        stored: what the store has; None: there is none.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class TiersByHand:
         num_blocks: int,
         step_time: StepTime = STEP_TIME,
         copy_time: CopyTime = COPY_TIME,
+        stored: set[BlockKey] | None = None,
     ) -> None:
+        self.stored, self.has_store = stored, stored is not None
         config = InstanceConfig(block_size=SIZE, num_kv_blocks=num_blocks)
         tiering = tiering_of(policy, config, self, step_time=step_time, copy_time=copy_time)
         assert tiering is not None, "a policy that uses the host"
@@ -82,9 +85,17 @@ class TiersByHand:
         self.audit()
         copies, self._under_way = self._under_way, []
         for copy in copies:
-            self.tiering.done(CopyEnd(copy.number, self.now_us + 1))
+            self.tiering.done(CopyEnd(copy.number, self.now_us + 1, self._num_done(copy)))
             self.audit()
         return copies
+
+    def _num_done(self, copy: Copy) -> int:
+        if self.stored is not None and copy.kind in ("save", "push"):
+            self.stored.update(copy.keys)
+        if copy.kind != "prefetch":
+            return len(copy.keys)
+        assert self.stored is not None, "a prefetch without a store"
+        return next((n for n, key in enumerate(copy.keys) if key not in self.stored), len(copy.keys))
 
     def audit(self) -> None:
         self.ledger.audit()

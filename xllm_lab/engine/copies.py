@@ -1,6 +1,6 @@
-"""The engine's copies of KV blocks between device and host: real bytes, beside the steps.
+"""The engine's copies of KV blocks between device, host and store: real bytes, beside the steps.
 
-Each way has a thread, and on an accelerator a stream, of its own:
+Each way has a thread, and where the device has a part in it and is an accelerator, a stream, of its own:
 
     steps      |---- k ----|---- k+1 ----|---- k+2 ----|
     offload    asked........|-- copy --|                       behind the steps that were launched before it: what they
@@ -15,6 +15,7 @@ nobody but those who wait for it and the copies behind it.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,17 +23,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from xllm_lab.copies import Copy, CopyEnd
-from xllm_lab.copy_time import KINDS, Copied, CopyTime, fit_copy_time
-from xllm_lab.engine.clock import Clock
+from xllm_lab.copy_time import HOST_KINDS, KINDS, STORE_KINDS, Copied, CopyTime, fit_copy_time
+from xllm_lab.engine.clock import Clock, machine_ns
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.host_pool import HostPool
 from xllm_lab.engine.kv import LayerKv
 from xllm_lab.engine.lane import Done, Lane
+from xllm_lab.engine.store_ways import StoreWays
 from xllm_lab.policies.cache import CopyKind
 from xllm_lab.serving import Woke
+from xllm_lab.store import BlockStore
 
 # Copies that are timed at start: the most blocks of one.
 _MOST_TIMED_BLOCKS = 64
+_PATIENCE_US = 10_000_000
 
 
 class _Launched(NamedTuple):
@@ -41,21 +45,21 @@ class _Launched(NamedTuple):
     Attributes:
         behind: the step that was launched last before it.
         least_us: what it takes at the least.
-        end_us: when it is over.
+        end: what became of it, and when.
     """
 
     number: int
     launched_us: int
     behind: Future[Done[Any]] | None
     least_us: int
-    end_us: Future[int]
+    end: Future[CopyEnd]
 
 
 class _OneWay:
     """Copies of one kind, one after another on a thread of their own."""
 
-    def __init__(self, kind: CopyKind, clock: Clock, device: Device) -> None:
-        self._clock, self._side = clock, device.side(kind)
+    def __init__(self, kind: CopyKind, clock: Clock) -> None:
+        self._clock, self._kind = clock, kind
         self._thread = ThreadPoolExecutor(1, kind)
         self._queue: deque[_Launched] = deque()
         self._over_us = 0  # end of the copy that was taken last
@@ -64,7 +68,7 @@ class _OneWay:
     @property
     def is_copying(self) -> bool:
         """Whether the bytes of the next copy are not there yet."""
-        return bool(self._queue) and not self._queue[0].end_us.done()
+        return bool(self._queue) and not self._queue[0].end.done()
 
     @property
     def is_busy(self) -> bool:
@@ -72,14 +76,15 @@ class _OneWay:
         return bool(self._queue)
 
     @property
-    def next(self) -> Future[int]:
+    def next(self) -> Future[CopyEnd]:
         """End of the next copy."""
-        return self._queue[0].end_us
+        return self._queue[0].end
 
-    def launch(self, number: int, work: Callable[[], None], behind: Future[Done[Any]] | None, least_us: int) -> None:
+    def launch(self, number: int, work: Callable[[], int], behind: Future[Done[Any]] | None, least_us: int) -> None:
+        """Queue some work, which returns how many blocks it moved."""
         now_us = self._clock.now_us()
-        end_us = self._thread.submit(self._do, work, now_us, behind, least_us)
-        self._queue.append(_Launched(number, now_us, behind, least_us, end_us))
+        end = self._thread.submit(self._do, number, work, now_us, behind, least_us)
+        self._queue.append(_Launched(number, now_us, behind, least_us, end))
 
     def next_us(self, by_us: int | None) -> int | None:
         """End of the next copy; None if there is none, or if it is after `by_us` and not known.
@@ -88,13 +93,13 @@ class _OneWay:
         """
         if not self._queue or (self.is_copying and (self._clock.is_shared or not self._may_end(by_us))):
             return None
-        return self.next.result()
+        return self.next.result().end_us
 
-    def take(self) -> int:
-        """The next copy is over, and told of; returns its number."""
-        copy = self._queue.popleft()
-        self._over_us = copy.end_us.result()
-        return copy.number
+    def take(self) -> CopyEnd:
+        """The next copy is over, and told of."""
+        end = self._queue.popleft().end.result()
+        self._over_us = end.end_us
+        return end
 
     def close(self) -> None:
         """What was not begun is forgotten."""
@@ -109,13 +114,19 @@ class _OneWay:
             begins_us = max(begins_us, copy.behind.result().end_us)
         return by_us is None or begins_us + max(1, copy.least_us) <= by_us
 
-    def _do(self, work: Callable[[], None], launched_us: int, behind: Future[Done[Any]] | None, least_us: int) -> int:
+    def _do(
+        self, number: int, work: Callable[[], int], launched_us: int, behind: Future[Done[Any]] | None, least_us: int
+    ) -> CopyEnd:
         if behind is not None:
             launched_us = max(launched_us, behind.result().end_us)
-        timed = self._clock.times(partial(self._side, work), not_before_us=max(launched_us, self._free_us))
+        before_ns = machine_ns()
+        timed = self._clock.times(work, not_before_us=max(launched_us, self._free_us))
+        took_us = timed.end_us - timed.start_us
+        if self._kind in STORE_KINDS:
+            took_us = max(took_us, (machine_ns() - before_ns) // 1000)  # others than this thread work, or wait, for it
         began_us = max(timed.start_us, self._free_us)
-        self._free_us = began_us + max(1, least_us, timed.end_us - timed.start_us)
-        return self._free_us
+        self._free_us = began_us + max(1, least_us, took_us)
+        return CopyEnd(number, self._free_us, timed.result)
 
 
 class EngineCopies:
@@ -123,11 +134,14 @@ class EngineCopies:
 
     Args:
         num_slots: blocks of the host.
-        link_bytes_per_s: the rate of an emulated link, each way; None: what the machine does.
+        link_bytes_per_s: the rate of an emulated link between device and host, each way; None: what the machine does.
+        store: for the KV blocks of this run, below the host; None: there is none.
     """
 
-    def __init__(self, num_slots: int, *, link_bytes_per_s: float | None = None) -> None:
-        self._num_slots, self._link_bytes_per_s = num_slots, link_bytes_per_s
+    def __init__(
+        self, num_slots: int, *, link_bytes_per_s: float | None = None, store: BlockStore | None = None
+    ) -> None:
+        self._num_slots, self._link_bytes_per_s, self._store = num_slots, link_bytes_per_s, store
         self._told_us = 0  # of the answer before
 
     def open(self, clock: Clock, layers: Sequence[LayerKv], device: Device, lane: Lane | None = None) -> EngineCopies:
@@ -138,8 +152,14 @@ class EngineCopies:
         """
         self.pool = HostPool(layers, num_slots=self._num_slots, device=device)
         self._clock, self._lane = clock, lane
-        self._ways = {kind: _OneWay(kind, clock, device) for kind in KINDS}
+        self._sides = {kind: device.side(kind) for kind in HOST_KINDS}
+        self._store_ways = None if self._store is None else StoreWays(self._store, self.pool, layers, device)
+        self._ways = {kind: _OneWay(kind, clock) for kind in (KINDS if self.has_store else HOST_KINDS)}
         return self
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
 
     @property
     def is_copying(self) -> bool:
@@ -148,10 +168,14 @@ class EngineCopies:
 
     def launch(self, copy: Copy) -> None:
         least_us = 0
-        if self._link_bytes_per_s is not None:
-            least_us = round(len(copy.blocks) * self.pool.block_bytes / self._link_bytes_per_s * 1e6)
-        work = partial(self.pool.move, copy.kind, copy.blocks, copy.slots)
-        behind = None if self._lane is None else self._lane.latest
+        if copy.kind in STORE_KINDS:
+            assert self._store_ways is not None, f"a {copy.kind} without a store"
+            work = self._store_ways.work(copy)
+        else:
+            work = partial(self._move, copy)
+            if self._link_bytes_per_s is not None:
+                least_us = round(len(copy.blocks) * self.pool.block_bytes / self._link_bytes_per_s * 1e6)
+        behind = self._lane.latest if self._lane is not None and copy.blocks else None
         self._ways[copy.kind].launch(copy.number, work, behind, least_us)
 
     def over(self, now_us: int) -> list[CopyEnd]:
@@ -162,7 +186,7 @@ class EngineCopies:
         ends: list[CopyEnd] = []
         for way in self._ways.values():
             while (end_us := self._next_of(way, now_us)) is not None and end_us <= now_us:
-                ends.append(CopyEnd(way.take(), end_us))
+                ends.append(way.take()._replace(end_us=end_us))
         self._told_us = now_us
         return sorted(ends, key=lambda end: (end.end_us, end.number))
 
@@ -187,6 +211,10 @@ class EngineCopies:
     def __exit__(self, *_: object) -> None:
         for way in self._ways.values():
             way.close()
+
+    def _move(self, copy: Copy) -> int:
+        self._sides[copy.kind](partial(self.pool.move, copy.kind, copy.blocks, copy.slots))
+        return len(copy.blocks)
 
     def _wait(self, until_us: int | None) -> None:
         """Where time passes for all threads alike, let it, while what ends next may be a copy under way."""
@@ -219,10 +247,18 @@ def measure_copy_time(
     seen: list[Copied] = []
     with copies.open(clock, layers, device):
         for num_blocks in [most >> k for k in range(most.bit_length())] * 3:
-            for kind in KINDS:
+            keys = tuple([os.urandom(16) for _ in range(num_blocks)])  # no store has them yet
+            for kind in KINDS if copies.has_store else HOST_KINDS:
                 blocks = tuple(range(num_blocks))
+                if kind == "push":
+                    keys = tuple([os.urandom(16) for _ in blocks])
                 asked_us = clock.now_us()
-                copies.launch(Copy(len(seen), kind, None, blocks, blocks, (), asked_us))
+                copies.launch(
+                    Copy(
+                        *(len(seen), kind, None, () if kind in ("save", "prefetch") else blocks),
+                        *(() if kind == "push" else blocks, keys, asked_us, _PATIENCE_US),
+                    )
+                )
                 (end,) = copies.rest(None, clock.wait_until).copied
-                seen.append(Copied(kind, num_blocks * block_size, end.end_us - asked_us))
+                seen.append(Copied(kind, end.num_blocks * block_size, end.end_us - asked_us))
     return fit_copy_time(seen)

@@ -54,6 +54,7 @@ from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, WorkloadFeed, serve
 from xllm_lab.step import Step, Work
 from xllm_lab.step_time import StepTime
+from xllm_lab.store import BlockIdentity, BlockStore, open_store
 from xllm_lab.tiering import num_host_blocks
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
@@ -75,6 +76,7 @@ class EngineOptions:
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
         draft_model: what drafts by "draft_model": another model, or some layers of the served one, "layers:0-9,28-29".
         host_link_bytes_per_s: copies between device and host end no sooner than at that rate; None: when they end.
+        store: of KV blocks below the host, as `store.open_store` names one; None: there is none.
         check_ops: from now on, hold each call of an operator in this process against the limits of its documentation;
             slow, and only where operators have some.
     """
@@ -91,6 +93,7 @@ class EngineOptions:
     rank_timeout_s: float = 300.0
     draft_model: str | None = None
     host_link_bytes_per_s: float | None = None
+    store: str | None = None
     check_ops: bool = False
 
 
@@ -124,6 +127,7 @@ class Engine:
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.ranks = self._others() if ranks is None else ranks
+        self._store: BlockStore | None = None
         try:
             self._open()
         except BaseException:
@@ -170,7 +174,9 @@ class Engine:
         return open_draft_model(spec, self.model, device=self.device, group_size=size, without=self.options.without_ops)
 
     def close(self) -> None:
-        """The other ranks end; alone, nothing does."""
+        """The other ranks end, and the store is left."""
+        if self._store is not None:
+            self._store.close()
         if self.ranks is not None:
             self.ranks.end()
 
@@ -212,7 +218,7 @@ class Engine:
         scheduler = scheduler_of(
             *(config, policies, recorder),
             proposer=self.proposer(policies, config),
-            copier=self._copies(policies.cache, config),
+            copier=self.copies(policies.cache, config),
             step_time=step_time,
             draft_time=draft_time,
             copy_time=copy_time,
@@ -355,6 +361,7 @@ class Engine:
                 timing=timing,
                 model=self.describe(),
                 graphs=graphs,
+                store=None if isinstance(policies.cache, DeviceOnly) else self.describe_store(),
                 drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
                 **describe(config, policies, step_time, workload, draft_time=draft_time, copy_time=copy_time),
             )
@@ -393,14 +400,55 @@ class Engine:
         Raises:
             ConfigError: the KV pool or the host's blocks do not fit.
         """
-        copies, num_slots = self._copies(policy, config), num_host_blocks(policy, config)
+        copies, num_slots = self.copies(policy, config), num_host_blocks(policy, config)
+        assert copies is not None, f"policy {policy_name(policy)} copies nothing"
         with self._together():
             runner = self._runner(config)
             clock = make_clock("virtual", self.options.timer)
             return measure_copy_time(copies, clock, runner.kv, self.device, num_slots=num_slots)
 
-    def _copies(self, policy: CachePolicy, config: InstanceConfig) -> EngineCopies:
-        return EngineCopies(num_host_blocks(policy, config), link_bytes_per_s=self.options.host_link_bytes_per_s)
+    def copies(self, policy: CachePolicy, config: InstanceConfig) -> EngineCopies | None:
+        """What copies between tiers in a run; None where nothing is ever copied.
+
+        Raises:
+            ConfigError: the store cannot be opened.
+        """
+        if isinstance(policy, DeviceOnly):
+            return None
+        link = self.options.host_link_bytes_per_s
+        return EngineCopies(num_host_blocks(policy, config), link_bytes_per_s=link, store=self._opened_store(config))
+
+    def _opened_store(self, config: InstanceConfig) -> BlockStore | None:
+        """Kept for the next run: what this process lends to it would be gone with it."""
+        if self.options.store is None:
+            return None
+        identity = self._block_identity(config)
+        if self._store is not None and self._store.identity != identity:
+            self._store.close()
+            self._store = None
+        if self._store is None:
+            shape, dtype = self.model.model.config, self.model.model.dtype
+            block_bytes = shape.kv_bytes_per_token(dtype) * config.block_size
+            self._store = open_store(self.options.store, identity, block_bytes)
+        return self._store
+
+    def _block_identity(self, config: InstanceConfig) -> BlockIdentity:
+        shape = self.model.model.config
+        return BlockIdentity(
+            model=self.model.checksum,
+            layout="layer, key or value, token, head, dimension",
+            dtype=str(self.model.model.dtype).removeprefix("torch."),
+            block_size=config.block_size,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+        )
+
+    def describe_store(self) -> dict[str, Any] | None:
+        """The store and what became of its blocks since it was opened, for manifests; None where there is none."""
+        if self._store is None:
+            return None
+        return {"store": self._store.described, **asdict(self._store.counters())}
 
     def _refuse(self, workload: Workload, config: InstanceConfig, policies: Policies) -> None:
         self.refuse(config, policies)
@@ -419,6 +467,10 @@ class Engine:
                 "accepted: tensor_parallel 1, or 'paged'"
             )
         self._refuse_method(policies.draft)
+        if self.options.store is not None and isinstance(policies.cache, DeviceOnly):
+            raise ConfigError(
+                f"store is {self.options.store!r}, and cache policy device-only never uses it; accepted: another policy"
+            )
         if not isinstance(policies.cache, DeviceOnly):
             self._refuse_tiers(policies.cache, policies.draft)
 

@@ -181,7 +181,7 @@ class Fleet:
         )
         self._seats = []
         for k in range(config.num_instances):
-            copies = SimulatedCopies(self._env, partial(timing.links, instance.block_size))
+            copies = SimulatedCopies(self._env, partial(timing.links, instance.block_size), has_store=timing.has_store)
             scheduler = scheduler_of(
                 *(instance, policies, recorder),
                 proposer=timing.proposer,

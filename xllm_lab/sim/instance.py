@@ -28,9 +28,10 @@ from xllm_lab.page_time import PageTime
 from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
-from xllm_lab.sim.copies import EndsAt, SimulatedCopies, priced_by
+from xllm_lab.sim.copies import EndOf, SimulatedCopies, priced_by
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.drafts import SimulatedDrafts
+from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.step import Step
 from xllm_lab.step_time import Chunk
 from xllm_lab.workload import RequestId
@@ -64,8 +65,13 @@ class Timing(Protocol):
         """What makes drafts; `sampled` says which are kept."""
         ...
 
-    def links(self, block_size: int) -> EndsAt:
-        """When copies between the tiers of one instance end."""
+    def links(self, block_size: int) -> EndOf:
+        """What becomes of copies between the tiers of one instance."""
+        ...
+
+    @property
+    def has_store(self) -> bool:
+        """Whether instances share a store of KV blocks."""
         ...
 
     def wake_us(self, until_us: int) -> int:
@@ -91,6 +97,7 @@ class Predicted:
     Args:
         draft_time: of making drafts, before the step that verifies them.
         copy_time: of copies between tiers.
+        store: that instances share.
         drafting_cost: prices steps with drafts, which no host plans ahead; without it `cost` does.
         page_time: of mapping pages of virtual KV.
         hides_mapping: a step's pages are mapped while the one before it computes, as steps are planned ahead.
@@ -109,6 +116,7 @@ class Predicted:
         proposer: SimulatedDrafts | None = None,
         draft_time: DraftTime | None = None,
         copy_time: CopyTime | None = None,
+        store: SimulatedStore | None = None,
         drafting_cost: CostModel | None = None,
         page_time: PageTime | None = None,
         hides_mapping: bool = False,
@@ -120,6 +128,7 @@ class Predicted:
         self._cost, self._drafting_cost = cost, drafting_cost or cost
         self.proposer = proposer
         self._draft_time, self._copy_time = draft_time or DraftTime(), copy_time or CopyTime()
+        self._store = store
         self._most_steps = _MOST_STEPS if fast_forward else 1
         self.num_steps = 0
         self.num_extrapolated = 0
@@ -128,8 +137,12 @@ class Predicted:
     def extrapolated_frac(self) -> float:
         return self.num_extrapolated / self.num_steps if self.num_steps else 0.0
 
-    def links(self, block_size: int) -> EndsAt:
-        return priced_by(self._copy_time, block_size)
+    def links(self, block_size: int) -> EndOf:
+        return priced_by(self._copy_time, block_size, self._store)
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
 
     def wake_us(self, until_us: int) -> int:
         return until_us

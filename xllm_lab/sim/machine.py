@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from xllm_lab.copy_time import CopyTime, link_copy_time
+from xllm_lab.copy_time import STORE_KINDS, CopyTime, link_copy_time
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.errors import ConfigError, ModelError
 from xllm_lab.hardware import Device
@@ -33,6 +33,7 @@ from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Predicted
+from xllm_lab.sim.store import SimulatedStore, StoreRoom, store_room
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
 
 _RUNS = "accepted: a calibration on runs of both kinds"
@@ -54,6 +55,7 @@ class Machine:
         draft_time: what making them takes.
         page_time: what mapping pages of virtual KV takes; None: nobody knows, and nobody may have any.
         copy_time: what copies between tiers take, where that is known.
+        store: below the host, shared by all instances; None: there is none.
     """
 
     cost: CostModel
@@ -67,6 +69,7 @@ class Machine:
     draft_time: DraftTime = field(default_factory=DraftTime)
     page_time: PageTime | None = None
     copy_time: CopyTime = field(default_factory=CopyTime)
+    store: StoreRoom | None = None
 
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
@@ -80,10 +83,23 @@ class Machine:
             proposer=None if self.acceptance is None else SimulatedDrafts(self.acceptance),
             draft_time=self.draft_time,
             copy_time=self.copy_time,
+            store=self._opened_store(config),
             drafting_cost=Hosted(self.cost, self.host),
             page_time=self.page_time,
             hides_mapping=config.async_scheduling != "off",
         )
+
+    def _opened_store(self, config: InstanceConfig) -> SimulatedStore | None:
+        if self.store is None:
+            return None
+        room, token_bytes = self.store.num_bytes, self.model.get("kv_bytes_per_token")
+        if room is None:
+            return SimulatedStore()
+        if not token_bytes:
+            raise ConfigError(
+                "the store has room for so many bytes, and the machine does not say how many a token takes"
+            )
+        return SimulatedStore(room // (token_bytes * config.block_size))
 
     def refuse_if_not_priced(self, policies: Policies, config: InstanceConfig) -> None:
         """ConfigError for steps in captured graphs, or eager ones, where none of those calibrated on was one.
@@ -94,6 +110,13 @@ class Machine:
             raise ConfigError(
                 f"cache is {policy_name(policies.cache)!r}, and what a copy to the host and back takes is not known; "
                 "accepted: a calibration on runs with both, or --host-link"
+            )
+        if self.store is not None and isinstance(policies.cache, DeviceOnly):
+            raise ConfigError("there is a store, and cache is 'device-only', which never uses it; accepted: another")
+        if self.store is not None and not self.copy_time.has_store:
+            raise ConfigError(
+                "what a copy to the store and back takes is not known; accepted: a calibration on runs with a store, "
+                "or a store's bytes_per_s"
             )
         if config.kv_layout == "virtual" and self.page_time is None:
             raise ConfigError(
@@ -201,7 +224,29 @@ def with_host_link(machine: Machine, bytes_per_s: float) -> Machine:
     if not token_bytes:
         raise ConfigError("the machine does not say how many bytes of KV a token takes; accepted: one whose model does")
     told = {**machine.timing, "host_link_bytes_per_s": bytes_per_s}
-    return replace(machine, copy_time=link_copy_time(bytes_per_s, token_bytes), timing=told)
+    link = link_copy_time(bytes_per_s, token_bytes)
+    copy_time = link.with_store(machine.copy_time) if machine.copy_time.has_store else link
+    return replace(machine, copy_time=copy_time, timing=told)
+
+
+def with_store(machine: Machine, spec: str) -> Machine:
+    """The same machine, with a store below the host; its times are the calibration's, if the spec has none.
+
+    Args:
+        spec: "sim:" and, after a "?", any of bytes=SIZE, bytes_per_s=RATE and latency_us=TIME.
+
+    Raises:
+        ConfigError: anything else, or a machine that does not say how large a token's KV is, where that matters.
+    """
+    room, rate, latency_us = store_room(spec)
+    copy_time = machine.copy_time
+    if rate is not None:
+        token_bytes = machine.model.get("kv_bytes_per_token")
+        if not token_bytes:
+            raise ConfigError("the machine does not say how many bytes of KV a token takes; accepted: one that does")
+        given = link_copy_time(rate, token_bytes, latency_us=latency_us, kinds=STORE_KINDS)
+        copy_time = copy_time.with_store(given)
+    return replace(machine, copy_time=copy_time, store=room, timing={**machine.timing, "store": spec})
 
 
 def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | None = None) -> Machine:

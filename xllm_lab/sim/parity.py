@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from xllm_lab.copies import Copy, CopyRecord
+from xllm_lab.copies import Copy, CopyEnd, CopyRecord
 from xllm_lab.drafting import Asked
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.draft import METHODS
@@ -15,7 +15,7 @@ from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord, f
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled
-from xllm_lab.sim.copies import EndsAt
+from xllm_lab.sim.copies import EndOf
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import PageMoves, Step
@@ -87,10 +87,11 @@ class Recorded:
 
     Args:
         methods: of drafting, those that the engine had.
+        has_store: whether it had a store below the host.
     """
 
-    def __init__(self, records: Records, *, methods: Sequence[str] = METHODS) -> None:
-        self.methods = methods
+    def __init__(self, records: Records, *, methods: Sequence[str] = METHODS, has_store: bool = False) -> None:
+        self.methods, self._has_store = methods, has_store
         self._steps = records.steps
         self._requests = {r.id: r for r in records.requests}
         self._over_us = max((r.finish_us or 0 for r in records.requests), default=0)
@@ -111,13 +112,21 @@ class Recorded:
     def forget(self, request: RequestId) -> None:
         """Nothing is kept of it."""
 
-    def links(self, block_size: int) -> EndsAt:
-        return self._copy_ends_us
+    def links(self, block_size: int) -> EndOf:
+        self._block_size = block_size
+        return self._end_of
 
-    def _copy_ends_us(self, copy: Copy, now_us: int) -> int | None:
+    @property
+    def has_store(self) -> bool:
+        return self._has_store
+
+    def _end_of(self, copy: Copy, now_us: int) -> CopyEnd | None:
         """As recorded; that it was another copy, the next step will show."""
         self.asked.append(AskedCopy(now_us, copy.kind, copy.request, copy.blocks, copy.slots))
-        return self._copies[copy.number].end_us if copy.number < len(self._copies) else None
+        known = self._copies[copy.number] if copy.number < len(self._copies) else None
+        if known is None or known.end_us is None or known.num_moved_tokens is None:
+            return None
+        return CopyEnd(copy.number, known.end_us, known.num_moved_tokens // self._block_size)
 
     @property
     def num_replayed(self) -> int:

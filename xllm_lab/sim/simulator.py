@@ -96,7 +96,7 @@ def serve_alone(
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
     env = simpy.Environment(initial_time=0)
-    copies = SimulatedCopies(env, partial(timing.links, config.block_size))
+    copies = SimulatedCopies(env, partial(timing.links, config.block_size), has_store=timing.has_store)
     scheduler = scheduler_of(
         *(config, policies, recorder),
         proposer=timing.proposer,

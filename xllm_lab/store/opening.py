@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from xllm_lab.errors import ConfigError
 from xllm_lab.store.block_store import BlockStore
 from xllm_lab.store.directory import DirectoryShelf
 from xllm_lab.store.envelope import HEADER_BYTES, BlockIdentity
 from xllm_lab.store.shelf import Shelf
+from xllm_lab.store_spec import Options, count_of, options_of, size_of
 
 ACCEPTED: Final = "dir:/PATH?bytes=20GiB, or mooncake://127.0.0.1:50051?segment_bytes=4GiB"
-_UNITS: Final = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 # Eight blocks a call are xLLM's own example of `prefetch_batch_size`; a lane's memory stays within 64 MiB.
 _BATCH_BLOCKS, _BATCH_BYTES = 8, 64 << 20
 _NUM_LANES = 4
-
-Options = dict[str, str]
 
 
 def open_store(spec: str, identity: BlockIdentity, block_bytes: int) -> BlockStore:
@@ -47,10 +45,10 @@ def open_store(spec: str, identity: BlockIdentity, block_bytes: int) -> BlockSto
     scheme = spec.partition(":")[0]
     if scheme not in _OPENERS:
         raise ConfigError(f"{spec!r} names no store of KV blocks; accepted are {ACCEPTED}")
-    options = _options(spec)
+    options = options_of(spec)
     at_once = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // (HEADER_BYTES + block_bytes)))
-    batch_blocks = _count(spec, options, "batch_blocks", at_once)
-    num_lanes = _count(spec, options, "lanes", _NUM_LANES)
+    batch_blocks = count_of(spec, options, "batch_blocks", at_once)
+    num_lanes = count_of(spec, options, "lanes", _NUM_LANES)
     shelf = _OPENERS[scheme](spec, options)
     return BlockStore(shelf, identity, block_bytes, batch_blocks=batch_blocks, num_lanes=num_lanes)
 
@@ -59,7 +57,7 @@ def _open_directory(spec: str, options: Options) -> Shelf:
     path = unquote(spec.partition(":")[2].partition("?")[0])
     if not path:
         raise ConfigError(f"{spec!r} has no path; accepted is dir:/PATH?bytes=20GiB")
-    capacity_bytes = _size(spec, options, "bytes", 10 << 30)
+    capacity_bytes = size_of(spec, options, "bytes", 10 << 30)
     _expect_all_known(spec, options, ("bytes", "batch_blocks", "lanes"))
     return DirectoryShelf(Path(path), capacity_bytes)
 
@@ -72,8 +70,8 @@ def _open_mooncake(spec: str, options: Options) -> Shelf:
         host = port = None
     if host is None or port is None or address.path not in ("", "/"):
         raise ConfigError(f"{spec!r} has no address of a master; accepted is mooncake://127.0.0.1:50051")
-    segment_bytes = _size(spec, options, "segment_bytes", 0)
-    rpc_timeout_ms = _count(spec, options, "rpc_timeout_ms", 1000)
+    segment_bytes = size_of(spec, options, "segment_bytes", 0)
+    rpc_timeout_ms = count_of(spec, options, "rpc_timeout_ms", 1000)
     listen, protocol = options.pop("listen", "127.0.0.1"), options.pop("protocol", "tcp")
     known = ("segment_bytes", "listen", "protocol", "rpc_timeout_ms", "batch_blocks", "lanes")
     _expect_all_known(spec, options, known)
@@ -87,37 +85,6 @@ def _open_mooncake(spec: str, options: Options) -> Shelf:
 _OPENERS: Final[Mapping[str, Callable[[str, Options], Shelf]]] = {"dir": _open_directory, "mooncake": _open_mooncake}
 
 
-def _options(spec: str) -> Options:
-    try:
-        pairs = parse_qsl(spec.partition("?")[2], keep_blank_values=True, strict_parsing="?" in spec)
-    except ValueError as error:
-        raise ConfigError(f"{spec!r}: {error}; options are accepted as NAME=VALUE&NAME=VALUE") from error
-    options = dict(pairs)
-    if len(options) < len(pairs):
-        raise ConfigError(f"{spec!r} gives an option twice; once each is accepted")
-    return options
-
-
 def _expect_all_known(spec: str, left: Options, known: tuple[str, ...]) -> None:
     for name in left:
         raise ConfigError(f"{spec!r}: {name!r} is no option of this store; accepted are {', '.join(known)}")
-
-
-def _size(spec: str, options: Options, name: str, default: int) -> int:
-    if name not in options:
-        return default
-    told = options.pop(name)
-    number = told.rstrip("KMGTiB")
-    unit = told[len(number) :]
-    if not number.isascii() or not number.isdigit() or unit not in _UNITS:
-        raise ConfigError(
-            f"{spec!r}: {name} is {told!r}; a whole number of bytes is accepted, or of KiB, MiB, GiB or TiB"
-        )
-    return int(number) * _UNITS[unit]
-
-
-def _count(spec: str, options: Options, name: str, default: int) -> int:
-    told = options.pop(name, str(default))
-    if not told.isascii() or not told.isdigit() or int(told) < 1:
-        raise ConfigError(f"{spec!r}: {name} is {told!r}; a whole number of at least 1 is accepted")
-    return int(told)

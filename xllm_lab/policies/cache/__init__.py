@@ -2,11 +2,15 @@
 gives up; one file a policy beside it.
 
     device    idle block --offload--> block in the host's memory --restore--> idle block of the device
-                                      --evict--> gone
+                                      --evict--> gone from it
+    store                             --save--> block in the store --prefetch--> block in the host's memory
 
 A cached block is one that the prefix cache can name: full, computed, and never written again. Copies run beside the
-steps. A request whose blocks are being restored waits for them; it is not shown to the batch policy until they are
-there, and then it finds them in the prefix cache. What nobody restores is computed again.
+steps. A request whose blocks are being restored or prefetched waits for them; it is not shown to the batch policy until
+they are there, and then it finds them in the prefix cache, or in the host. What nobody restores is computed again.
+
+The store is shared with other instances, forgets what it likes, and what it has is known by asking for it: a request
+has its blocks asked for once, and waits for the answer until a deadline at most.
 
 The cache policy is asked before the batch policy, whenever something could be copied.
 """
@@ -19,7 +23,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 from xllm_lab.policies.api import Flag, Knob, RequestId, StepTimeView
 
-CopyKind = Literal["offload", "restore"]
+CopyKind = Literal["offload", "restore", "save", "prefetch", "push"]
 # Fields that several policies have. The host has room for so many times the device's blocks.
 HostBlocksFactor = Annotated[float, Knob(0.25, 16.0, log=True), Flag("host_blocks_factor")]
 MostBlocks = Annotated[int, Knob(1, 256, log=True)]
@@ -81,6 +85,11 @@ class WaitingView(Protocol):
         """Further full blocks, right behind them, that the host holds."""
         ...
 
+    @property
+    def num_unasked_blocks(self) -> int:
+        """Further full blocks, right behind those, that the store was not asked for yet; 0 without a store."""
+        ...
+
 
 class CacheView(Protocol):
     """The tiers of one instance, before a step is planned.
@@ -128,6 +137,18 @@ class CacheView(Protocol):
         ...
 
     @property
+    def has_store(self) -> bool: ...
+    @property
+    def num_saving(self) -> int:
+        """Blocks on their way to the store."""
+        ...
+
+    @property
+    def num_prefetching(self) -> int:
+        """Blocks on their way from it, if it has them; the host keeps room for them."""
+        ...
+
+    @property
     def num_outstanding_tokens(self) -> int:
         """Known tokens of running requests that are not in KV: what the device has to compute before any other."""
         ...
@@ -154,6 +175,14 @@ class CacheView(Protocol):
         """Whether `hosted` has a block of that id."""
         ...
 
+    def unsaved(self) -> Iterable[CachedBlock]:
+        """Of those that were not given to the store, nor came from it, in the order in which they came to the host."""
+        ...
+
+    def is_unsaved(self, block: int) -> bool:
+        """Whether `unsaved` has a block of that id."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePlan:
@@ -161,19 +190,25 @@ class CachePlan:
 
     Attributes:
         offload: idle blocks of the device to copy to the host, in this order.
-        evict: blocks of the host to give up for them; no more than that takes.
+        evict: blocks of the host to give up for them, and for what is prefetched; no more than that takes.
         restore: of waiting requests, how many of their `num_host_blocks` to fetch, from the first on.
+        save: blocks of the host to give to the store, in this order.
+        prefetch: of other waiting requests, for how many of their `num_unasked_blocks` to ask the store.
+        prefetch_timeout_us: how long they wait for its answer at most.
         reason: one phrase for the log.
     """
 
     offload: tuple[int, ...] = ()
     evict: tuple[int, ...] = ()
     restore: Mapping[RequestId, int] = field(default_factory=dict)
+    save: tuple[int, ...] = ()
+    prefetch: Mapping[RequestId, int] = field(default_factory=dict)
+    prefetch_timeout_us: int = 0
     reason: str
 
     @property
     def is_empty(self) -> bool:
-        return not self.offload and not self.restore
+        return not (self.offload or self.restore or self.save or self.prefetch)
 
 
 class CachePolicy(Protocol):
@@ -206,13 +241,28 @@ def recency(block: CachedBlock) -> tuple[float, int]:
 class Copies:
     """A plan in the making: what the tiers still have room for."""
 
-    __slots__ = ("_blocks_left", "_evict", "_offload", "_restore", "_room", "_view")
+    __slots__ = (
+        "_blocks_left",
+        "_evict",
+        "_offload",
+        "_prefetch",
+        "_prefetch_timeout_us",
+        "_restore",
+        "_room",
+        "_save",
+        "_victims",
+        "_view",
+    )
 
     def __init__(self, view: CacheView) -> None:
         self._view = view
         self._offload: list[int] = []
         self._evict: list[int] = []
         self._restore: dict[RequestId, int] = {}
+        self._save: list[int] = []
+        self._prefetch: dict[RequestId, int] = {}
+        self._prefetch_timeout_us = 0
+        self._victims: Iterator[CachedBlock] | None = None
         self._room = view.num_free_host_blocks
         self._blocks_left = view.num_free_blocks
 
@@ -221,22 +271,44 @@ class Copies:
 
         Only for what is worth more, or two blocks would take each other's place for ever.
         """
-        victims: Iterator[CachedBlock] | None = None
         for block in blocks:
             if self._room:
                 self._room -= 1
             else:
-                victims = victims or iter(self._victims(worth))
-                victim = next(victims, None)
+                victim = self._victim(worth)
                 if victim is None or worth(victim) >= worth(block):
                     return
                 self._evict.append(victim.id)
             self._offload.append(block.id)
             self._blocks_left -= 1  # until it is copied
 
-    def _victims(self, worth: Worth) -> Iterable[CachedBlock]:
-        hosted = self._view.hosted()
-        return hosted if worth is recency else sorted(hosted, key=worth)
+    def _victim(self, worth: Worth) -> CachedBlock | None:
+        """Of the host's blocks that are left the one that is worth least."""
+        if self._victims is None:
+            hosted = self._view.hosted()
+            self._victims = iter(hosted if worth is recency else sorted(hosted, key=worth))
+        return next((b for b in self._victims if b.id not in self._save), None)
+
+    def save(self, blocks: Iterable[CachedBlock]) -> None:
+        """Give blocks of the host to the store; they stay meanwhile. Before anything that evicts."""
+        self._save += [block.id for block in blocks]
+
+    def prefetch(self, request: WaitingView, num_blocks: int, timeout_us: int, worth: Worth = recency) -> int:
+        """Ask the store for up to so many of a request's blocks, as far as the host has room; returns for how many."""
+        num = min(num_blocks, request.num_unasked_blocks)
+        while self._room < num and (victim := self._victim(worth)) is not None:
+            self._evict.append(victim.id)
+            self._room += 1
+        num = min(num, self._room)
+        if num < 1:
+            return 0
+        self._room -= num
+        self._prefetch[request.id], self._prefetch_timeout_us = num, timeout_us
+        return num
+
+    def is_prefetching(self, request: WaitingView) -> bool:
+        """Whether the store is asked for its blocks: what the host has of it is fetched once it has all."""
+        return request.id in self._prefetch
 
     def restore(self, request: WaitingView, num_blocks: int) -> int:
         """Fetch up to so many of a request's blocks, as far as they fit on the device; returns how many.
@@ -253,4 +325,12 @@ class Copies:
         return num
 
     def plan(self, reason: str) -> CachePlan:
-        return CachePlan(offload=tuple(self._offload), evict=tuple(self._evict), restore=self._restore, reason=reason)
+        return CachePlan(
+            offload=tuple(self._offload),
+            evict=tuple(self._evict),
+            restore=self._restore,
+            save=tuple(self._save),
+            prefetch=self._prefetch,
+            prefetch_timeout_us=self._prefetch_timeout_us,
+            reason=reason,
+        )

@@ -9,13 +9,14 @@ from typing import Annotated, ClassVar
 from xllm_lab.policies.api import Knob, refuse_below
 from xllm_lab.policies.cache import CachedBlock, CachePlan, CacheView, Copies, HostBlocksFactor, MostBlocks, WaitingView
 from xllm_lab.policies.cache.restoring import next_in_line
+from xllm_lab.policies.cache.storing import Storing
 
 # Of a long run of blocks so many lengths are weighed, evenly spread.
 _MOST_LENGTHS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostAware:
+class CostAware(Storing):
     """Of each waiting request as many blocks are fetched as bring its first token soonest for the least of the device.
 
         without         |-- those before it --|---- its whole prompt ----|
@@ -31,6 +32,7 @@ class CostAware:
         max_offloading_blocks: blocks on their way to the host at once.
         max_restoring_blocks: blocks on their way back at once.
         host_blocks_factor: room in the host, in times of the device's blocks.
+        others: what is given to a store and asked of it, as in `Storing`; asked only for what would come for less.
     """
 
     decides: ClassVar[str] = "cache"
@@ -43,6 +45,7 @@ class CostAware:
     host_blocks_factor: HostBlocksFactor = 4.0
 
     def __post_init__(self) -> None:
+        Storing.__post_init__(self)
         refuse_below(
             1,
             device_cost=self.device_cost,
@@ -52,12 +55,15 @@ class CostAware:
 
     def decide(self, view: CacheView) -> CachePlan:
         copies = Copies(view)
+        self.save(view, copies)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
         weighing = _Weighing(view, self.device_cost)
         copies.offload(islice(filter(weighing.pays, view.idle()), room))
+        self.prefetch(view, copies, weighing.asks_for)
         left = self.max_restoring_blocks - view.num_restoring
         for request in next_in_line(view):
-            num = min(left, weighing.best(request)) if left > 0 and request.num_host_blocks else 0
+            may_restore = left > 0 and request.num_host_blocks and not copies.is_prefetching(request)
+            num = min(left, weighing.best(request)) if may_restore else 0
             num = copies.restore(request, num)
             left -= num
             weighing.passes(request, num)
@@ -79,6 +85,16 @@ class _Weighing:
         """Whether fetching it alone would cost less than computing it."""
         start = block.depth * self._size
         return self._fetch_us(1) < self._device_cost * self._computes_us(start, start + self._size)
+
+    def asks_for(self, request: WaitingView) -> int:
+        """How many blocks to ask the store for: all, if they would come for less than computing them costs, or none.
+
+        A store that has nothing says so at once.
+        """
+        num, start = request.num_unasked_blocks, request.num_device_blocks + request.num_host_blocks
+        comes_us = self._copy_time.copy_us("prefetch", num * self._size) + self._fetch_us(num)
+        computes_us = self._computes_us(start * self._size, (start + num) * self._size)
+        return num if comes_us < self._device_cost * computes_us else 0
 
     def best(self, request: WaitingView) -> int:
         """How many blocks to fetch; 0 is none."""

@@ -29,7 +29,8 @@ def restore_by_arrival(view: CacheView, copies: Copies, most_blocks: int, wanted
     """For those who are next, while fewer than `most_blocks` are on their way."""
     left = most_blocks - view.num_restoring
     for request in next_in_line(view):
-        left -= copies.restore(request, min(left, wanted(request)))
+        num_blocks = 0 if copies.is_prefetching(request) else min(left, wanted(request))
+        left -= copies.restore(request, num_blocks)
 
 
 def everything(request: WaitingView) -> int:

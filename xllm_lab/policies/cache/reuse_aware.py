@@ -10,10 +10,11 @@ from typing import Annotated, ClassVar
 from xllm_lab.policies.api import Knob, refuse_below
 from xllm_lab.policies.cache import CachedBlock, CachePlan, CacheView, Copies, HostBlocksFactor, MostBlocks
 from xllm_lab.policies.cache.restoring import everything, restore_by_arrival
+from xllm_lab.policies.cache.storing import Storing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReuseAware:
+class ReuseAware(Storing):
     """A block is worth its uses, halved for each half-life since the last; the host keeps what is worth most.
 
     Greedy-Dual's idea with a clock instead of an inflating base: frequency, aged. Of equals the deeper block goes
@@ -25,6 +26,7 @@ class ReuseAware:
         max_offloading_blocks: blocks on their way to the host at once.
         max_restoring_blocks: blocks on their way back at once.
         host_blocks_factor: room in the host, in times of the device's blocks.
+        others: what is given to a store and asked of it, as in `Storing`.
     """
 
     decides: ClassVar[str] = "cache"
@@ -36,6 +38,7 @@ class ReuseAware:
     host_blocks_factor: HostBlocksFactor = 4.0
 
     def __post_init__(self) -> None:
+        Storing.__post_init__(self)
         refuse_below(
             1,
             min_uses=self.min_uses,
@@ -46,6 +49,7 @@ class ReuseAware:
 
     def decide(self, view: CacheView) -> CachePlan:
         copies = Copies(view)
+        self.save(view, copies)
 
         def worth(block: CachedBlock) -> tuple[float, int]:
             # The logarithm, and without what all have lost by now: old ones differ still, and ranks never change.
@@ -54,5 +58,6 @@ class ReuseAware:
         room = max(0, self.max_offloading_blocks - view.num_offloading)
         wanted = heapq.nlargest(room, (b for b in view.idle() if b.num_uses >= self.min_uses), key=worth)
         copies.offload(wanted, worth)
+        self.prefetch(view, copies)
         restore_by_arrival(view, copies, self.max_restoring_blocks, everything)
         return copies.plan("most used")

@@ -380,7 +380,11 @@ def prefix_hits_were_computed_before(
         for r in records.requests
         if r.id in prompts
     }
-    computed: set[bytes] = set()
+    # What came from a store somebody computed some time.
+    from_store = {c.request for c in records.copies if c.kind == "prefetch" and c.num_moved_tokens}
+    computed = {
+        ids[r][:end].tobytes() for r in from_store if r is not None for end in range(size, len(ids[r]) + 1, size)
+    }
     for step in records.steps if config.enable_prefix_cache else []:
         for request_id, _, num_computed in _chunks(step):
             found = range(size, num_computed + 1, size) if request_id in step.admitted else ()

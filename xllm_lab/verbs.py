@@ -14,6 +14,7 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.formats import read_trace
 from xllm_lab.policies.api import Choice, Knob
+from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policies
 from xllm_lab.policies.of_instance import BESIDE, refuse_other_decisions
 from xllm_lab.profiles import is_profile, read_profile
@@ -147,6 +148,7 @@ def simulate(
     acceptance: Sequence[float] | None = None,
     page_time: PageTime | None = None,
     host_link_bytes_per_s: float | None = None,
+    store: str | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
@@ -161,12 +163,20 @@ def simulate(
             what the machine's calibration learnt.
         page_time: what mapping pages of virtual KV takes; without it as calibrated.
         host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
+        store: of KV blocks below the host, see `sim.machine.with_store`; of a run that had one, "sim:" without it.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
-    from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance, with_host_link, with_page_time
+    from xllm_lab.sim.machine import (
+        Machine,
+        fitted_machine,
+        with_acceptance,
+        with_host_link,
+        with_page_time,
+        with_store,
+    )
     from xllm_lab.sim.simulator import simulate as run_simulator
 
     own = _configuration(trace) if isinstance(trace, Run) else DEFAULT
@@ -179,6 +189,10 @@ def simulate(
         priced = with_page_time(priced, page_time)
     if host_link_bytes_per_s is not None:
         priced = with_host_link(priced, host_link_bytes_per_s)
+    if store is None and isinstance(trace, Run) and trace.manifest.store is not None:
+        store = None if isinstance(chosen.policies.cache, DeviceOnly) else "sim:"
+    if store is not None:
+        priced = with_store(priced, store)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)

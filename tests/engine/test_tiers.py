@@ -5,7 +5,10 @@ Every pair of settings of two switches meets in some combination below, as for d
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -24,7 +27,7 @@ from tests.laws import obey_the_laws
 from tests.small_runs import STEP_TIME, WildCache
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 from xllm_lab.copies import Copy
-from xllm_lab.copy_time import KINDS, CopyTime, CopyWeights
+from xllm_lab.copy_time import HOST_KINDS, KINDS, CopyTime, CopyWeights
 from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.copies import EngineCopies
 from xllm_lab.engine.device import Device, DeviceMemory
@@ -75,6 +78,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "async_scheduling": ASYNC_SCHEDULING,
     "max_tokens_per_batch": (256, 24),  # prompts are cut
     "num_kv_blocks": (80, TIGHT),  # requests lose their KV
+    "store": (False, True),  # that the runs before have filled
     "link": (None, 2e7, 1e6),  # a block takes what the machine takes, or 0.2 ms, or a step's time and more
 }
 
@@ -93,7 +97,15 @@ def sessions(turns: int = NUM_TURNS, *, gap_us: int = 3_000) -> Workload:
 
 
 @functools.cache
-def engine(link: float | None = None, clock: str = "virtual", timer: str = "cpu") -> Engine:
+def store() -> str:
+    """Of all runs of this process."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return f"dir:{folder}"
+
+
+@functools.cache
+def engine(link: float | None = None, clock: str = "virtual", timer: str = "cpu", *, stores: bool = False) -> Engine:
     """Its draft model is itself, so that drafts are kept."""
     return Engine(
         EngineOptions(
@@ -104,6 +116,7 @@ def engine(link: float | None = None, clock: str = "virtual", timer: str = "cpu"
             clock=clock,
             timer=timer,
             host_link_bytes_per_s=link,
+            store=store() if stores else None,
         )
     )
 
@@ -131,11 +144,12 @@ def plain(gap_us: int = 3_000) -> list[list[int]]:
     "combination", list(all_pairs(SWITCHES)), ids=lambda c: "-".join(str(v)[:12] for v in c.values())
 )
 def test_the_tokens_are_those_without_tiers(combination: dict[str, Any]) -> None:
-    limits = {k: v for k, v in combination.items() if k not in ("cache", "batch", "shapes", "draft", "link")}
+    limits = {k: v for k, v in combination.items() if k not in ("cache", "batch", "shapes", "draft", "link", "store")}
     policies = Policies(
         combination["batch"], shapes=combination["shapes"], draft=combination["draft"], cache=combination["cache"]
     )
-    records = served(engine(combination["link"]), sessions(), replace(WHERE, **limits), policies)
+    host = engine(combination["link"], stores=combination["store"])
+    records = served(host, sessions(), replace(WHERE, **limits), policies)
     assert tokens_of(records) == plain()
     assert any(c.kind == "offload" for c in records.copies), "nothing was offloaded"
 

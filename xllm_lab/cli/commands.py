@@ -119,6 +119,7 @@ def _simulate(o: argparse.Namespace) -> int:
         acceptance=acceptance(o),
         page_time=page_time(o),
         host_link_bytes_per_s=o.host_link,
+        store=o.store,
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
         progress=not o.quiet,

@@ -34,6 +34,8 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-us", metavar="US[,US...]", help=us)
     rate = "of copies of KV to the host and back, each way; else as calibrated"
     group.add_argument("--host-link", type=float, metavar="BYTES_PER_S", help=rate)
+    store = "KV below the host: sim:, and any of ?bytes=SIZE&bytes_per_s=RATE&latency_us=TIME; else as calibrated"
+    group.add_argument("--store", metavar="STORE", help=store)
 
 
 def fleet_options(parser: argparse.ArgumentParser) -> None:

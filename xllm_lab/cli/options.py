@@ -83,6 +83,9 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES_PER_S",
         help="KV goes to the host and back as over such a link",
     )
+    group.add_argument(
+        "--store", metavar="STORE", help="KV below the host: dir:/PATH?bytes=20GiB, or mooncake://127.0.0.1:50051"
+    )
     group.add_argument("--draft-model", metavar="M", help="for --draft: as --model, or layers of it, layers:0-9,28-29")
     group.add_argument("--graph-pool-mib", type=int, metavar="N", help="of captured graphs; else what is free")
 
@@ -167,6 +170,7 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         rank_timeout_s=o.rank_timeout_s,
         draft_model=o.draft_model,
         host_link_bytes_per_s=o.host_link,
+        store=o.store,
     )
 
 

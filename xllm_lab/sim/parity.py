@@ -194,7 +194,8 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
         return fleet_parity(run, policies=policies)
     records = run.records
     # Where the engine did not speculate, a policy that would may choose from all.
-    recorded = Recorded(records, methods=METHODS if run.manifest.drafts is None else run.manifest.drafts["methods"])
+    methods = METHODS if run.manifest.drafts is None else run.manifest.drafts["methods"]
+    recorded = Recorded(records, methods=methods, has_store=run.manifest.store is not None)
     try:
         run_simulation(
             as_it_arrived(run.workload, records),

@@ -79,10 +79,10 @@ class DrawnRouteView:
     number: int
     now_us: int
     request: DrawnFleetRequest
-    stage: Stage
     num_routed: int
     block_size: int
     instances: list[DrawnInstance]
+    stage: Stage = "whole"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

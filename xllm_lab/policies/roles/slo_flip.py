@@ -35,8 +35,8 @@ class SloFlip:
 
     decides: ClassVar[str] = "roles"
 
-    low_frac: Annotated[float, Knob(0.5, 0.95)] = 0.8
-    high_frac: Annotated[float, Knob(0.8, 1.0)] = 0.95
+    low_frac: Annotated[float, Knob(0.5, 0.85)] = 0.8
+    high_frac: Annotated[float, Knob(0.85, 1.0)] = 0.95
     min_dwell_us: Annotated[int, Knob(1_000_000, 120_000_000, log=True)] = 5_000_000
     min_requests: Annotated[int, Knob(1, 64, log=True)] = 8
 

@@ -13,7 +13,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import ceil_div
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
-from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
+from xllm_lab.workload import Prompt, Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 NEVER = 2**62
 VOCAB_SIZE = 1000
@@ -73,7 +74,13 @@ def fleet_obeys_the_laws(
         if record.finish_reason is FinishReason.LENGTH:
             asked = next(r.output_tokens for r in work.requests if r.id == record.id)
             assert record.output_tokens == asked, f"request {record.id} has {record.output_tokens} of {asked} tokens"
+        handed_over_us = record.handed_over_us
+        assert (handed_over_us is None) == (record.prefill_instance is None), f"request {record.id} is half handed over"
+        if handed_over_us is not None:
+            assert times[0] <= handed_over_us <= record.finish_us, f"request {record.id} is handed over out of turn"
+            assert len(times) == 1 or handed_over_us < times[1], f"request {record.id} is handed over too late"
     if not fleet.outages:
+        work, records = in_parts(work, records, vocab_size=vocab_size)
         for k in range(fleet.num_instances):
             # Without those whose client went away before an instance knew of them.
             computed = {i for s in records.steps for i in s.ids}
@@ -87,6 +94,95 @@ def fleet_obeys_the_laws(
                     [c for c in records.copies if c.instance == k],
                 )
                 obey_the_laws(replace(work, requests=part), config, own, vocab_size=vocab_size)
+
+
+def in_parts(work: Workload, records: Records, *, vocab_size: int) -> tuple[Workload, Records]:
+    """A request that was handed over as two: one of a single output token; and one that begins with it, of another id.
+
+    What is then left to tell of the second, its steps tell.
+    """
+    if all(r.handed_over_us is None for r in records.requests):
+        return work, records
+    sent = {r.id: r for r in work.requests}
+    handed_us: dict[int, int] = {r.id: r.handed_over_us for r in records.requests if r.handed_over_us is not None}
+    steps = [_with_second_parts(step, handed_us) for step in records.steps]
+    requests: list[Request] = []
+    parts: list[RequestRecord] = []
+    for record in records.requests:
+        record = replace(record, output_token_ids=array("i", map(_not_negative, record.output_token_ids)))
+        request = sent[record.id].at(record.arrival_us)
+        if record.handed_over_us is None:
+            requests.append(request)
+            parts.append(record)
+            continue
+        prompt = prompt_token_ids(request, vocab_size=vocab_size, seed=work.seed).tolist()
+        first, second = _first_part(record, steps), _second_part(record, steps)
+        requests.append(replace(request, prompt=_of(prompt), output_tokens=1, cancel_us=None))
+        requests.append(
+            replace(
+                request,
+                id=second.id,
+                arrival_us=second.arrival_us,
+                prompt=_of([*prompt, first.output_token_ids[0]]),
+                output_tokens=request.output_tokens - 1,
+                cancel_us=None if request.cancel_us is None else max(request.cancel_us, second.arrival_us),
+            )
+        )
+        parts += [first, second]
+    return replace(work, requests=tuple(requests), closed_loop=None), Records(parts, steps, records.copies)
+
+
+_OTHER_IDS = 1_000_000
+
+
+def _of(token_ids: list[int]) -> Prompt:
+    return Prompt(num_tokens=len(token_ids), token_ids=tuple(token_ids))
+
+
+def _not_negative(token: int) -> int:
+    """A prompt has no placeholders."""
+    return token if token >= 0 else _OTHER_IDS - token
+
+
+def _with_second_parts(step: StepRecord, handed_us: Mapping[int, int]) -> StepRecord:
+    """A row that was planned ahead of the handover is still the first part's, in vain."""
+    lists = {
+        name: [i + _OTHER_IDS if handed_us.get(i, NEVER) < step.start_us else i for i in getattr(step, name)]
+        for name in ("ids", "admitted", "preempted", "draft_ids")
+    }
+    return replace(step, **lists)  # type: ignore[arg-type]
+
+
+def _first_part(record: RequestRecord, steps: Sequence[StepRecord]) -> RequestRecord:
+    assert record.prefill_instance is not None
+    return replace(
+        record,
+        instance=record.prefill_instance,
+        token_times_us=record.token_times_us[:1],
+        output_token_ids=record.output_token_ids[:1],
+        num_preemptions=sum(record.id in s.preempted for s in steps),
+        finish_us=record.token_times_us[0],
+        finish_reason=FinishReason.LENGTH,
+        num_drafted=array("i"),
+        num_accepted=array("i"),
+    )
+
+
+def _second_part(record: RequestRecord, steps: Sequence[StepRecord]) -> RequestRecord:
+    assert record.handed_over_us is not None
+    part = RequestId(record.id + _OTHER_IDS)
+    own = [s for s in steps if part in s.ids]
+    return replace(
+        record,
+        id=part,
+        arrival_us=record.handed_over_us + 1,
+        prompt_tokens=record.prompt_tokens + 1,
+        cached_tokens=own[0].num_computed_tokens[own[0].ids.index(part)] if own else 0,
+        first_scheduled_us=own[0].start_us if own else None,
+        token_times_us=record.token_times_us[1:],
+        output_token_ids=record.output_token_ids[1:],
+        num_preemptions=sum(part in s.preempted for s in steps),
+    )
 
 
 def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:

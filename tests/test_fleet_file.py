@@ -18,6 +18,7 @@ from xllm_lab.policies.api import Choice
 from xllm_lab.policies.catalog import knobs, policies
 from xllm_lab.policies.failover.cancel import Cancel
 from xllm_lab.policies.failover.requeue import Requeue
+from xllm_lab.policies.roles.static import Static
 from xllm_lab.policies.route.prefix_affinity import PrefixAffinity
 from xllm_lab.policies.route.round_robin import RoundRobin
 from xllm_lab.policies.routing import InstanceId
@@ -26,6 +27,7 @@ WHOLE = """
 [fleet]
 num_instances = 4
 heartbeat_us = 250_000
+role_interval_us = 5e6
 
 [link]
 latency_us = 100
@@ -38,6 +40,10 @@ max_load_factor = 2
 [failover]
 policy = "requeue"
 waits_for_repair = false
+
+[roles]
+policy = "static"
+num_prefill = 2
 
 [[outage]]
 instance = 2
@@ -65,6 +71,8 @@ def test_a_whole_file(tmp_path: Path) -> None:
         link=LinkConfig(latency_us=100, bytes_per_s=1_250_000_000),
         route=PrefixAffinity(max_load_factor=2.0),
         failover=Requeue(waits_for_repair=False),
+        roles=Static(num_prefill=2),
+        role_interval_us=5_000_000,
         outages=(
             Outage(instance=InstanceId(0), start_us=10, end_us=20),
             Outage(instance=InstanceId(2), start_us=60, end_us=90),
@@ -99,11 +107,11 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no table": ("fleet = 4", ": [fleet] is 4; a table is accepted"),
     "unknown table": (
         "[flet]",
-        ": has no table 'flet'; accepted: fleet, link, router, failover, outage, failures",
+        ": has no table 'flet'; accepted: fleet, link, router, failover, roles, outage, failures",
     ),
     "unknown key": (
         "[fleet]\nnum_instance = 4",
-        ": [fleet] has no key 'num_instance'; accepted: num_instances, heartbeat_us",
+        ": [fleet] has no key 'num_instance'; accepted: num_instances, heartbeat_us, role_interval_us, role_window_us",
     ),
     "heartbeat": (
         "[fleet]\nnum_instances = 4\nheartbeat_us = -1",
@@ -230,6 +238,9 @@ def fleets(draw: st.DrawFn) -> FleetConfig:
         outages=tuple(draw(st.permutations(process.outages(num_instances)))),
         route=policy("route"),
         failover=policy("failover"),
+        roles=policy("roles"),
+        role_interval_us=draw(st.integers(1, 10**9)),
+        role_window_us=draw(st.integers(1, 10**9)),
     )
 
 
@@ -248,8 +259,8 @@ def test_a_fleet_can_be_said_in_a_file(tmp_path_factory: pytest.TempPathFactory,
 
 def as_toml(fleet: FleetConfig) -> str:
     plain = fleet.as_dict()
-    own = {"num_instances": plain["num_instances"], "heartbeat_us": plain["heartbeat_us"]}
-    tables = [("[fleet]", own), ("[link]", plain["link"]), ("[router]", plain["route"])]
+    own = {key: value for key, value in plain.items() if isinstance(value, int)}
+    tables = [("[fleet]", own), ("[link]", plain["link"]), ("[router]", plain["route"]), ("[roles]", plain["roles"])]
     tables += [("[failover]", plain["failover"]), *(("[[outage]]", o) for o in plain["outages"])]
     return "\n".join(line for head, cells in tables for line in (head, *_lines(cells)))
 

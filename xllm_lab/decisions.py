@@ -1,25 +1,29 @@
 """What a router decided, and on what view: one row a decision, whole enough to ask the policy again.
 
 decisions.parquet       a routing decision names the instance that takes the request, a failover decision what
-                        becomes of a request whose instance failed
+                        becomes of a request whose instance failed, a decision on roles who changes to what
 deliveries.parquet      what each instance of an engine's fleet met, and when it looked: it came up or went down,
-                        a request arrived, a client went away
+                        a request arrived, to its end or to be handed over, a client went away
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from xllm_lab.heard import HeardLately
 from xllm_lab.policies.api import RequestId
 from xllm_lab.policies.failover import FailoverPlan
-from xllm_lab.policies.routing import ById, InstanceId, RoutePlan
-from xllm_lab.router import FailoverQuestion, Known, OnDecision, RequestInHand, RouteQuestion
+from xllm_lab.policies.roles import Role, RolesPlan
+from xllm_lab.policies.routing import ById, InstanceId, RoutePlan, Stage
+from xllm_lab.router import FailoverQuestion, Known, OnDecision, RequestInHand, RolesQuestion, RouteQuestion
 
 NOT_LOOKED_UP = -1
+# Kinds of a `Delivery`.
+UP, DOWN, ARRIVES, PREFILLS, LEAVES = "up", "down", "arrives", "prefills", "leaves"
 DECISIONS_FILE, DELIVERIES_FILE = "decisions.parquet", "deliveries.parquet"
 _INSTANCE_FIELDS = (
     ("id", pa.int32()),
@@ -32,7 +36,11 @@ _INSTANCE_FIELDS = (
     ("max_seqs_per_batch", pa.int32()),
     ("num_sent_since", pa.int32()),
     ("num_sent_tokens_since", pa.int64()),
+    ("role", pa.string()),
+    ("since_us", pa.int64()),
+    ("is_up", pa.bool_()),
 )
+_HEARD_FIELDS = (("since_us", pa.int64()), *((name, pa.int32()) for name in HeardLately._fields[1:]))
 _REQUEST_FIELDS = (
     ("id", pa.int64()),
     ("arrival_us", pa.int64()),
@@ -43,15 +51,18 @@ _REQUEST_FIELDS = (
     ("num_output_tokens", pa.int32()),
     ("num_failovers", pa.int32()),
 )
-_INSTANCE, _REQUEST = pa.struct(_INSTANCE_FIELDS), pa.struct(_REQUEST_FIELDS)
+_INSTANCE, _REQUEST, _HEARD = map(pa.struct, (_INSTANCE_FIELDS, _REQUEST_FIELDS, _HEARD_FIELDS))
 DECISION_SCHEMA = pa.schema(
     [
         pa.field("now_us", pa.int64(), nullable=False),
-        pa.field("request", _REQUEST, nullable=False),
+        pa.field("request", _REQUEST),
+        pa.field("stage", pa.string()),
         pa.field("num_routed", pa.int64()),
         pa.field("block_size", pa.int32()),
         pa.field("instances", pa.list_(_INSTANCE)),
+        pa.field("heard", _HEARD),
         pa.field("num_up_instances", pa.int32(), nullable=False),
+        pa.field("out_of_role", pa.string()),
         pa.field("chosen", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
     ]
@@ -82,7 +93,10 @@ class SeenRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeenInstance:
-    """An `InstanceView`, as a policy saw it; `num_matched_tokens` is `NOT_LOOKED_UP` where nobody asks for it."""
+    """An `InstanceView` and a `RoleInstance`, as a policy saw it.
+
+    `num_matched_tokens` is `NOT_LOOKED_UP` where nobody asks for it.
+    """
 
     id: InstanceId
     as_of_us: int
@@ -94,29 +108,39 @@ class SeenInstance:
     max_seqs_per_batch: int
     num_sent_since: int
     num_sent_tokens_since: int
+    role: Role
+    since_us: int
+    is_up: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetDecision:
-    """One decision of a router.
+    """One decision of a router; what its kind does not have is None.
 
     Attributes:
-        num_routed, block_size, instances: of a routing decision; None of a failover decision.
-        chosen: the instance's id, or the action.
+        request: of a decision on routing or failover.
+        stage, num_routed, block_size: of one on routing.
+        instances: of one on routing or roles.
+        heard: of one on roles.
+        out_of_role: why an instance was to take a request that its role does not take, if one was.
+        chosen: the instance's id, the action, or `roles_text`.
     """
 
     now_us: int
-    request: SeenRequest
-    num_routed: int | None
-    block_size: int | None
-    instances: tuple[SeenInstance, ...] | None
+    request: SeenRequest | None = None
+    stage: Stage | None = None
+    num_routed: int | None = None
+    block_size: int | None = None
+    instances: tuple[SeenInstance, ...] | None = None
+    heard: HeardLately | None = None
     num_up_instances: int
+    out_of_role: str | None = None
     chosen: str
     reason: str
 
 
 class Delivery(NamedTuple):
-    """What an instance met: "up", "down", "arrives" or "leaves", of a request or of itself."""
+    """What an instance met, `UP` to `LEAVES`, of a request or of itself."""
 
     us: int
     instance: InstanceId
@@ -137,19 +161,21 @@ class DecisionLog:
 
     def listener(self) -> OnDecision:
         """What a router tells."""
-        return OnDecision(self._route, self._failover)
+        return OnDecision(self._route, self._failover, self._roles)
 
-    def _route(self, view: RouteQuestion, plan: RoutePlan) -> None:
+    def _route(self, view: RouteQuestion, plan: RoutePlan, out_of_role: str | None) -> None:
         seen = tuple([_seen_instance(i, sees_index=self.sees_index) for i in view.instances])
         request, chosen = _seen_request(view.request), str(plan.instance)
         self.decisions.append(
             FleetDecision(
                 now_us=view.now_us,
                 request=request,
+                stage=view.stage,
                 num_routed=view.num_routed,
                 block_size=view.block_size,
                 instances=seen,
                 num_up_instances=len(seen),
+                out_of_role=out_of_role,
                 chosen=chosen,
                 reason=plan.reason,
             )
@@ -160,11 +186,20 @@ class DecisionLog:
             FleetDecision(
                 now_us=view.now_us,
                 request=_seen_request(view.request),
-                num_routed=None,
-                block_size=None,
-                instances=None,
                 num_up_instances=view.num_up_instances,
                 chosen=plan.action,
+                reason=plan.reason,
+            )
+        )
+
+    def _roles(self, view: RolesQuestion, plan: RolesPlan) -> None:
+        self.decisions.append(
+            FleetDecision(
+                now_us=view.now_us,
+                instances=tuple([_seen_instance(i, sees_index=False) for i in view.instances]),
+                heard=view.heard,
+                num_up_instances=sum(i.is_up for i in view.instances),
+                chosen=roles_text(plan),
                 reason=plan.reason,
             )
         )
@@ -175,6 +210,7 @@ class SeenRoute(NamedTuple):
 
     now_us: int
     request: SeenRequest
+    stage: Stage
     num_routed: int
     block_size: int
     instances: ById[SeenInstance]
@@ -188,38 +224,48 @@ class SeenFailover(NamedTuple):
     num_up_instances: int
 
 
+class SeenRoles(NamedTuple):
+    """A `RolesView` that was recorded."""
+
+    now_us: int
+    instances: ById[SeenInstance]
+    heard: HeardLately
+
+
+def roles_text(plan: RolesPlan) -> str:
+    """Who changes to what, as "0 prefill, 2 decode"; nothing if nobody does."""
+    return ", ".join(f"{instance} {role}" for instance, role in sorted(plan.roles.items()))
+
+
 def decision_table(decisions: Sequence[FleetDecision]) -> pa.Table:
     """In the order given."""
-    rows = [
-        {
-            "now_us": d.now_us,
-            "request": {name: getattr(d.request, name) for name, _ in _REQUEST_FIELDS},
-            "num_routed": d.num_routed,
-            "block_size": d.block_size,
-            "instances": None
-            if d.instances is None
-            else [{name: getattr(i, name) for name, _ in _INSTANCE_FIELDS} for i in d.instances],
-            "num_up_instances": d.num_up_instances,
-            "chosen": d.chosen,
-            "reason": d.reason,
-        }
-        for d in decisions
-    ]
-    return pa.Table.from_pylist(rows, schema=DECISION_SCHEMA)
+    return pa.Table.from_pylist([_row(d) for d in decisions], schema=DECISION_SCHEMA)
+
+
+def _row(decision: FleetDecision) -> dict[str, Any]:
+    row = {name: getattr(decision, name) for name in DECISION_SCHEMA.names}
+    if decision.request is not None:
+        row["request"] = {name: getattr(decision.request, name) for name, _ in _REQUEST_FIELDS}
+    if decision.instances is not None:
+        row["instances"] = [{name: getattr(i, name) for name, _ in _INSTANCE_FIELDS} for i in decision.instances]
+    if decision.heard is not None:
+        row["heard"] = decision.heard._asdict()
+    return row
 
 
 def decisions_from(table: pa.Table) -> list[FleetDecision]:
     """Inverse of `decision_table`."""
-    return [
-        FleetDecision(
-            **{
-                **row,
-                "request": SeenRequest(**row["request"]),
-                "instances": None if row["instances"] is None else tuple([SeenInstance(**i) for i in row["instances"]]),
-            }
-        )
-        for row in table.to_pylist()
-    ]
+    return [FleetDecision(**_seen(row)) for row in table.to_pylist()]
+
+
+def _seen(row: dict[str, Any]) -> dict[str, Any]:
+    request, instances, heard = row["request"], row["instances"], row["heard"]
+    return {
+        **row,
+        "request": None if request is None else SeenRequest(**request),
+        "instances": None if instances is None else tuple([SeenInstance(**i) for i in instances]),
+        "heard": None if heard is None else HeardLately(**heard),
+    }
 
 
 def delivery_table(deliveries: Sequence[Delivery]) -> pa.Table:

@@ -3,18 +3,20 @@
     clients --> router --> link 0 --> seat 0        an instance with a scheduler and KV of its own
                   |    --> link 1 --> seat 1
                   ^------- heartbeats ---'          load and prefix index, as stale as their period
+                  ^------- handovers ----'          requests with their first token, where instances have roles
 
 The host brings a calendar, which is time, and the seats, which are the instances: simulated ones, or processes.
 
-At equal times, failures and repairs come first, then heartbeats, then arrivals and departures of clients, then the
-instances' steps in order of instance: no order depends on when an event was put on the calendar, and so none on whether
-steps were skipped.
+At equal times, failures and repairs come first, then heartbeats, then roles, then arrivals and departures of clients,
+then the instances' steps in order of instance: no order depends on when an event was put on the calendar, and so none
+on whether steps were skipped. For the same reason a request that is handed over is routed a microsecond later: at the
+time itself some instances have begun their next steps, and others have not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import BlockKey, block_key
 from xllm_lab.outages import Outage
 from xllm_lab.policies.routing import InstanceId
-from xllm_lab.records import FinishReason, Recorder, RequestRecord
+from xllm_lab.records import FinishReason, Recorder, RequestRecord, RoleChange
 from xllm_lab.request_state import new_record
 from xllm_lab.router import Known, Load, OnDecision, Router
 from xllm_lab.serving import Event, WorkloadFeed
@@ -31,7 +33,8 @@ from xllm_lab.transfers import Transfer, Wire
 from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_token_ids
 
 # At equal times, in this order.
-OUTAGES, HEARTBEATS, FROM_OUTSIDE, FIRST_INSTANCE = -2, -1, 0, 1
+OUTAGES, HEARTBEATS, ROLES, FROM_OUTSIDE, FIRST_INSTANCE = -3, -2, -1, 0, 1
+NEVER_US = 2**62
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
@@ -50,11 +53,8 @@ class Calendar(Protocol):
         ...
 
 
-class Lost(NamedTuple):
-    """What an instance had when it failed: requests, by arrival; and whose clients went away unnoticed."""
-
-    requests: Sequence[tuple[Request, RequestRecord]]
-    withdrawn: frozenset[RequestId]
+# What an instance had when it failed, by arrival.
+Lost = Sequence[tuple[Request, RequestRecord]]
 
 
 class Seat(Protocol):
@@ -88,7 +88,8 @@ class Dispatch:
     """Brings a workload to a fleet, and sees every request to its end.
 
     Args:
-        asks_for_loads: heartbeats are taken at each period; else instances send theirs.
+        on_role: told of every change of a role.
+        asks_for_loads: heartbeats are taken at each period; else instances send theirs, and go on without a calendar.
 
     Attributes:
         router: what it knows and decides.
@@ -106,6 +107,7 @@ class Dispatch:
         vocab_size: int,
         on_transfer: Callable[[Transfer], None] | None = None,
         on_decision: OnDecision | None = None,
+        on_role: Callable[[RoleChange], None] | None = None,
         asks_for_loads: bool = True,
     ) -> None:
         self.config = config
@@ -117,6 +119,10 @@ class Dispatch:
         self._feed = WorkloadFeed(workload)
         self._looks_at_us: int | None = None
         self._asks_for_loads = asks_for_loads
+        self._on_role = on_role
+        self._next_beat_us = self._next_roles_us = NEVER_US
+        # Whose clients went away, and whose instances have not said so yet.
+        self._withdrawn: set[RequestId] = set()
         self._seats: Sequence[Seat] = ()
         self._links = [Wire(config.link, InstanceId(k), on_transfer) for k in range(config.num_instances)]
         self.router = Router(config, instance, self._load_now, self._prompt_keys, on_decision)
@@ -131,27 +137,45 @@ class Dispatch:
         for outage in self.config.outages:
             self.calendar.call(outage.start_us, OUTAGES, self._outage(outage))
         if self.config.heartbeat_us and self._asks_for_loads:
-            self._beat()
+            self._next_beat_us = self.calendar.now_us
+        if self.router.has_roles:
+            self._next_roles_us = self.calendar.now_us
+        self._look_around()
         self._look_for_clients()
 
     def on_end(self, request: RequestId, now_us: int) -> None:
         """A request ended, on whatever instance."""
-        self.router.forget(request)
+        self._withdrawn.discard(request)
+        self.router.forget(request, now_us)
         self.num_open -= 1
         self._feed.on_end(request, now_us)
         self._look_for_clients()
+
+    def on_handover(self, request: Request, record: RequestRecord, now_us: int) -> None:
+        """A request left its instance with its first token, and goes on elsewhere."""
+        record.prefill_instance, record.handed_over_us = record.instance, now_us
+        self.router.hand_over(record, now_us)
+        if request.id in self._withdrawn:  # its instance would have heard of it next
+            self._end(record, FinishReason.CANCELLED)
+            return
+        later_us = max(now_us, self.calendar.now_us) + 1
+        self.calendar.call(later_us, FROM_OUTSIDE, lambda: self._go_on(request, record))
+
+    def _go_on(self, request: Request, record: RequestRecord) -> None:
+        if self.router.is_on_its_way(record):
+            self._route(request, record)
 
     def fail(self, instance: InstanceId) -> None:
         """An instance fails, and with it, or elsewhere, its requests go on."""
         known, seat = self.router.known[instance], self._seats[instance]
         lost = seat.fail()
         self.router.goes_down(known)
-        for _, record in lost.requests:
+        for _, record in lost:
             self.router.place(record.id, record)
-        for request, record in lost.requests:
+        for request, record in lost:
             if not self.router.is_on_its_way(record):
                 continue  # the end of another made its client's departure known
-            if request.id in lost.withdrawn:
+            if request.id in self._withdrawn:
                 self._end(record, FinishReason.CANCELLED)
             else:
                 self._lose(request, record)
@@ -218,14 +242,15 @@ class Dispatch:
         if known is None:
             return
         now_us = self.calendar.now_us
+        hands_over = known.role == "prefill" and not record.output_tokens
         num_tokens = request.prompt.num_tokens + record.output_tokens
         arrives_us = self._links[known.id].send_at(now_us, request.id, TOKEN_ID_BYTES * num_tokens).end_us
         if arrives_us > now_us:
-            self.calendar.call(arrives_us, FROM_OUTSIDE, lambda: self._deliver(known, request, record))
+            self.calendar.call(arrives_us, FROM_OUTSIDE, lambda: self._deliver(known, request, record, hands_over))
         else:
-            self._deliver(known, request, record)
+            self._deliver(known, request, record, hands_over)
 
-    def _deliver(self, known: Known, request: Request, record: RequestRecord) -> None:
+    def _deliver(self, known: Known, request: Request, record: RequestRecord, hands_over: bool) -> None:
         known.arrive(request)
         if not self.router.is_on_its_way(record):
             return
@@ -234,7 +259,7 @@ class Dispatch:
             self._lose(request, record)
             return
         self.router.place(request.id, known)
-        seat.put(Event(True, request, record))
+        seat.put(Event(True, request, record, hands_over))
 
     def _withdraw(self, request: Request) -> None:
         """A client goes away."""
@@ -242,6 +267,7 @@ class Dispatch:
         if isinstance(place, Known):
             seat = self._seats[place.id]
             assert seat.is_up, "a request is on an instance that is down"
+            self._withdrawn.add(request.id)
             seat.put(Event(False, request))
         elif place is not None:
             self.router.drop(place)
@@ -261,12 +287,26 @@ class Dispatch:
         else:
             self._end(record, FinishReason.FAILED)
 
-    def _beat(self) -> None:
-        """Heartbeats of all instances; the last one when nothing is left that could happen."""
-        for known in self.router.up:
-            known.beat(self._seats[known.id].load())
-        if self.num_open and self.calendar.has_more:
-            self.calendar.call(self.calendar.now_us + self.config.heartbeat_us, HEARTBEATS, self._beat)
+    def _look_around(self) -> None:
+        """Heartbeats of all instances, and roles, whichever is due; the last when nothing is left that could happen.
+
+        One entry of the calendar for both, or each would take the other for something that happens.
+        """
+        now_us = self.calendar.now_us
+        if self._next_beat_us <= now_us:
+            self._next_beat_us = now_us + self.config.heartbeat_us
+            for known in self.router.up:
+                known.beat(self._seats[known.id].load())
+        if self._next_roles_us <= now_us:
+            self._next_roles_us = now_us + self.config.role_interval_us
+            for change in self.router.decide_roles(now_us):
+                if self._on_role is not None:
+                    self._on_role(change)
+        next_us = min(self._next_beat_us, self._next_roles_us)
+        goes_on = self.calendar.has_more or not self._asks_for_loads
+        if next_us < NEVER_US and self.num_open and goes_on:
+            order = HEARTBEATS if self._next_beat_us == next_us else ROLES
+            self.calendar.call(next_us, order, self._look_around)
 
     def _prompt_keys(self, request: Request) -> list[BlockKey]:
         ids, size = self.prompt_ids(request), self._instance.block_size

@@ -1,4 +1,4 @@
-"""Views of a fleet, drawn by number for `contract`: small and adversarial, what a routing or failover policy may meet.
+"""Views of a fleet, drawn by number for `contract`: small and adversarial, what a fleet's policies may meet.
 
 As unkind as `drawn_views`: equal loads and equal matches, fleets of one, full pools, stale heartbeats, prompts shorter
 than a block, prompts cached whole, instances of unequal size. Mutable and hashed by identity, for the same reason.
@@ -10,7 +10,8 @@ import random
 from dataclasses import dataclass
 
 from xllm_lab.policies.api import RequestId
-from xllm_lab.policies.routing import InstanceId
+from xllm_lab.policies.roles import ROLES, Role
+from xllm_lab.policies.routing import STAGES, InstanceId, Stage
 
 NOW_US = 10_000_000
 MAX_INSTANCES = 6
@@ -32,7 +33,7 @@ class DrawnFleetRequest:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class DrawnInstance:
-    """An `InstanceView`."""
+    """An `InstanceView`, and a `RoleInstance`."""
 
     id: InstanceId
     as_of_us: int
@@ -44,6 +45,31 @@ class DrawnInstance:
     max_seqs_per_batch: int
     num_sent_since: int
     num_sent_tokens_since: int
+    role: Role = "mixed"
+    since_us: int = 0
+    is_up: bool = True
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DrawnHeard:
+    """A `Heard`."""
+
+    since_us: int
+    num_first_tokens: int
+    num_in_time: int
+    num_overdue: int
+    num_ends: int
+    num_steady: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DrawnRolesView:
+    """A `RolesView`, and its number."""
+
+    number: int
+    now_us: int
+    instances: list[DrawnInstance]
+    heard: DrawnHeard
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -56,6 +82,7 @@ class DrawnRouteView:
     num_routed: int
     block_size: int
     instances: list[DrawnInstance]
+    stage: Stage = "whole"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -80,6 +107,7 @@ def drawn_route_view(number: int) -> DrawnRouteView:
         number=number,
         now_us=NOW_US,
         request=request,
+        stage=rng.choice(STAGES),
         num_routed=rng.choice((0, rng.randint(1, 5), rng.randint(1, 10**6))),
         block_size=block_size,
         instances=[
@@ -94,6 +122,41 @@ def drawn_failover_view(number: int) -> DrawnFailoverView:
     rng = random.Random(f"failover view {number}")
     return DrawnFailoverView(
         number=number, now_us=NOW_US, request=_request(rng), num_up_instances=rng.choice((0, 1, rng.randint(2, 64)))
+    )
+
+
+def drawn_roles_view(number: int) -> DrawnRolesView:
+    """The view of that number, at least 0: always the same one, in new objects."""
+    rng = random.Random(f"roles view {number}")
+    ids = rng.sample(range(50), rng.choice((1, 2, 3, 4, MAX_INSTANCES)))
+    instances = [_instance(rng, InstanceId(i), 0) for i in ids]
+    roles = _drawn_roles(rng, len(ids))
+    changed_us = rng.choice((0, NOW_US - 1, NOW_US - 6_000_000))
+    for instance, role in zip(instances, roles, strict=True):
+        instance.role = role
+        instance.since_us = rng.choice((0, changed_us))
+        instance.is_up = rng.random() < 0.8
+    return DrawnRolesView(number=number, now_us=NOW_US, instances=instances, heard=_heard(rng, changed_us))
+
+
+def _drawn_roles(rng: random.Random, num: int) -> list[Role]:
+    """With somebody for each stage."""
+    if num == 1 or rng.random() < 0.2:
+        return ["mixed"] * num
+    roles: list[Role] = ["prefill", "decode", *(rng.choice(ROLES[rng.random() < 0.7 :]) for _ in range(num - 2))]
+    rng.shuffle(roles)
+    return roles
+
+
+def _heard(rng: random.Random, since_us: int) -> DrawnHeard:
+    num_first_tokens, num_ends = (rng.choice((0, 1, rng.randint(2, 200))) for _ in range(2))
+    return DrawnHeard(
+        since_us=since_us,
+        num_first_tokens=num_first_tokens,
+        num_in_time=rng.choice((0, num_first_tokens, rng.randint(0, num_first_tokens))),
+        num_overdue=rng.choice((0, 0, 1, 50)),
+        num_ends=num_ends,
+        num_steady=rng.choice((0, num_ends, rng.randint(0, num_ends))),
     )
 
 

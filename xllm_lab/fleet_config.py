@@ -11,6 +11,8 @@ from xllm_lab.outages import Outage, in_order, refuse_impossible
 from xllm_lab.policies.catalog import configured, make_policy, policy_name, values_of
 from xllm_lab.policies.failover import FailoverPolicy
 from xllm_lab.policies.failover.cancel import Cancel
+from xllm_lab.policies.roles import RolesPolicy
+from xllm_lab.policies.roles.colocated import Colocated
 from xllm_lab.policies.route.round_robin import RoundRobin
 from xllm_lab.policies.routing import RoutePolicy
 from xllm_lab.workload import LONGEST_US
@@ -19,6 +21,8 @@ from xllm_lab.workload import LONGEST_US
 MOST_INSTANCES = 2**16
 # A token id travels as an int32.
 TOKEN_ID_BYTES = 4
+# What a router decides; each is a field of `FleetConfig`.
+FLEET_DECISIONS = ("route", "failover", "roles")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,9 @@ class FleetConfig:
         outages: in any order; kept in order of (start_us, instance). Those of one instance neither meet nor overlap.
         route: which instance takes a request.
         failover: what becomes of a request whose instance failed.
+        roles: which instances compute prompts, and which go on from there.
+        role_interval_us: how often roles are decided anew.
+        role_window_us: over which time back latencies count in that.
     """
 
     num_instances: int
@@ -60,12 +67,18 @@ class FleetConfig:
     outages: tuple[Outage, ...] = ()
     route: RoutePolicy = field(default_factory=RoundRobin)
     failover: FailoverPolicy = field(default_factory=Cancel)
+    roles: RolesPolicy = field(default_factory=Colocated)
+    role_interval_us: int = 1_000_000
+    role_window_us: int = 10_000_000
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_instances <= MOST_INSTANCES:
             raise ConfigError(f"num_instances is {self.num_instances}, 1 to {MOST_INSTANCES} is accepted")
         if not 0 <= self.heartbeat_us <= LONGEST_US:
             raise ConfigError(f"heartbeat_us is {self.heartbeat_us}, 0 to {LONGEST_US} is accepted")
+        for name in ("role_interval_us", "role_window_us"):
+            if not 1 <= getattr(self, name) <= LONGEST_US:
+                raise ConfigError(f"{name} is {getattr(self, name)}, 1 to {LONGEST_US} is accepted")
         refuse_impossible(self.outages, self.num_instances)
         object.__setattr__(self, "outages", in_order(self.outages))
 
@@ -78,12 +91,15 @@ class FleetConfig:
             "outages": [values_of(o) for o in self.outages],
             "route": {"policy": policy_name(self.route), **values_of(self.route)},
             "failover": {"policy": policy_name(self.failover), **values_of(self.failover)},
+            "roles": {"policy": policy_name(self.roles), **values_of(self.roles)},
+            "role_interval_us": self.role_interval_us,
+            "role_window_us": self.role_window_us,
         }
 
 
 def fleet_config(value: Mapping[str, Any]) -> FleetConfig:
     """Inverse of `FleetConfig.as_dict`; ConfigError for unknown fields or values."""
-    route, failover = dict(value["route"]), dict(value["failover"])
+    route, failover, roles = (dict(value[decides]) for decides in FLEET_DECISIONS)
     return FleetConfig(
         num_instances=value["num_instances"],
         heartbeat_us=value["heartbeat_us"],
@@ -91,4 +107,7 @@ def fleet_config(value: Mapping[str, Any]) -> FleetConfig:
         outages=tuple(configured(Outage, o) for o in value["outages"]),
         route=make_policy("route", route.pop("policy"), route),
         failover=make_policy("failover", failover.pop("policy"), failover),
+        roles=make_policy("roles", roles.pop("policy"), roles),
+        role_interval_us=value["role_interval_us"],
+        role_window_us=value["role_window_us"],
     )

@@ -15,6 +15,10 @@
     [failover]
     policy = "requeue"
 
+    [roles]
+    policy = "static"
+    num_prefill = 1
+
     [[outage]]                  # or one table [failures], see `outages.FailureProcess`
     instance = 2
     start_us = 60_000_000
@@ -40,7 +44,8 @@ from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.outages import FailureProcess, Outage
 from xllm_lab.policies.catalog import policies
 
-_TABLES = ("fleet", "link", "router", "failover", "outage", "failures")
+_TABLES = ("fleet", "link", "router", "failover", "roles", "outage", "failures")
+_FLEET_KEYS = ("num_instances", "heartbeat_us", "role_interval_us", "role_window_us")
 _TOLD = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
 _SHOWN_CHARACTERS = 60
 
@@ -87,12 +92,14 @@ def _fleet(document: Mapping[str, Any]) -> FleetConfig:
     for name in document:
         if name not in _TABLES:
             raise ConfigError(f"has no table {name!r}; accepted: {', '.join(_TABLES)}")
-    fleet: FleetConfig = _built("[fleet]", FleetConfig, document.get("fleet", {}), ("num_instances", "heartbeat_us"))
+    fleet: FleetConfig = _built("[fleet]", FleetConfig, document.get("fleet", {}), _FLEET_KEYS)
     parts: dict[str, Any] = {"link": _built("[link]", LinkConfig, document.get("link", {}))}
     if "router" in document:
         parts["route"] = _policy("[router]", document["router"], "route")
     if "failover" in document:
         parts["failover"] = _policy("[failover]", document["failover"], "failover")
+    if "roles" in document:
+        parts["roles"] = _policy("[roles]", document["roles"], "roles")
     return replace(fleet, outages=_outages(document, fleet.num_instances), **parts)
 
 

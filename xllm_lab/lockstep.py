@@ -100,7 +100,7 @@ class Lockstep:
         self._num_due[due] += 1
         self._cached = None
         # A token that is still being computed, and is the last, ends its request without us.
-        if num_missing := state.request.output_tokens - state.num_drawn:
+        if num_missing := state.most_output_tokens - state.num_drawn:
             self._num_joins += 1
             state.ticket = self._num_joins
             heapq.heappush(self._last_ticks, (self.clock + num_missing, state.id, state.ticket, state))

@@ -12,7 +12,14 @@ from typing import Any
 
 from xllm_lab.drawn_cache_views import DrawnCacheView, drawn_cache_view
 from xllm_lab.drawn_draft_views import DrawnDraftView, drawn_draft_view
-from xllm_lab.drawn_fleet_views import DrawnFailoverView, DrawnRouteView, drawn_failover_view, drawn_route_view
+from xllm_lab.drawn_fleet_views import (
+    DrawnFailoverView,
+    DrawnRolesView,
+    DrawnRouteView,
+    drawn_failover_view,
+    drawn_roles_view,
+    drawn_route_view,
+)
 from xllm_lab.drawn_pages_views import DrawnPagesView, drawn_pages_view
 from xllm_lab.drawn_shape_views import DrawnShapeView, drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
@@ -29,10 +36,11 @@ from xllm_lab.policies.checks import batch_violations
 from xllm_lab.policies.draft import DraftPlan
 from xllm_lab.policies.draft_checks import draft_violations
 from xllm_lab.policies.failover import FailoverPlan
-from xllm_lab.policies.fleet_checks import failover_violations, route_violations
+from xllm_lab.policies.fleet_checks import failover_violations, roles_violations, route_violations
 from xllm_lab.policies.ordered import ByAdmission, ByArrival
 from xllm_lab.policies.pages import PagePlan
 from xllm_lab.policies.pages_checks import pages_violations
+from xllm_lab.policies.roles import RolesPlan
 from xllm_lab.policies.routing import ById, RoutePlan
 from xllm_lab.policies.shape_checks import shape_violations
 from xllm_lab.policies.shapes import ShapePlan
@@ -194,6 +202,29 @@ def _renamed_failover(answer: str, rename: Rename) -> str:
     return answer
 
 
+# Nobody asks in which order instances change.
+_RolesAnswer = tuple[tuple[int, str], ...]
+
+
+def _roles_answer(view: DrawnRolesView, plan: RolesPlan) -> _RolesAnswer:
+    return tuple(sorted(plan.roles.items()))
+
+
+def _relisted_roles(view: DrawnRolesView) -> list[DrawnRolesView]:
+    shuffled = replace(view, instances=view.instances[::-1])
+    by_host = replace(view, instances=ById(sorted(view.instances, key=lambda i: i.id)))
+    return [shuffled, by_host]
+
+
+def _rename_roles(view: DrawnRolesView, rename: Rename) -> None:
+    for instance in view.instances:
+        instance.id = rename(instance.id)
+
+
+def _renamed_roles(answer: _RolesAnswer, rename: Rename) -> _RolesAnswer:
+    return tuple((rename(i), role) for i, role in answer)
+
+
 def _shapes_answer(view: DrawnShapeView, plan: ShapePlan) -> int | None:
     return plan.num_tokens
 
@@ -274,6 +305,14 @@ KINDS = {
         relisted=_relisted_pages,
         rename=_rename_pages,
         renamed=_renamed_pages,
+    ),
+    "roles": Kind(
+        drawn_view=drawn_roles_view,
+        violations=roles_violations,
+        answer=_roles_answer,
+        relisted=_relisted_roles,
+        rename=_rename_roles,
+        renamed=_renamed_roles,
     ),
     "route": Kind(
         drawn_view=drawn_route_view,

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,8 @@ class RequestRecord:
         finish_us: when it ended, for whatever reason.
         instance: which instance of a fleet served it (last).
         num_failovers: how often the instance that served it failed.
+        prefill_instance, handed_over_us: which instance drew its first token and handed it over, and when; None if
+            nobody did.
         num_drafted, num_accepted: drafts by their position behind the last known token, and those that were kept.
     """
 
@@ -72,6 +74,8 @@ class RequestRecord:
     finish_reason: FinishReason | None = None
     instance: int = 0
     num_failovers: int = 0
+    prefill_instance: int | None = None
+    handed_over_us: int | None = None
     num_drafted: array[int] = field(default_factory=_int32s)
     num_accepted: array[int] = field(default_factory=_int32s)
 
@@ -310,6 +314,8 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string()),
         pa.field("instance", pa.int32(), nullable=False),
         pa.field("num_failovers", pa.int32(), nullable=False),
+        pa.field("prefill_instance", pa.int32()),
+        pa.field("handed_over_us", pa.int64()),
         pa.field("num_drafted", _INT32S, nullable=False),
         pa.field("num_accepted", _INT32S, nullable=False),
     ]
@@ -366,6 +372,30 @@ TRANSFER_SCHEMA = pa.schema(
         *(pa.field(n, pa.int64(), nullable=False) for n in ("request", "num_bytes", "queued_us", "start_us", "end_us")),
     ]
 )
+
+
+ROLE_SCHEMA = pa.schema(
+    [
+        pa.field("us", pa.int64(), nullable=False),
+        pa.field("instance", pa.int32(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+
+class RoleChange(NamedTuple):
+    """From when on an instance had a role, until it got the next; before its first it was "mixed"."""
+
+    us: int
+    instance: int
+    role: str
+    reason: str
+
+
+def role_table(changes: Sequence[RoleChange]) -> pa.Table:
+    """In the order given."""
+    return pa.Table.from_pylist([c._asdict() for c in changes], schema=ROLE_SCHEMA)
 
 
 class SentPrompt(Protocol):

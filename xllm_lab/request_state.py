@@ -32,6 +32,7 @@ class RequestState:
     """A live request. Policies see it as a `RequestView`; only the scheduler and its lockstep write to it.
 
     Attributes:
+        most_output_tokens: it leaves with so many: all it asked for, or one, if it goes on elsewhere.
         queue: the scheduler's list that it is in.
         is_draining: all its tokens are scheduled, some are not there yet.
         lockstep: the one that it is a member of.
@@ -59,6 +60,7 @@ class RequestState:
         "is_running",
         "joined",
         "lockstep",
+        "most_output_tokens",
         "num_prompt_tokens",
         "num_published",
         "offset",
@@ -69,7 +71,15 @@ class RequestState:
         "ticket",
     )
 
-    def __init__(self, request: Request, prompt_ids: TokenIds, ledger: Ledger, record: RequestRecord) -> None:
+    def __init__(
+        self,
+        request: Request,
+        prompt_ids: TokenIds,
+        ledger: Ledger,
+        record: RequestRecord,
+        *,
+        hands_over: bool = False,
+    ) -> None:
         self.request = request
         self.id = request.id
         self.arrival_us = record.arrival_us
@@ -79,6 +89,7 @@ class RequestState:
         self.num_prompt_tokens = request.prompt.num_tokens
         self.prompt_ids = prompt_ids
         self.record = record
+        self.most_output_tokens = record.output_tokens + 1 if hands_over else request.output_tokens
         self.queue: list[Any] = NO_QUEUE
         self.is_running = self.is_draining = self.has_asked_store = False
         self.admitted_us = 0
@@ -150,7 +161,7 @@ class RequestState:
     @property
     def most_drafts(self) -> int:
         """A step draws one token more than it has drafts; the last one needs none."""
-        return min(MOST_DRAFTS, self.request.output_tokens - self.num_drawn - 1)
+        return min(MOST_DRAFTS, self.most_output_tokens - self.num_drawn - 1)
 
     def tally(self, method: str) -> Tally:
         return Tally() if self._tallies is None else self._tallies.of(method)

@@ -1,26 +1,29 @@
 """What a router knows and decides. The simulated fleet and the engine's drive this one.
 
 It knows each instance by its last heartbeat and by what it sent there since; it knows where every live request is; it
-asks the routing and the failover policy, checks their plans, and says what was decided on what view. It has no clock:
-`dispatch` brings it time, clients, links and instances.
+gives instances their roles, and asks routing and failover policies; it checks plans, and says what was decided on what
+view. It has no clock: `dispatch` brings it time, clients, links and instances.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig
+from xllm_lab.heard import HeardLately, Hearing
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import BlockKey
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.failover import FailoverPlan
-from xllm_lab.policies.fleet_checks import failover_violations, route_violations
-from xllm_lab.policies.routing import ById, InstanceId, RoutePlan
-from xllm_lab.records import RequestRecord
+from xllm_lab.policies.fleet_checks import failover_violations, roles_violations, route_violations
+from xllm_lab.policies.roles import TAKE_OVER, TAKE_PROMPTS, Role, RolesPlan
+from xllm_lab.policies.roles.colocated import Colocated
+from xllm_lab.policies.routing import ById, InstanceId, RoutePlan, Stage
+from xllm_lab.records import RequestRecord, RoleChange
 from xllm_lab.workload import Request, RequestId
 
 
@@ -69,9 +72,10 @@ class RequestInHand:
 
 
 class Known:
-    """One instance as the router knows it: an `InstanceView`.
+    """One instance as the router knows it: an `InstanceView`, and a `RoleInstance`.
 
     Attributes:
+        role, since_us: what it is sent, and since when.
         num_under_way, num_tokens_under_way: requests that were sent and have not arrived, and their prompt tokens.
         num_sent, num_sent_tokens: those sent since the last heartbeat, and those that were under way then.
     """
@@ -79,6 +83,9 @@ class Known:
     def __init__(self, router: Router, instance: InstanceId) -> None:
         self._router = router
         self.id = instance
+        self.role: Role = "mixed"
+        self.since_us = 0
+        self.is_up = True
         self.max_seqs_per_batch = router.instance.max_seqs_per_batch
         self.num_under_way = self.num_tokens_under_way = 0
         self._num_sent = self._num_sent_tokens = 0
@@ -126,8 +133,9 @@ class Known:
 
     @property
     def _seen(self) -> Load:
-        if not self._router.config.heartbeat_us and self._seen_for != self._router.num_routed:
-            self._last, self._seen_for = self._router.load_now(self.id), self._router.num_routed
+        router = self._router
+        if not router.config.heartbeat_us and self._seen_for != router.num_looks and self.is_up:
+            self._last, self._seen_for = router.load_now(self.id), router.num_looks
         return self._last
 
     def send(self, request: Request) -> None:
@@ -154,6 +162,7 @@ class RouteQuestion(NamedTuple):
 
     now_us: int
     request: RequestInHand
+    stage: Stage
     num_routed: int
     block_size: int
     instances: ById[Known]
@@ -167,11 +176,30 @@ class FailoverQuestion(NamedTuple):
     num_up_instances: int
 
 
-class OnDecision(NamedTuple):
-    """Who is told of decisions, while what the view shows is as the policy saw it."""
+class RolesQuestion(NamedTuple):
+    """A `RolesView`."""
 
-    route: Callable[[RouteQuestion, RoutePlan], None]
+    now_us: int
+    instances: ById[Known]
+    heard: HeardLately
+
+
+class OnDecision(NamedTuple):
+    """Who is told of decisions, while what the view shows is as the policy saw it.
+
+    Of a routing decision, why an instance of another role was to take the request, if one was.
+    """
+
+    route: Callable[[RouteQuestion, RoutePlan, str | None], None]
     failover: Callable[[FailoverQuestion, FailoverPlan], None]
+    roles: Callable[[RolesQuestion, RolesPlan], None]
+
+
+# Of a request that is sent to an instance of another role.
+OUT_OF_ROLE: dict[Stage, str] = {
+    "prefill": "nobody is up who computes prompts",
+    "decode": "nobody is up who takes over",
+}
 
 
 class Router:
@@ -180,7 +208,8 @@ class Router:
     Attributes:
         known: all instances, by id.
         up: those that are, sorted by id.
-        num_routed: routing decisions so far.
+        has_roles: whether not everybody is to serve requests to their ends.
+        num_looks: decisions so far that looked at loads.
         load_now: what an instance would tell at this moment.
         needs_index: whether the routing policy asks for cached prefixes.
         keys_of_the_request_in_hand: keys of its prompt's full blocks, but for the last token, which is always computed.
@@ -196,7 +225,10 @@ class Router:
     ) -> None:
         self.config = config
         self.instance = instance
-        self.num_routed = 0
+        self.has_roles = type(config.roles) is not Colocated
+        self.hearing = Hearing(config.role_window_us) if self.has_roles else None
+        self.num_looks = 0
+        self._num_routed: Counter[Stage] = Counter()
         self.needs_index = instance.enable_prefix_cache and getattr(config.route, "needs_prefix_index", True)
         self.keys_of_the_request_in_hand: list[BlockKey] = []
         self.load_now = load_now
@@ -215,18 +247,25 @@ class Router:
             PolicyError: the policy named an instance that is not up.
         """
         self._where[request.id] = record
+        if self.hearing is not None:
+            self.hearing.begins(record)
         if not self.up:
             self._held.append((request, record))
             return None
         self.keys_of_the_request_in_hand = self._keys_of(request) if self.needs_index else []
         policy = self.config.route
-        view = RouteQuestion(now_us, RequestInHand(record), self.num_routed, self.instance.block_size, self.up)
+        stage: Stage = "whole" if not self.has_roles else "decode" if record.output_tokens else "prefill"
+        takers = self._takers(stage)
+        view = RouteQuestion(
+            now_us, RequestInHand(record), stage, self._num_routed[stage], self.instance.block_size, takers or self.up
+        )
+        self.num_looks += 1
         plan = policy.decide(view)
         if broken := route_violations(view, plan):
             raise PolicyError(f"policy {policy_name(policy)} at {now_us} us: {'; '.join(broken)}")
         if self._on_decision is not None:
-            self._on_decision.route(view, plan)
-        self.num_routed += 1
+            self._on_decision.route(view, plan, None if takers else OUT_OF_ROLE[stage])
+        self._num_routed[stage] += 1
         chosen = self.known[plan.instance]
         chosen.send(request)
         return chosen
@@ -246,6 +285,38 @@ class Router:
             self._on_decision.failover(view, plan)
         return plan.action == "requeue"
 
+    def _takers(self, stage: Stage) -> ById[Known]:
+        """Who is up and has a role for a stage."""
+        if stage == "whole":
+            return self.up
+        roles = TAKE_PROMPTS if stage == "prefill" else TAKE_OVER
+        return ById([k for k in self.up if k.role in roles])
+
+    def decide_roles(self, now_us: int) -> list[RoleChange]:
+        """Give instances their roles; returns who got another one.
+
+        Raises:
+            PolicyError: the policy left nobody for a stage, or named what there is not.
+        """
+        assert self.hearing is not None, "roles are decided, and there are none"
+        self.num_looks += 1
+        policy = self.config.roles
+        view = RolesQuestion(now_us, ById(self.known), self.hearing.lately(now_us))
+        plan = policy.decide(view)
+        if broken := roles_violations(view, plan):
+            raise PolicyError(f"policy {policy_name(policy)} at {now_us} us: {'; '.join(broken)}")
+        if self._on_decision is not None:
+            self._on_decision.roles(view, plan)
+        changes = []
+        for known in self.known:
+            role = plan.roles.get(known.id, known.role)
+            if role != known.role:
+                known.role, known.since_us = role, now_us
+                changes.append(RoleChange(now_us, known.id, role, plan.reason))
+        if changes:
+            self.hearing.begin_anew(now_us)
+        return changes
+
     def is_on_its_way(self, record: RequestRecord) -> bool:
         """Whether a request that was sent is still wanted: its client may have gone away meanwhile."""
         return self._where.get(record.id) is record
@@ -258,8 +329,16 @@ class Router:
         """None if it has ended, or never came."""
         return self._where.get(request)
 
-    def forget(self, request: RequestId) -> None:
+    def hand_over(self, record: RequestRecord, now_us: int) -> None:
+        """A request has its first token, and left its instance to go on elsewhere."""
+        assert self.hearing is not None, f"request {record.id} is handed over, and nobody has a role"
+        self.hearing.first_token(record, now_us)
+        self._where[record.id] = record
+
+    def forget(self, request: RequestId, now_us: int) -> None:
         """A request ended."""
+        if self.hearing is not None:
+            self.hearing.ends(request, now_us)
         self._where.pop(request, None)
 
     def drop(self, record: RequestRecord) -> None:
@@ -268,10 +347,12 @@ class Router:
 
     def goes_down(self, known: Known) -> None:
         """Nothing is sent there any more."""
+        known.is_up = False
         self.up.remove(known)
 
     def comes_up(self, known: Known, load: Load) -> Sequence[tuple[Request, RequestRecord]]:
         """An instance comes, or comes back; returns the requests that were held, in order, to be routed."""
+        known.is_up = True
         self.up = ById(sorted([*self.up, known], key=lambda k: k.id))
         known.beat(load)
         return self.release()

@@ -27,16 +27,18 @@ from xllm_lab.records import (
     STEP_SCHEMA,
     TRANSFER_SCHEMA,
     RequestRecord,
+    RoleChange,
     SentPrompt,
     copy_table,
     request_table,
+    role_table,
     step_table,
     transfer_table,
 )
 from xllm_lab.step import Step
 
 STEPS_FILE, REQUESTS_FILE, TRANSFERS_FILE = "steps.parquet", "requests.parquet", "transfers.parquet"
-COPIES_FILE = "copies.parquet"
+COPIES_FILE, ROLES_FILE = "copies.parquet", "roles.parquet"
 # Of a row group, and of what is kept in memory until it is one. A step has many entries, one per request.
 _STEPS_PER_GROUP, _REQUESTS_PER_GROUP = 1 << 15, 1 << 12
 _MOST_ENTRIES = 1 << 20
@@ -67,6 +69,7 @@ class RunWriter:
         self._sent: list[SentPrompt] = []
         self._copies: _Groups | None = None  # nor has one without tiers
         self._asked: deque[CopyRecord] = deque()
+        self._roles: list[RoleChange] = []  # nor one without roles
         self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
         self._requests = _Groups(folder / REQUESTS_FILE, REQUEST_SCHEMA, _REQUESTS_PER_GROUP)
         self._spans: list[Step] = []
@@ -87,6 +90,10 @@ class RunWriter:
         if len(self._sent) >= _REQUESTS_PER_GROUP:
             self._write_transfers()
 
+    def role(self, change: RoleChange) -> None:
+        """An instance got another role."""
+        self._roles.append(change)
+
     def copy(self, record: CopyRecord) -> None:
         self._asked.append(record)
         if len(self._asked) >= 2 * _REQUESTS_PER_GROUP:
@@ -104,6 +111,8 @@ class RunWriter:
         self._write_requests()
         self._write_transfers()
         self._write_copies(lambda _: True)
+        if self._roles:
+            pq.write_table(role_table(self._roles), self._folder / ROLES_FILE, write_page_checksum=True)
         for file in self._files():
             file.close()
 

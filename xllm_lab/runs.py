@@ -40,7 +40,7 @@ from xllm_lab.records import (
 from xllm_lab.step_time import StepTime
 from xllm_lab.workload import Workload
 
-FORMAT = 6
+FORMAT = 7
 _FINISHED = "a Parquet file of a finished run"
 
 

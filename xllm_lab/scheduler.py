@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import add, attrgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from xllm_lab.copies import CopyEnd
 from xllm_lab.drafting import Drafting
@@ -53,6 +53,8 @@ from xllm_lab.tiering import Tiering
 from xllm_lab.virtual_kv import VirtualKv
 from xllm_lab.workload import Request, RequestId, TokenIds
 
+# How a request leaves an instance: it ends, or goes on elsewhere.
+Leaving = FinishReason | Literal["handed over"]
 _BY_ARRIVAL, _BY_ADMISSION = attrgetter("arrival_order"), attrgetter("admission_order")
 
 
@@ -114,6 +116,8 @@ class Scheduler:
         self._victims: list[RequestId] = []
         # Who lost its KV with a token under way, which it still gets.
         self._due: list[RequestState] = []
+        # Who left with its first token, to go on elsewhere, since somebody asked.
+        self._handed_over: list[RequestState] = []
         self._view = LiveView(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._chunk: ScheduledChunk | None = None  # of the plan made last, if that may be repeated
@@ -158,13 +162,23 @@ class Scheduler:
     def state(self, request: RequestId) -> RequestState:
         return self._live[request]
 
-    def add(self, request: Request, prompt_ids: TokenIds, now_us: int, *, record: RequestRecord | None = None) -> None:
-        """A request arrives, or, with its `record`, comes over from an instance that failed.
+    def add(
+        self,
+        request: Request,
+        prompt_ids: TokenIds,
+        now_us: int,
+        *,
+        record: RequestRecord | None = None,
+        hands_over: bool = False,
+    ) -> None:
+        """A request arrives, or, with its `record`, comes over from another instance.
 
-        One that can never run here ends at once, and its record says so.
+        One that can never run here ends at once, and its record says so. One that `hands_over` leaves with its next
+        token, if that is not its last, see `handed_over`.
         """
         assert request.id not in self._live, f"request {request.id} arrived twice"
-        state = RequestState(request, prompt_ids, self.ledger, new_record(request) if record is None else record)
+        own = new_record(request) if record is None else record
+        state = RequestState(request, prompt_ids, self.ledger, own, hands_over=hands_over)
         state.record.instance = self.instance
         self._live[request.id] = state
         try:
@@ -320,7 +334,7 @@ class Scheduler:
         if self.pages is not None:
             self.pages.slots.over(step.index + num_more)
         now_us = ends_us[-1]
-        ended: list[tuple[RequestState, FinishReason]] = []
+        ended: list[tuple[RequestState, Leaving]] = []
         if step.decodes.ids:
             ended = self._complete_decodes(step, ends_us, sampled)
         drafts = {d.id: d for d in step.drafts if d.token_ids}
@@ -341,9 +355,13 @@ class Scheduler:
         if self._due:
             ended += self._complete_due(sampled, now_us)
         for state, reason in ended:
-            self._stop(state)
-            self._end(state, now_us, reason)
-        return tuple([state.id for state, _ in ended])
+            self._leave(state, now_us, reason)
+        return tuple([state.id for state, reason in ended if isinstance(reason, FinishReason)])
+
+    def handed_over(self) -> list[RequestState]:
+        """Requests that left since this was asked last, with their first tokens; they go on elsewhere."""
+        left, self._handed_over = self._handed_over, []
+        return left
 
     def fail(self) -> list[RequestState]:
         """The instance loses everything it holds; returns the requests it had, by arrival. Steps under way never were.
@@ -525,7 +543,7 @@ class Scheduler:
 
     def _complete_decodes(
         self, step: Step, ends_us: Sequence[int], sampled: Mapping[RequestId, Sampled] | None
-    ) -> list[tuple[RequestState, FinishReason]]:
+    ) -> list[tuple[RequestState, Leaving]]:
         lockstep, now_us = self._lockstep, ends_us[-1]
         first_tick = lockstep.done + 1
         lockstep.tick_over(ends_us)
@@ -533,7 +551,9 @@ class Scheduler:
             for tick in range(first_tick, lockstep.done + 1):
                 for state in lockstep.at_clock(tick):
                     self._publish(state, state.offset + tick)
-        ended = {state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()}
+        ended: dict[RequestId, tuple[RequestState, Leaving]] = {
+            state.id: (state, FinishReason.LENGTH) for state in lockstep.ended()
+        }
         if sampled is None and not self._owed:
             return _by_admission(ended)
         for state, turn, num_computed in self._owed:
@@ -556,13 +576,13 @@ class Scheduler:
 
     def _complete_due(
         self, sampled: Mapping[RequestId, Sampled] | None, now_us: int
-    ) -> list[tuple[RequestState, FinishReason]]:
+    ) -> list[tuple[RequestState, Leaving]]:
         """Tokens of requests that lost their KV while the step ran that draws them.
 
         vLLM's: `update_from_output` gives a preempted request its token, and may end it. One that a second look at the
         same plan let in again starts without it.
         """
-        ended: list[tuple[RequestState, FinishReason]] = []
+        ended: list[tuple[RequestState, Leaving]] = []
         for state in self._due:
             if not state.is_running and self._live.get(state.id) is state:
                 if reason := _take_tokens(state, sampled, now_us):
@@ -613,7 +633,7 @@ class Scheduler:
         samples = state.compute(num_tokens)
         if self._foresees_length and self.ledger.enable_prefix_cache:
             self._publish_ahead(state)
-        if samples and self._foresees_length and state.num_drawn == state.request.output_tokens:
+        if samples and self._foresees_length and state.num_drawn == state.most_output_tokens:
             self._drain(state)
         else:
             self._enter_running(state, self._view.decoding if samples or state.is_decoding else self._view.prefilling)
@@ -684,6 +704,13 @@ class Scheduler:
         self._singles.pop(state.id, None)
         state.is_draining = False
 
+    def _leave(self, state: RequestState, now_us: int, reason: Leaving) -> None:
+        self._stop(state)
+        if isinstance(reason, FinishReason):
+            self._end(state, now_us, reason)
+        else:
+            self._hand_over(state)
+
     def _end(self, state: RequestState, now_us: int, reason: FinishReason) -> None:
         self._forget_drafts(state.id)
         self._release(state)
@@ -692,6 +719,14 @@ class Scheduler:
         state.record.finish_us = now_us
         state.record.finish_reason = reason
         self._recorder.request(state.record)
+
+    def _hand_over(self, state: RequestState) -> None:
+        """A request leaves; its blocks stay as cached ones that nobody uses."""
+        self._forget_drafts(state.id)
+        self._release(state)
+        del self._live[state.id]
+        _fill_placeholders(state)
+        self._handed_over.append(state)
 
     def _release(self, state: RequestState) -> None:
         self.ledger.release(state.id)
@@ -711,13 +746,13 @@ class Scheduler:
 
 
 def _by_admission(
-    ended: Mapping[RequestId, tuple[RequestState, FinishReason]],
-) -> list[tuple[RequestState, FinishReason]]:
+    ended: Mapping[RequestId, tuple[RequestState, Leaving]],
+) -> list[tuple[RequestState, Leaving]]:
     # As they are packed: the order in which they end is the order in which what they leave is evicted.
     return sorted(ended.values(), key=lambda end: end[0].admission_order) if len(ended) > 1 else list(ended.values())
 
 
-def _take_tokens(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> FinishReason | None:
+def _take_tokens(state: RequestState, sampled: Mapping[RequestId, Sampled] | None, now_us: int) -> Leaving | None:
     record = state.record
     if sampled is not None:
         token_id, is_stop, accepted = sampled[state.id]
@@ -730,7 +765,9 @@ def _take_tokens(state: RequestState, sampled: Mapping[RequestId, Sampled] | Non
             return FinishReason.STOP
     else:
         record.token_times_us.append(now_us)
-    return FinishReason.LENGTH if state.record.output_tokens == state.request.output_tokens else None
+    if record.output_tokens == state.request.output_tokens:
+        return FinishReason.LENGTH
+    return "handed over" if record.output_tokens == state.most_output_tokens else None
 
 
 def _fill_placeholders(state: RequestState) -> None:

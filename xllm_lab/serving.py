@@ -80,11 +80,17 @@ _ARRIVES, _CANCELS = 0, 1
 
 
 class Event(NamedTuple):
-    """A request arrives, or else its client goes away. A `record` is of one that begins anew, its instance failed."""
+    """A request arrives, or else its client goes away.
+
+    Attributes:
+        record: of one that comes from a router, which has it already.
+        hands_over: it leaves with its first token, to go on elsewhere.
+    """
 
     arrives: bool
     request: Request
     record: RequestRecord | None = None
+    hands_over: bool = False
 
 
 class Feed(Protocol):
@@ -106,6 +112,10 @@ class Feed(Protocol):
 
     def on_end(self, request: RequestId, now_us: int) -> None:
         """A request ended."""
+        ...
+
+    def on_handover(self, request: Request, record: RequestRecord, now_us: int) -> None:
+        """A request left with its first token, to go on elsewhere."""
         ...
 
 
@@ -147,6 +157,9 @@ class WorkloadFeed:
         self._forget_the_ended()
         if self._loop is not None:
             self._send_next(now_us + self._loop.think_us)
+
+    def on_handover(self, request: Request, record: RequestRecord, now_us: int) -> None:
+        raise AssertionError(f"request {request.id} is handed over, and there is nobody else")
 
     def _forget_the_ended(self) -> None:
         # Or an engine would wait, with nothing left to do, for a client that it has served to go away.
@@ -204,6 +217,7 @@ def serve(
             for request_id in scheduler.complete(step, done.ends_us, done.sampled, ahead):
                 feed.on_end(request_id, now_us)
             scheduler.copied(done.copied)
+            _hand_over(scheduler, feed, now_us)
         elif feed.is_over and not (scheduler.num_live and scheduler.is_copying):
             if scheduler.num_live:
                 name = policy_name(scheduler.policy)
@@ -214,6 +228,12 @@ def serve(
             assert isinstance(woke, Woke), f"idling is answered by a Woke, not by {woke}"
             now_us = woke.now_us
             scheduler.copied(woke.copied)
+            _hand_over(scheduler, feed, now_us)
+
+
+def _hand_over(scheduler: Scheduler, feed: Feed, now_us: int) -> None:
+    for state in scheduler.handed_over():
+        feed.on_handover(state.request, state.record, now_us)
 
 
 def _planned(scheduler: Scheduler, now_us: int, launch: Callable[[Step], None]) -> Step | None:
@@ -225,9 +245,9 @@ def _planned(scheduler: Scheduler, now_us: int, launch: Callable[[Step], None]) 
 
 def _deliver(feed: Feed, scheduler: Scheduler, prompt_ids: Callable[[Request], TokenIds], now_us: int) -> None:
     while (event := feed.pop_due(now_us)) is not None:
-        arrives, request, record = event
+        arrives, request, record, hands_over = event
         if arrives:
-            scheduler.add(request, prompt_ids(request), now_us, record=record)
+            scheduler.add(request, prompt_ids(request), now_us, record=record, hands_over=hands_over)
             ended = not scheduler.is_live(request.id)
         else:
             ended = scheduler.cancel(request.id, now_us)

@@ -199,7 +199,7 @@ class _View:
             singles.setdefault(-state.num_computed_tokens % size, []).append(state)
         for ticks in range(size):
             for state in (*self._lockstep.due(ticks), *singles.get(ticks, ())):
-                if state.num_drawn < state.request.output_tokens:
+                if state.num_drawn < state.most_output_tokens:
                     yield state.id, ticks + 1
 
 

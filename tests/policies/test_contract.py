@@ -146,7 +146,7 @@ def test_a_decision_that_nobody_knows_is_refused() -> None:
 
     with pytest.raises(ConfigError) as refused:
         check_policy(Seer())
-    known = "batch, cache, draft, failover, pages, route, shapes"
+    known = "batch, cache, draft, failover, pages, roles, route, shapes"
     assert str(refused.value).endswith(f"Seer decides 'weather', accepted: {known}")
 
 

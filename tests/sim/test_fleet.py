@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -34,6 +34,10 @@ from xllm_lab.policies.cache.device_only import DEVICE_ONLY
 from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.failover.requeue import Requeue
 from xllm_lab.policies.of_instance import Policies
+from xllm_lab.policies.roles import ROLES, RolesPlan, RolesPolicy, RolesView, changes
+from xllm_lab.policies.roles.colocated import Colocated
+from xllm_lab.policies.roles.slo_flip import SloFlip
+from xllm_lab.policies.roles.static import Static
 from xllm_lab.policies.route.prefix_affinity import PrefixAffinity
 from xllm_lab.policies.routing import InstanceId, RoutePlan, RouteView
 from xllm_lab.records import FinishReason, Records, RequestRecord
@@ -93,7 +97,30 @@ def fleets(draw: st.DrawFn, *, outages: bool = True) -> FleetConfig:
         outages=tuple(down),
         route=make_policy("route", route, {}),
         failover=make_policy("failover", failover, {}),
+        roles=draw(roles()),
+        role_interval_us=draw(st.sampled_from((1, 30, 400))),
+        role_window_us=draw(st.sampled_from((1, 100))),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WildRoles:
+    """Somebody does something else each time: a roles policy to find what a fleet gets wrong."""
+
+    decides: ClassVar[str] = "roles"
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        num = 5 * (view.now_us // 7) + view.heard.num_ends + sum(i.num_running for i in view.instances)
+        wild = {i.id: ROLES[(num + 2 * i.id) % 3] for i in view.instances}
+        if {"prefill"} == {*wild.values()} or {"decode"} == {*wild.values()}:
+            wild[view.instances[num % len(view.instances)].id] = "mixed"
+        return changes(view, wild, "wild")
+
+
+def roles() -> st.SearchStrategy[RolesPolicy]:
+    """Whatever there is, with short memories, and a wild one."""
+    flips = SloFlip(min_dwell_us=20, min_requests=1)
+    return st.sampled_from((Colocated(), Colocated(), Static(), Static(num_prefill=2), flips, WildRoles()))
 
 
 @given(
@@ -111,6 +138,7 @@ def test_skipping_steps_changes_nothing(
     stepped, slow = served(work, fleet, config, policy, fast_forward=False)
     skipped, fast = served(work, fleet, config, policy)
     event(f"{sum(r.num_failovers for r in stepped.requests)} failovers")
+    event(f"{sum(r.handed_over_us is not None for r in stepped.requests)} handovers")
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
     assert fast == slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xllm_lab.errors import ConfigError
 
@@ -42,8 +42,10 @@ def fleet_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("fleet")
     group.add_argument("--cluster", type=Path, metavar="FILE", help="a cluster file (TOML), see `xllm_lab.fleet_file`")
     group.add_argument("--instances", type=int, metavar="N", help="N instances, instead of --cluster")
-    group.add_argument("--route", metavar="NAME", help="routing policy, instead of the file's; else round-robin")
-    group.add_argument("--failover", metavar="NAME", help="failover policy, instead of the file's; else cancel")
+    named = "NAME[:KNOB=VALUE,...]"
+    group.add_argument("--route", metavar=named, help="routing policy, instead of the file's; else round-robin")
+    group.add_argument("--failover", metavar=named, help="failover policy, instead of the file's; else cancel")
+    group.add_argument("--roles", metavar=named, help="roles policy, instead of the file's; else colocated")
 
 
 def machine(o: argparse.Namespace) -> Machine:
@@ -94,17 +96,13 @@ def page_time(o: argparse.Namespace) -> PageTime | None:
 
 def fleet(o: argparse.Namespace) -> FleetConfig | None:
     """The fleet that the options describe, or None for a single instance."""
-    from xllm_lab.fleet_config import FleetConfig
+    from xllm_lab.fleet_config import FLEET_DECISIONS, FleetConfig
     from xllm_lab.fleet_file import read_fleet
-    from xllm_lab.policies.catalog import make_policy
 
     if o.cluster is not None and o.instances is not None:
         raise ConfigError("give --cluster or --instances, one of them")
-    chosen = {
-        decides: make_policy(decides, name, {})
-        for decides in ("route", "failover")
-        if (name := getattr(o, decides)) is not None
-    }
+    given = {decides: text for decides in FLEET_DECISIONS if (text := getattr(o, decides)) is not None}
+    chosen = {decides: _policy(decides, text) for decides, text in given.items()}
     if o.cluster is not None:
         return replace(read_fleet(o.cluster), **chosen)
     if o.instances is not None:
@@ -112,6 +110,17 @@ def fleet(o: argparse.Namespace) -> FleetConfig | None:
     if chosen:
         raise ConfigError(f"--{next(iter(chosen))} without a fleet; accepted: with --instances or --cluster")
     return None
+
+
+def _policy(decides: str, text: str) -> Any:
+    """A policy by its name, and its knobs if there are any behind it."""
+    from xllm_lab.policies.catalog import make_policy
+
+    name, _, rest = text.partition(":")
+    knobs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if not all(equals for _, equals, _ in knobs):
+        raise ConfigError(f"--{decides} {text!r} is not accepted; accepted: NAME, or NAME:KNOB=VALUE,...")
+    return make_policy(decides, name, {knob: value for knob, _, value in knobs})
 
 
 def _deployment(o: argparse.Namespace) -> Deployment:

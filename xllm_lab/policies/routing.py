@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NewType, Protocol, TypeVar
+from typing import ClassVar, Literal, NewType, Protocol, TypeVar
 
 from xllm_lab.policies.api import RequestId
 
 InstanceId = NewType("InstanceId", int)
+# What a request is sent for: all of it; its first token; or, as it has that, the others. See `roles`.
+Stage = Literal["whole", "prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("whole", "prefill", "decode")
 
 
 class ArrivedRequest(Protocol):
@@ -98,8 +101,13 @@ class RouteView(Protocol):
     @property
     def request(self) -> ArrivedRequest: ...
     @property
+    def stage(self) -> Stage:
+        """What the request is sent for; instances whose role is another are not shown, unless no other is up."""
+        ...
+
+    @property
     def num_routed(self) -> int:
-        """Requests that the router has sent to instances before this one, requeued ones counted again."""
+        """Requests that the router has sent to instances before this one for the same stage, requeued ones again."""
         ...
 
     @property

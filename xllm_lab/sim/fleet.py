@@ -20,8 +20,8 @@ from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.of_instance import Policies
-from xllm_lab.records import Recorder
-from xllm_lab.router import Load
+from xllm_lab.records import Recorder, RequestRecord, RoleChange
+from xllm_lab.router import Load, OnDecision
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Conversation, Event, serve
@@ -31,15 +31,15 @@ from xllm_lab.sim.instance import Instance, Timing, at
 from xllm_lab.sim.links import Transfer
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import StepTime
-from xllm_lab.workload import RequestId, Workload
+from xllm_lab.workload import Request, RequestId, Workload
 
 
 class Inbox:
     """What the router sent to one instance: a `Feed` whose next event nobody knows."""
 
-    def __init__(self, on_end: Callable[[RequestId, int], None]) -> None:
+    def __init__(self, dispatch: Dispatch) -> None:
         self.events: deque[Event] = deque()
-        self._on_end = on_end
+        self._dispatch = dispatch
 
     @property
     def next_us(self) -> int | None:
@@ -58,7 +58,10 @@ class Inbox:
         return self.events.popleft() if self.events else None
 
     def on_end(self, request: RequestId, now_us: int) -> None:
-        self._on_end(request, now_us)
+        self._dispatch.on_end(request, now_us)
+
+    def on_handover(self, request: Request, record: RequestRecord, now_us: int) -> None:
+        self._dispatch.on_handover(request, record, now_us)
 
 
 class SimulatedCalendar:
@@ -95,7 +98,7 @@ class SimulatedSeat:
     ) -> None:
         scheduler.is_index_watched = dispatch.router.needs_index
         self.scheduler = scheduler
-        self.inbox = Inbox(dispatch.on_end)
+        self.inbox = Inbox(dispatch)
         self.instance: Instance | None = None
         self._env, self._timing, self._dispatch, self._copies = env, timing, dispatch, copies
 
@@ -123,7 +126,7 @@ class SimulatedSeat:
         self.instance = None
         lost = [(state.request, state.record) for state in self.scheduler.fail()]
         lost += [(e.request, e.record) for e in events if e.arrives and e.record is not None]
-        return Lost(lost, frozenset([e.request.id for e in events if not e.arrives]))
+        return lost
 
     def put(self, event: Event) -> None:
         assert self.instance is not None, "something arrives at an instance that is down"
@@ -167,6 +170,8 @@ class Fleet:
         draft_time: DraftTime | None = None,
         copy_time: CopyTime | None = None,
         on_transfer: Callable[[Transfer], None] | None = None,
+        on_role: Callable[[RoleChange], None] | None = None,
+        on_decision: OnDecision | None = None,
     ) -> None:
         self.shapes = shapes_of(policies.shapes, instance)
         self._env = simpy.Environment(initial_time=0)
@@ -178,6 +183,8 @@ class Fleet:
             recorder=recorder,
             vocab_size=vocab_size,
             on_transfer=on_transfer,
+            on_role=on_role,
+            on_decision=on_decision,
         )
         self._seats = []
         for k in range(config.num_instances):

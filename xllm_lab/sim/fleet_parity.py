@@ -20,12 +20,18 @@ from xllm_lab.decisions import (
     DECISIONS_FILE,
     DELIVERIES_FILE,
     DELIVERY_SCHEMA,
+    DOWN,
+    LEAVES,
+    PREFILLS,
+    UP,
     Delivery,
     FleetDecision,
     SeenFailover,
+    SeenRoles,
     SeenRoute,
     decisions_from,
     deliveries_from,
+    roles_text,
 )
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
@@ -82,6 +88,9 @@ class Met:
     def on_end(self, request: RequestId, now_us: int) -> None:
         """Who comes next is known."""
 
+    def on_handover(self, request: Request, record: RequestRecord, now_us: int) -> None:
+        """Where it goes on is another life."""
+
 
 class RecordedLife(Recorded):
     """As `Recorded`; it is known when the engine looked."""
@@ -120,10 +129,10 @@ def lives_of(deliveries: Sequence[Delivery]) -> list[Life]:
     present: dict[int, Life] = {}
     lives: list[Life] = []
     for met in deliveries:
-        if met.kind == "up":
+        if met.kind == UP:
             present[met.instance] = Life(met.instance, met.us)
             lives.append(present[met.instance])
-        elif met.kind == "down":
+        elif met.kind == DOWN:
             present[met.instance].down_us = met.us
         else:
             present[met.instance].met.append(met)
@@ -175,12 +184,14 @@ def _events(
     for us, _, kind, request_id in life.met:
         assert request_id is not None, f"{kind} of no request"
         request = requests[request_id]
-        record = _as_it_came(request, records[request_id], us) if kind == "arrives" else None
-        yield us, Event(kind == "arrives", request, record)
+        if kind == LEAVES:
+            yield us, Event(False, request)
+        else:
+            yield us, Event(True, request, _as_it_came(request, records[request_id], us), hands_over=kind == PREFILLS)
 
 
 def _as_it_came(request: Request, ended: RequestRecord, us: int) -> RequestRecord:
-    """The record of a request that came with the tokens that it had, if its instance had failed."""
+    """The record of a request that came with the tokens that it had, from an instance before."""
     record = new_record(request)
     num_tokens = bisect_right(ended.token_times_us, us)
     record.token_times_us = array("q", ended.token_times_us[:num_tokens])
@@ -193,13 +204,19 @@ def _routed_again(
 ) -> Iterator[tuple[RouterDecision, RouterDecision]]:
     """Of each decision, the recorded one and the one that the policy takes on the recorded view."""
     for d in decisions:
-        if d.instances is None:
+        if d.request is None:
+            assert d.instances is not None, "a decision on roles"
+            assert d.heard is not None, "a decision on roles"
+            roles = fleet.roles.decide(SeenRoles(d.now_us, ById(d.instances), d.heard))
+            again = RouterDecision(roles_text(roles), roles.reason)
+        elif d.instances is None:
             lost = fleet.failover.decide(SeenFailover(d.now_us, d.request, d.num_up_instances))
             again = RouterDecision(lost.action, lost.reason)
         else:
             assert d.num_routed is not None, "a routing decision"
             assert d.block_size is not None, "a routing decision"
+            assert d.stage is not None, "a routing decision"
             up = ById(d.instances)
-            plan = fleet.route.decide(SeenRoute(d.now_us, d.request, d.num_routed, d.block_size, up))
+            plan = fleet.route.decide(SeenRoute(d.now_us, d.request, d.stage, d.num_routed, d.block_size, up))
             again = RouterDecision(str(plan.instance), plan.reason)
         yield RouterDecision(d.chosen, d.reason), again

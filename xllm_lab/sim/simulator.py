@@ -157,7 +157,12 @@ def simulate(
             if fleet is None:
                 shapes = serve_alone(workload, config, policies, timing, **known)
             else:
-                served = Fleet(workload, fleet, config, policies, timing, on_transfer=writer.transfer, **known)
+                served = Fleet(
+                    *(workload, fleet, config, policies, timing),
+                    on_transfer=writer.transfer,
+                    on_role=writer.role,
+                    **known,
+                )
                 writer.low_water_us = served.low_water_us
                 served.run()
                 shapes = served.shapes

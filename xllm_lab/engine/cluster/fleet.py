@@ -30,9 +30,9 @@ from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.progress import tell
-from xllm_lab.records import Records, transfer_table
+from xllm_lab.records import Records, RoleChange, role_table, transfer_table
 from xllm_lab.registry import open_registry
-from xllm_lab.run_writer import TRANSFERS_FILE
+from xllm_lab.run_writer import ROLES_FILE, TRANSFERS_FILE
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.step_time import StepTime
 from xllm_lab.transfers import Transfer
@@ -45,12 +45,14 @@ class Served:
 
     Attributes:
         transfers: over links, where they are configured.
+        roles: who got another one.
         graphs: of each instance that was up in the end.
     """
 
     transfers: Sequence[Transfer]
     decisions: Sequence[FleetDecision]
     deliveries: Sequence[Delivery]
+    roles: Sequence[RoleChange]
     graphs: dict[str, Any] | None
 
 
@@ -170,7 +172,11 @@ class EngineFleet:
         graphs = [seat.graphs for seat in seats]
         known = {"instances": graphs} if any(g is not None for g in graphs) else None
         return Served(
-            transfers=serving.transfers, decisions=serving.log.decisions, deliveries=serving.deliveries, graphs=known
+            transfers=serving.transfers,
+            decisions=serving.log.decisions,
+            deliveries=serving.deliveries,
+            roles=serving.roles,
+            graphs=known,
         )
 
     def replay(
@@ -211,6 +217,8 @@ class EngineFleet:
             fill_run(folder, manifest, workload, records)
             if served.transfers:
                 pq.write_table(transfer_table(served.transfers), folder / TRANSFERS_FILE, write_page_checksum=True)
+            if served.roles:
+                pq.write_table(role_table(served.roles), folder / ROLES_FILE, write_page_checksum=True)
             pq.write_table(decision_table(served.decisions), folder / DECISIONS_FILE, write_page_checksum=True)
             pq.write_table(delivery_table(served.deliveries), folder / DELIVERIES_FILE, write_page_checksum=True)
         return Run(out, manifest)

@@ -46,7 +46,7 @@ class LockstepSeat(ProcessSeat):
         return super().fail()
 
     def put(self, event: Event) -> None:
-        self._inbox.append(self._noted(event))
+        self._inbox.append(event)
         if self._rests and not self._is_woken:
             self._is_woken = True
             self._soon(self._calendar.now_us, self._wake)
@@ -79,7 +79,7 @@ class LockstepSeat(ProcessSeat):
     def _over(self, report: Mapping[str, Any]) -> None:
         """What it did is over: it counts, and the engine hears what came meanwhile."""
         self._commit(report)
-        self.channel.tell({"us": self._calendar.now_us, "events": self._hand_over()})
+        self.channel.tell({"us": self._calendar.now_us, "events": self._pass_on()})
         self._take(self._next_report())
 
     def _take(self, report: dict[str, Any]) -> None:

@@ -33,7 +33,8 @@ def event_cells(event: Event) -> dict[str, Any]:
     kept = {name: getattr(record, name) for name in _KEPT}
     tokens = {"token_times_us": list(record.token_times_us), "output_token_ids": list(record.output_token_ids)}
     drafts = {name: list(getattr(record, name)) for name in _DRAFTS}
-    return {"arrives": own.request_cells(request), "kept": {**kept, **tokens, **drafts}}
+    told = {"arrives": own.request_cells(request), "kept": {**kept, **tokens, **drafts}}
+    return {**told, "hands_over": True} if event.hands_over else told
 
 
 def event_from(cells: Mapping[str, Any], known: Mapping[RequestId, Request]) -> Event:
@@ -48,7 +49,7 @@ def event_from(cells: Mapping[str, Any], known: Mapping[RequestId, Request]) -> 
     record.token_times_us = array("q", kept["token_times_us"])
     for name in ("output_token_ids", *_DRAFTS):
         setattr(record, name, array("i", kept[name]))
-    return Event(True, request, record)
+    return Event(True, request, record, hands_over="hands_over" in cells)
 
 
 class Reporter(Recorder):
@@ -57,6 +58,7 @@ class Reporter(Recorder):
     def __init__(self) -> None:
         self._span: Step | None = None
         self._ended: list[RequestRecord] = []
+        self._handed_over: list[tuple[RequestRecord, int]] = []
         # Of live requests: how many tokens were told, and what else.
         self._told: dict[RequestId, tuple[int, list[Any]]] = {}
 
@@ -74,6 +76,10 @@ class Reporter(Recorder):
         """A request arrived; its tokens so far are known."""
         self._told[record.id] = (len(record.output_token_ids), _changes_of(record))
 
+    def hands_over(self, record: RequestRecord, now_us: int) -> None:
+        """A request left with its first token."""
+        self._handed_over.append((record, now_us))
+
     def take(self, scheduler: Scheduler) -> dict[str, Any]:
         """What there is to say; nothing, if nothing was done."""
         said: dict[str, Any] = {}
@@ -83,7 +89,8 @@ class Reporter(Recorder):
             said["step"] = asdict(step)
             ids = (*step.ids, *step.preempted)
             touched = {i: state.record for i in map(RequestId, ids) if (state := scheduler.find(i)) is not None}
-        touched |= {record.id: record for record in self._ended}
+        left = [*self._ended, *(record for record, _ in self._handed_over)]
+        touched |= {record.id: record for record in left}
         drawn, changed = {}, {}
         for request, record in touched.items():
             num_told, told = self._told[request]
@@ -93,13 +100,15 @@ class Reporter(Recorder):
             if now != told:
                 changed[request] = now
             self._told[request] = (len(record.output_token_ids), now)
-        for record in self._ended:
+        for record in left:
             del self._told[record.id]
         # As pairs: JSON's names are texts.
         said |= {name: list(value.items()) for name, value in (("drawn", drawn), ("changed", changed)) if value}
         if self._ended:
             said["ended"] = [(record.id, record.finish_us) for record in self._ended]
-        self._span, self._ended = None, []
+        if self._handed_over:
+            said["handed_over"] = [(record.id, us) for record, us in self._handed_over]
+        self._span, self._ended, self._handed_over = None, [], []
         return said
 
 

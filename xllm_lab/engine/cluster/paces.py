@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from xllm_lab.decisions import ARRIVES, LEAVES, PREFILLS
 from xllm_lab.engine.clock import Clock, VirtualClock, WallClock
 from xllm_lab.engine.cluster.messages import IndexTeller, Reporter, event_from, load_cells
+from xllm_lab.records import RequestRecord
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Event
 from xllm_lab.step import Step
@@ -65,7 +67,8 @@ class Pace(ABC):
         if not self._events or self._events[0][0] > now_us:
             return None
         _, event = self._events.popleft()
-        self._took.append((now_us, "arrives" if event.arrives else "leaves", event.request.id))
+        kind = LEAVES if not event.arrives else PREFILLS if event.hands_over else ARRIVES
+        self._took.append((now_us, kind, event.request.id))
         if event.arrives:
             assert event.record is not None, "the router has one of each"
             self.reporter.begins(event.record)
@@ -73,6 +76,10 @@ class Pace(ABC):
 
     def on_end(self, request: RequestId, now_us: int) -> None:
         self._requests.pop(request, None)
+
+    def on_handover(self, request: Request, record: RequestRecord, now_us: int) -> None:
+        self._requests.pop(request.id, None)
+        self.reporter.hands_over(record, now_us)
 
     def prompt_ids(self, request: Request) -> TokenIds:
         """Its prompt, shape [prompt tokens], made when the request was heard of."""

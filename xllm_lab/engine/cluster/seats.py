@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from xllm_lab.decisions import Delivery
+from xllm_lab.decisions import DOWN, UP, Delivery
 from xllm_lab.dispatch import Dispatch, Lost
 from xllm_lab.engine.cluster.calendar import VirtualCalendar
 from xllm_lab.engine.cluster.messages import apply_changes, event_cells
@@ -66,7 +66,6 @@ class ProcessSeat(ABC):
         """Nothing is there."""
         self._inbox: deque[Event] = deque()
         self._live: dict[RequestId, tuple[Request, RequestRecord]] = {}
-        self._leaving: set[RequestId] = set()
         self._keys: set[BlockKey] = set()
         self._load = _NOTHING
 
@@ -95,7 +94,7 @@ class ProcessSeat(ABC):
                 raise InstanceError(f"instance {self.id}: {error}") from None
         else:
             self._was_up = True
-            self._shared.deliveries.append(Delivery(self.calendar.now_us, self.id, "up"))
+            self._shared.deliveries.append(Delivery(self.calendar.now_us, self.id, UP))
 
     @abstractmethod
     def _begin(self) -> None: ...
@@ -124,12 +123,11 @@ class ProcessSeat(ABC):
         self._go()
         if comes_back:
             self._shared.processes.start(self.id)  # it loads its model meanwhile
-        self._shared.deliveries.append(Delivery(now_us, self.id, "down"))
+        self._shared.deliveries.append(Delivery(now_us, self.id, DOWN))
         lost = sorted(self._live.values(), key=lambda pair: (pair[1].arrival_us, pair[1].id))
         lost += [(e.request, e.record) for e in self._inbox if e.arrives and e.record is not None]
-        withdrawn = frozenset(self._leaving)
         self._forget()
-        return Lost(lost, withdrawn)
+        return lost
 
     def _go(self) -> None:
         self._shared.processes.kill(self.id)
@@ -145,7 +143,7 @@ class ProcessSeat(ABC):
         self._channel.tell({"do": "serve", "start_us": self.calendar.now_us, **self._shared.opening})
         return self._channel
 
-    def _hand_over(self) -> list[dict[str, Any]]:
+    def _pass_on(self) -> list[dict[str, Any]]:
         """What came for the engine, as it is told."""
         events = []
         while self._inbox:
@@ -155,11 +153,6 @@ class ProcessSeat(ABC):
                 event.record.instance = self.id
                 self._live[event.request.id] = (event.request, event.record)
         return events
-
-    def _noted(self, event: Event) -> Event:
-        if not event.arrives:
-            self._leaving.add(event.request.id)
-        return event
 
     def _commit(self, report: Mapping[str, Any]) -> None:
         """What an engine said it has done counts."""
@@ -180,9 +173,10 @@ class ProcessSeat(ABC):
             apply_changes(self._live[RequestId(request)][1], changes)
         for request, end_us in report.get("ended", ()):
             _, record = self._live.pop(RequestId(request))
-            self._leaving.discard(record.id)
             self._shared.records.request(record)
             self.dispatch.on_end(record.id, end_us)
+        for request, left_us in report.get("handed_over", ()):
+            self.dispatch.on_handover(*self._live.pop(RequestId(request)), left_us)
 
     def _refuse_error(self, message: Mapping[str, Any]) -> None:
         """An engine that cannot go on for reasons of its own ends the run."""

@@ -18,7 +18,7 @@ from xllm_lab.errors import InstanceError, PolicyError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.routing import InstanceId
-from xllm_lab.records import Records
+from xllm_lab.records import Records, RoleChange
 from xllm_lab.transfers import Transfer
 from xllm_lab.wire import GoneError
 from xllm_lab.workload import Workload
@@ -44,6 +44,7 @@ class Serving:
     log: DecisionLog = field(default_factory=DecisionLog)
     deliveries: list[Delivery] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
+    roles: list[RoleChange] = field(default_factory=list)
     dispatch: Dispatch = field(init=False)
 
     def open_dispatch(self, calendar: VirtualCalendar, *, asks_for_loads: bool) -> None:
@@ -53,6 +54,7 @@ class Serving:
             vocab_size=self.vocab_size,
             on_transfer=None if self.fleet.link == LinkConfig() else self.transfers.append,
             on_decision=self.log.listener(),
+            on_role=self.roles.append,
             asks_for_loads=asks_for_loads,
         )
         self.log.sees_index = self.opening["tells_index"] = self.dispatch.router.needs_index

@@ -50,11 +50,11 @@ class WallSeat(ProcessSeat):
         self.channel.tell({"start_ns": self._calendar.start_ns})
 
     def put(self, event: Event) -> None:
-        self._inbox.append(self._noted(event))
+        self._inbox.append(event)
         if event.arrives:
             self._unseen[event.request.id] = event.request.prompt.num_tokens
         with contextlib.suppress(GoneError):  # which the next look finds out
-            self.channel.tell({"us": self._calendar.now_us, "events": self._hand_over()})
+            self.channel.tell({"us": self._calendar.now_us, "events": self._pass_on()})
 
     def fail(self) -> Lost:
         # A configured outage began when it was to begin: what was done since never was.

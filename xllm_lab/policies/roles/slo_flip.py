@@ -1,0 +1,87 @@
+"""An instance changes sides when one promise is broken while the other is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from xllm_lab.policies.api import Knob, refuse_below
+from xllm_lab.policies.roles import Heard, Role, RoleInstance, RolesPlan, RolesView, changes, first_split
+from xllm_lab.policies.routing import num_outstanding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloFlip:
+    """Half of the fleet computes prompts at first; then the side that keeps its promise lends to the one that does not.
+
+    First tokens that came in time, of those that came or are overdue, speak for the prefill side; requests that kept
+    their TPOT, of those that ended, for the decode side. An instance goes over when its own side keeps at least
+    `high_frac` of its promises and the other less than `low_frac`. So a flip is not taken back before one figure has
+    risen and the other fallen through the whole band, and only figures since the last change count. Who has the least
+    to do goes. At least one instance that is up stays on each side.
+
+    xllm-service's SLO_AWARE (391f593, `instance_mgr.cpp`) flips by predicted times, at each request, and without a
+    band. As read its flip to decode does nothing: the instance is entered anew by whether any decode instance exists,
+    and lands on the prefill side again. Its flip to prefill waits until a decode instance has nothing left to do. Here
+    both ways are open, and what a request has is finished where it is.
+
+    Attributes:
+        low_frac, high_frac: of promises kept: under the first a side is in need, from the second on it can give.
+        min_dwell_us: roles stay at least so long, all of them.
+        min_requests: a side is judged by at least so many; with less, if nothing is there, it keeps its promise, and
+            else nobody knows.
+    """
+
+    decides: ClassVar[str] = "roles"
+
+    low_frac: Annotated[float, Knob(0.5, 0.85)] = 0.8
+    high_frac: Annotated[float, Knob(0.85, 1.0)] = 0.95
+    min_dwell_us: Annotated[int, Knob(1_000_000, 120_000_000, log=True)] = 5_000_000
+    min_requests: Annotated[int, Knob(1, 64, log=True)] = 8
+
+    def __post_init__(self) -> None:
+        refuse_below(0, low_frac=self.low_frac, min_dwell_us=self.min_dwell_us)
+        refuse_below(1, min_requests=self.min_requests)
+        if not self.low_frac <= self.high_frac <= 1:
+            raise ValueError(
+                f"low_frac is {self.low_frac} and high_frac {self.high_frac}, low_frac <= high_frac <= 1 is accepted"
+            )
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        if all(i.role == "mixed" for i in view.instances):
+            return changes(view, first_split(view, len(view.instances) // 2), "half of the fleet each")
+        if view.now_us - max(i.since_us for i in view.instances) < self.min_dwell_us:
+            return RolesPlan(roles={}, reason="roles have just changed")
+        prefill, decode = (_up(view, role) for role in ("prefill", "decode"))
+        prompts, tokens = self._prompts_frac(view.heard, prefill), self._tokens_frac(view.heard, decode)
+        if self._lends(decode, tokens, prompts):
+            return _flipped(decode, "prefill", "first tokens are late")
+        if self._lends(prefill, prompts, tokens):
+            return _flipped(prefill, "decode", "tokens are slow")
+        return RolesPlan(roles={}, reason="neither side is to give")
+
+    def _lends(self, side: Sequence[RoleInstance], own: float | None, others: float | None) -> bool:
+        if len(side) < 2 or own is None or others is None:
+            return False
+        return own >= self.high_frac and others < self.low_frac
+
+    def _prompts_frac(self, heard: Heard, side: Sequence[RoleInstance]) -> float | None:
+        return self._frac(heard.num_in_time, heard.num_first_tokens + heard.num_overdue, side)
+
+    def _tokens_frac(self, heard: Heard, side: Sequence[RoleInstance]) -> float | None:
+        return self._frac(heard.num_steady, heard.num_ends, side)
+
+    def _frac(self, num_kept: int, num_all: int, side: Sequence[RoleInstance]) -> float | None:
+        if num_all >= self.min_requests:
+            return num_kept / num_all
+        return None if any(map(num_outstanding, side)) else 1.0
+
+
+def _up(view: RolesView, role: Role) -> list[RoleInstance]:
+    return [i for i in view.instances if i.is_up and i.role == role]
+
+
+def _flipped(side: Sequence[RoleInstance], role: Role, reason: str) -> RolesPlan:
+    idlest = min(side, key=lambda i: (num_outstanding(i), i.id))
+    return RolesPlan(roles={idlest.id: role}, reason=reason)

@@ -12,8 +12,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -108,8 +108,8 @@ def in_parts(work: Workload, records: Records, *, vocab_size: int) -> tuple[Work
     steps = [_with_second_parts(step, handed_us) for step in records.steps]
     requests: list[Request] = []
     parts: list[RequestRecord] = []
-    for record in records.requests:
-        record = replace(record, output_token_ids=array("i", map(_not_negative, record.output_token_ids)))
+    for told in records.requests:
+        record = replace(told, output_token_ids=array("i", map(_not_negative, told.output_token_ids)))
         request = sent[record.id].at(record.arrival_us)
         if record.handed_over_us is None:
             requests.append(request)
@@ -129,7 +129,8 @@ def in_parts(work: Workload, records: Records, *, vocab_size: int) -> tuple[Work
             )
         )
         parts += [first, second]
-    return replace(work, requests=tuple(requests), closed_loop=None), Records(parts, steps, records.copies)
+    copies = [_with_second_part(copy, handed_us) for copy in records.copies]
+    return replace(work, requests=tuple(requests), closed_loop=None), Records(parts, steps, copies)
 
 
 _OTHER_IDS = 1_000_000
@@ -151,6 +152,12 @@ def _with_second_parts(step: StepRecord, handed_us: Mapping[int, int]) -> StepRe
         for name in ("ids", "admitted", "preempted", "draft_ids")
     }
     return replace(step, **lists)  # type: ignore[arg-type]
+
+
+def _with_second_part(copy: CopyRecord, handed_us: Mapping[int, int]) -> CopyRecord:
+    if copy.request is None or handed_us.get(copy.request, NEVER) > copy.asked_us:
+        return copy
+    return replace(copy, request=RequestId(copy.request + _OTHER_IDS))
 
 
 def _first_part(record: RequestRecord, steps: Sequence[StepRecord]) -> RequestRecord:

@@ -38,6 +38,8 @@ class RequestState:
         lockstep: the one that it is a member of.
         offset, joined, ticket: its place there.
         num_published: full blocks that the prefix cache knows.
+        hands_over: it goes on elsewhere after its next token.
+        num_pushed: full blocks that were given to the store, for who goes on with it.
         has_asked_store: for what device and host had not of its prompt.
     """
 
@@ -54,6 +56,7 @@ class RequestState:
         "admitted_us",
         "arrival_order",
         "arrival_us",
+        "hands_over",
         "has_asked_store",
         "id",
         "is_draining",
@@ -63,6 +66,7 @@ class RequestState:
         "most_output_tokens",
         "num_prompt_tokens",
         "num_published",
+        "num_pushed",
         "offset",
         "prompt_ids",
         "queue",
@@ -89,6 +93,7 @@ class RequestState:
         self.num_prompt_tokens = request.prompt.num_tokens
         self.prompt_ids = prompt_ids
         self.record = record
+        self.hands_over, self.num_pushed = hands_over and request.output_tokens > record.output_tokens + 1, 0
         self.most_output_tokens = record.output_tokens + 1 if hands_over else request.output_tokens
         self.queue: list[Any] = NO_QUEUE
         self.is_running = self.is_draining = self.has_asked_store = False

@@ -116,8 +116,9 @@ class Scheduler:
         self._victims: list[RequestId] = []
         # Who lost its KV with a token under way, which it still gets.
         self._due: list[RequestState] = []
-        # Who left with its first token, to go on elsewhere, since somebody asked.
+        # Who left with its first token, to go on elsewhere: since somebody asked; and before, while its KV goes ahead.
         self._handed_over: list[RequestState] = []
+        self._pushing: dict[RequestId, RequestState] = {}
         self._view = LiveView(config, self._live, step_time)
         self.is_index_watched = False  # somebody reads the prefix index from outside
         self._chunk: ScheduledChunk | None = None  # of the plan made last, if that may be repeated
@@ -157,7 +158,8 @@ class Scheduler:
         return request in self._live
 
     def find(self, request: RequestId) -> RequestState | None:
-        return self._live.get(request)
+        """Of a request that has not left; None of any other."""
+        return self._live.get(request) or self._pushing.get(request)
 
     def state(self, request: RequestId) -> RequestState:
         return self._live[request]
@@ -233,6 +235,8 @@ class Scheduler:
         for end in ends:
             assert self.tiering is not None, f"copy {end.number} ends, and nobody asked for any"
             for request_id in self.tiering.done(end):
+                if request_id in self._pushing:
+                    self._handed_over.append(self._pushing.pop(request_id))
                 state = self._live.get(request_id)
                 if state is not None and state.queue is self._view.loading:
                     self._leave_queue(state)
@@ -350,6 +354,8 @@ class Scheduler:
                 computed = state.num_computed_tokens
             if self.ledger.enable_prefix_cache:
                 self._publish(state, computed)
+            if state.hands_over:
+                self._push(state, computed, now_us)
             if chunk.samples and (reason := _take_tokens(state, sampled, now_us)):
                 ended.append((state, reason))
         if self._due:
@@ -368,7 +374,7 @@ class Scheduler:
 
         The host has completed every step that was over.
         """
-        lost = sorted(self._live.values(), key=arrival_key)
+        lost = sorted([*self._live.values(), *self._pushing.values()], key=arrival_key)
         self._under_way = None
         for state in lost:
             self._forget_drafts(state.id)
@@ -376,6 +382,7 @@ class Scheduler:
             state.lose_kv()
             _fill_placeholders(state)
         self._live.clear()
+        self._pushing.clear()
         self._owed.clear()
         self._due.clear()
         self._victims.clear()
@@ -721,12 +728,26 @@ class Scheduler:
         self._recorder.request(state.record)
 
     def _hand_over(self, state: RequestState) -> None:
-        """A request leaves; its blocks stay as cached ones that nobody uses."""
+        """A request leaves, once its KV is where others find it; its blocks stay as cached ones that nobody uses."""
         self._forget_drafts(state.id)
         self._release(state)
         del self._live[state.id]
         _fill_placeholders(state)
-        self._handed_over.append(state)
+        if self.tiering is not None and self.tiering.is_pushing(state.id):
+            self._pushing[state.id] = state
+        else:
+            self._handed_over.append(state)
+
+    def _push(self, state: RequestState, num_computed: int, now_us: int) -> None:
+        """Have computed blocks of a prompt go ahead of it, while the rest is computed."""
+        first, num_full = state.num_pushed, num_computed // self.ledger.block_size
+        if self.tiering is None or not self.tiering.copier.has_store or num_full <= first:
+            return
+        keys = state.block_keys(num_full)[first:]
+        blocks = [block for block in map(self.ledger.find, keys) if block is not None]
+        assert len(blocks) == len(keys), f"request {state.id} has blocks in KV that nobody knows"
+        self.tiering.push(state.id, blocks, keys, now_us)
+        state.num_pushed = num_full
 
     def _release(self, state: RequestState) -> None:
         self.ledger.release(state.id)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine.test_tiers import COPY_TIME, NUM_SESSIONS, STEP_TIME, WHERE, plain, sessions, tokens_of
+from tests.engine.test_tiers import COPY_TIME, NUM_SESSIONS, WHERE, plain, sessions, tokens_of
+from tests.small_runs import STEP_TIME
 from tests.tiny_models import tiny_model
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError

@@ -166,6 +166,16 @@ class EngineCopies:
         """Whether a copy is under way, or over and nobody was told."""
         return any(way.is_busy for way in self._ways.values())
 
+    @property
+    def next_us(self) -> int | None:
+        """When the next copy is over; None if there is none, or if it is not known yet."""
+        return self._next_us(None)
+
+    @property
+    def is_any_over(self) -> bool:
+        """Whether a copy is over that nobody was told of."""
+        return any(way.is_busy and not way.is_copying for way in self._ways.values())
+
     def launch(self, copy: Copy) -> None:
         least_us = 0
         if copy.kind in STORE_KINDS:
@@ -199,10 +209,13 @@ class EngineCopies:
         self._wait(until_us)
         known = [us for us in (until_us, self._next_us(until_us)) if us is not None]
         assert known, "the host rests, and nothing will come"
-        now_us = rest(min(known))
+        return self.woke(rest(min(known)))
+
+    def woke(self, now_us: int) -> Woke:
+        """The host's answer after a rest. One that overslept the end of a copy looks at it all the same."""
         end_us = self._next_us(now_us)
         if end_us is not None:
-            now_us = min(now_us, end_us)  # a host that overslept looks at the end all the same
+            now_us = min(now_us, end_us)
         return Woke(now_us, self.over(now_us))
 
     def __enter__(self) -> EngineCopies:

@@ -301,15 +301,21 @@ class Engine:
                     answer = self._completion(command, launched, done)
                     if copies is not None:
                         answer.copied = copies.over(answer.ends_us[-1])
+                elif seat is not None:
+                    answer = self._rest(seat, launcher, copies)
                 elif copies is not None and (copies.is_copying or command.until_us is None):
                     answer = copies.rest(command.until_us, launcher.rest)
                 else:
-                    until_us = command.until_us if seat is None else seat.rest()
-                    assert until_us is not None, "a workload says when its next request comes"
-                    answer = Woke(launcher.rest(until_us))
+                    assert command.until_us is not None, "a workload says when its next request comes"
+                    answer = Woke(launcher.rest(command.until_us))
                 command = conversation.send(answer)
         except StopIteration:
             return
+
+    def _rest(self, seat: Seat, launcher: Launcher, copies: EngineCopies | None) -> Woke:
+        """In a fleet: until something comes, or a copy is over."""
+        now_us = launcher.rest(seat.rest(copies))
+        return Woke(now_us) if copies is None else copies.woke(now_us)
 
     def _completion(self, step: Step, launched: Launched, done: Done[list[list[int]]]) -> Completion:
         drawn = zip(launched.inputs.drawing, done.result, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from xllm_lab.engine.clock import Clock
+from xllm_lab.engine.copies import EngineCopies
 from xllm_lab.step import Step
 
 
@@ -27,6 +28,6 @@ class Seat(Protocol):
         """A step was planned, and is with the device."""
         ...
 
-    def rest(self) -> int:
-        """There is nothing to do; returns the time when there may be something."""
+    def rest(self, copies: EngineCopies | None = None) -> int:
+        """There is nothing to do; returns the time when there may be something, or one of the copies is over."""
         ...

@@ -12,9 +12,11 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import simpy
 
+from xllm_lab.copies import CopyRecord
 from xllm_lab.decisions import (
     DECISION_SCHEMA,
     DECISIONS_FILE,
@@ -33,6 +35,7 @@ from xllm_lab.decisions import (
     deliveries_from,
     roles_text,
 )
+from xllm_lab.dispatch import NEVER_US
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
 from xllm_lab.policies.draft import METHODS
@@ -43,6 +46,7 @@ from xllm_lab.request_state import new_record
 from xllm_lab.runs import Run, read_parquet
 from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Event, serve
+from xllm_lab.sim.copies import SimulatedCopies
 from xllm_lab.sim.instance import Instance
 from xllm_lab.sim.parity import DifferenceError, Parity, Recorded, RouterDecision, as_it_arrived, decision_of_record
 from xllm_lab.workload import Request, RequestId, TokenIds, prompt_token_ids
@@ -142,25 +146,29 @@ def lives_of(deliveries: Sequence[Delivery]) -> list[Life]:
 def _life_differs(run: Run, policies: Policies, life: Life, requests: Mapping[RequestId, Request]) -> Parity | None:
     """The first step that was decided otherwise, if there is one."""
     manifest, config = run.manifest, run.manifest.instance_config()
-    steps = [step for step in run.records.steps if life.has(step)]
+    steps, copies = _of_life(run.records, life)
+    feed = Met(_events(life, requests, {r.id: r for r in run.records.requests}))
     recorded = RecordedLife(
-        Records(run.records.requests, steps), methods=METHODS if manifest.drafts is None else manifest.drafts["methods"]
+        Records(run.records.requests, steps, copies),
+        methods=METHODS if manifest.drafts is None else manifest.drafts["methods"],
+        has_store=manifest.store is not None,
     )
+    env = simpy.Environment(initial_time=life.up_us)
+    copier = SimulatedCopies(env, partial(recorded.links, config.block_size), has_store=recorded.has_store)
     scheduler = scheduler_of(
         *(config, policies, Records()),
         proposer=recorded,
-        copier=None,
+        copier=copier,
         step_time=manifest.step_time_model(),
         draft_time=manifest.draft_time_model(),
+        copy_time=manifest.copy_time_model(),
         instance=life.instance,
     )
 
     def prompt_ids(request: Request) -> TokenIds:
         return prompt_token_ids(request, vocab_size=manifest.model["vocab_size"], seed=run.workload.seed)
 
-    env = simpy.Environment(initial_time=life.up_us)
-    feed = Met(_events(life, requests, {r.id: r for r in run.records.requests}))
-    Instance(env, serve(scheduler, feed, prompt_ids, start_us=life.up_us), recorded, feed)
+    Instance(env, serve(scheduler, feed, prompt_ids, start_us=life.up_us), recorded, feed, copies=copier)
     at, simulator = None, None
     try:
         env.run()
@@ -175,6 +183,18 @@ def _life_differs(run: Run, policies: Policies, life: Life, requests: Mapping[Re
     index = steps[at].step if at < len(steps) else len(steps)
     return Parity(
         num_steps=len(run.records.steps), step=index, engine=engine, simulator=simulator, instance=life.instance
+    )
+
+
+def _of_life(records: Records, life: Life) -> tuple[list[StepRecord], list[CopyRecord]]:
+    """Its steps and copies, and these numbered from 0."""
+    steps = [step for step in records.steps if life.has(step)]
+    down_us = NEVER_US if life.down_us is None else life.down_us
+    copies = [c for c in records.copies if c.instance == life.instance and life.up_us <= c.asked_us < down_us]
+    first = copies[0].copy if copies else steps[0].num_copies if steps else 0
+    return (
+        [replace(step, num_copies=step.num_copies - first) for step in steps],
+        [replace(copy, copy=copy.copy - first) for copy in copies],
     )
 
 

@@ -136,10 +136,15 @@ class Recorded:
     def wake_us(self, until_us: int) -> int:
         # A real host oversleeps; it looked again when it asked for its next copy, or its next step started, or, without
         # one, when all had ended: a request may have come and gone while it slept.
-        looked_us = self._steps[self._next].start_us if self._next < len(self._steps) else self._over_us
-        if len(self.asked) < len(self._copies):
-            looked_us = min(looked_us, self._copies[len(self.asked)].asked_us)
-        return max(until_us, looked_us)
+        looked_us = self.next_decision_us
+        return max(until_us, self._over_us if looked_us is None else looked_us)
+
+    @property
+    def next_decision_us(self) -> int | None:
+        """When the engine planned its next step, or asked for its next copy; None if it did neither any more."""
+        planned = [s.start_us for s in self._steps[self._next : self._next + 1]]
+        asked = [c.asked_us for c in self._copies[len(self.asked) : len(self.asked) + 1]]
+        return min(planned + asked, default=None)
 
     def stretch(self, step: Step) -> Stretch:
         decided = _decision_of_step(step)._replace(copies=self._asked_for(step.index, step.num_copies))

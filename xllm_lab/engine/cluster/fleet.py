@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.decisions import (
     DECISIONS_FILE,
     DELIVERIES_FILE,
@@ -25,6 +26,7 @@ from xllm_lab.engine.engine import EngineOptions, refuse_unknown_tokens
 from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name, values_of
 from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.of_instance import Policies
@@ -47,6 +49,7 @@ class Served:
         transfers: over links, where they are configured.
         roles: who got another one.
         graphs: of each instance that was up in the end.
+        store: below the hosts, where there is one; of the same instances.
     """
 
     transfers: Sequence[Transfer]
@@ -54,6 +57,7 @@ class Served:
     deliveries: Sequence[Delivery]
     roles: Sequence[RoleChange]
     graphs: dict[str, Any] | None
+    store: dict[str, Any] | None
 
 
 class EngineFleet:
@@ -136,6 +140,7 @@ class EngineFleet:
         *,
         step_time: StepTime | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
     ) -> Served:
         """Serve a workload to its end. Every request ends once, finished or with a reason, whoever is lost.
 
@@ -146,11 +151,13 @@ class EngineFleet:
         """
         self._refuse(workload, fleet, config, policies, step_time)
         by_method = {} if draft_time is None else draft_time.weights
+        by_kind = {} if copy_time is None else copy_time.weights
         opening = {
             "instance": values_of(config),
             "policies": policies.as_dict(),
             "step_time": None if step_time is None else list(step_time.weights),
             "draft_time": {method: list(weights) for method, weights in by_method.items()},
+            "copy_time": {kind: list(weights) for kind, weights in by_kind.items()},
             "seed": workload.seed,
             "heartbeat_us": fleet.heartbeat_us,
         }
@@ -177,6 +184,7 @@ class EngineFleet:
             deliveries=serving.deliveries,
             roles=serving.roles,
             graphs=known,
+            store={"instances": [seat.store for seat in seats]} if self.options.store is not None else None,
         )
 
     def replay(
@@ -189,6 +197,7 @@ class EngineFleet:
         out: Path,
         step_time: StepTime | None = None,
         draft_time: DraftTime | None = None,
+        copy_time: CopyTime | None = None,
         recorder: Records | None = None,
     ) -> Run:
         """Serve a workload and write the run folder: as a simulated fleet's, and every decision with its view.
@@ -202,7 +211,10 @@ class EngineFleet:
         records = Records() if recorder is None else recorder
         with new_folder(out) as folder:
             served = self.serve(
-                *(workload, fleet, config, policies, records), step_time=step_time, draft_time=draft_time
+                *(workload, fleet, config, policies, records),
+                step_time=step_time,
+                draft_time=draft_time,
+                copy_time=copy_time,
             )
             timing = {k: v for k, v in asdict(self.options).items() if k in ("clock", "timer", "threads")}
             manifest = Manifest(
@@ -211,8 +223,9 @@ class EngineFleet:
                 model=self.model,
                 fleet=fleet.as_dict(),
                 graphs=served.graphs,
+                store=served.store,
                 drafts=None if isinstance(policies.draft, Off) else self.drafts,
-                **describe(config, policies, step_time, workload, draft_time=draft_time),
+                **describe(config, policies, step_time, workload, draft_time=draft_time, copy_time=copy_time),
             )
             fill_run(folder, manifest, workload, records)
             if served.transfers:
@@ -245,6 +258,11 @@ class EngineFleet:
             raise ConfigError(
                 f"async_scheduling is {config.async_scheduling!r}: a fleet in lockstep cannot tell host from device "
                 "on wall time; accepted: timer 'cpu', clock 'wall', or async_scheduling 'off'"
+            )
+        if not isinstance(policies.cache, DeviceOnly) and options.clock == "virtual" and options.timer == "wall":
+            raise ConfigError(
+                f"cache policy {policy_name(policies.cache)}: a fleet in lockstep cannot tell copies beside steps from "
+                "other engines on wall time; accepted: timer 'cpu', clock 'wall', or cache policy device-only"
             )
         for decides, policy in policies:
             if step_time is None and getattr(policy, "needs_step_time", False):

@@ -22,6 +22,7 @@ class LockstepSeat(ProcessSeat):
         self._calendar = calendar
         self._life = 0
         self._rests = self._is_woken = False
+        self._num_rests = 0
         super().__init__(instance, shared)
 
     @property
@@ -56,7 +57,7 @@ class LockstepSeat(ProcessSeat):
             self.channel.tell({"over": True, "us": self._calendar.now_us})
             message = self._next_report()
             if "served" in message:
-                self.graphs = message["graphs"]
+                self._served(message)
                 return
 
     def _soon(self, when_us: int, action: Callable[[], None]) -> None:
@@ -76,6 +77,11 @@ class LockstepSeat(ProcessSeat):
         self.channel.tell({"us": self._calendar.now_us})
         self._take(self._next_report())
 
+    def _wake_from(self, rest: int) -> None:
+        """Unless it was woken, or rests again."""
+        if self._rests and not self._is_woken and self._num_rests == rest:
+            self._wake()
+
     def _over(self, report: Mapping[str, Any]) -> None:
         """What it did is over: it counts, and the engine hears what came meanwhile."""
         self._commit(report)
@@ -91,9 +97,13 @@ class LockstepSeat(ProcessSeat):
         if report.get("rests"):
             self._commit(report)
             self._rests = True
+            self._num_rests += 1
             if self._inbox:
                 self._is_woken = True
                 self._soon(self._calendar.now_us, self._wake)
+            elif report["until_us"] is not None:  # a copy is over then
+                when_us = max(report["until_us"], self._calendar.now_us)
+                self._soon(when_us, partial(self._wake_from, self._num_rests))
         else:
             self._soon(report["us"], partial(self._over, report))
 

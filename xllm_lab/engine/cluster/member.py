@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from xllm_lab.copy_time import CopyTime, CopyWeights
 from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.engine.cluster.paces import LockstepPace, Pace, WallPace
 from xllm_lab.engine.engine import Engine, EngineOptions
@@ -98,7 +99,7 @@ def _obey(engine: Engine, channel: Channel, place: MemberPlace) -> None:
         except XllmLabError as error:
             channel.tell({"error": type(error).__name__, "says": str(error)})
             raise
-        channel.tell({"served": True, "graphs": graphs})
+        channel.tell({"served": True, "graphs": graphs, "store": engine.describe_store()})
 
 
 def _serve(engine: Engine, channel: Channel, message: dict[str, Any], instance: int) -> dict[str, Any] | None:
@@ -110,9 +111,10 @@ def _serve(engine: Engine, channel: Channel, message: dict[str, Any], instance: 
     scheduler = scheduler_of(
         *(config, policies, pace.reporter),
         proposer=engine.proposer(policies, config),
-        copier=None,
+        copier=engine.copies(policies.cache, config),
         step_time=step_time,
         draft_time=draft_time,
+        copy_time=CopyTime({kind: CopyWeights(*weights) for kind, weights in message["copy_time"].items()}),
         instance=instance,
     )
     pace.scheduler = scheduler

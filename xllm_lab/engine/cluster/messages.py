@@ -58,6 +58,9 @@ class Reporter(Recorder):
     def __init__(self) -> None:
         self._span: Step | None = None
         self._ended: list[RequestRecord] = []
+        # Copies that nobody was told of, and those whose ends nobody was told of.
+        self._asked: list[CopyRecord] = []
+        self._copying: dict[int, CopyRecord] = {}
         self._handed_over: list[tuple[RequestRecord, int]] = []
         # Of live requests: how many tokens were told, and what else.
         self._told: dict[RequestId, tuple[int, list[Any]]] = {}
@@ -70,7 +73,7 @@ class Reporter(Recorder):
         self._ended.append(record)
 
     def copy(self, record: CopyRecord) -> None:
-        raise AssertionError("an engine of a fleet copies nothing between tiers")
+        self._asked.append(record)
 
     def begins(self, record: RequestRecord) -> None:
         """A request arrived; its tokens so far are known."""
@@ -109,6 +112,19 @@ class Reporter(Recorder):
         if self._handed_over:
             said["handed_over"] = [(record.id, us) for record, us in self._handed_over]
         self._span, self._ended, self._handed_over = None, [], []
+        return said | self._copied()
+
+    def _copied(self) -> dict[str, Any]:
+        """Copies that were asked for, and those that are over."""
+        said: dict[str, Any] = {}
+        if self._asked:
+            said["copies"] = [{**asdict(c), "end_us": None, "num_moved_tokens": None} for c in self._asked]
+            self._copying |= {c.copy: c for c in self._asked}
+            self._asked = []
+        if over := [c for c in self._copying.values() if c.end_us is not None]:
+            said["copied"] = [(c.copy, c.end_us, c.num_moved_tokens) for c in over]
+            for c in over:
+                del self._copying[c.copy]
         return said
 
 

@@ -7,6 +7,7 @@ real time   says what it did after each step, and looks at what came; nobody wai
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
@@ -15,12 +16,15 @@ from typing import Any
 from xllm_lab.decisions import ARRIVES, LEAVES, PREFILLS
 from xllm_lab.engine.clock import Clock, VirtualClock, WallClock
 from xllm_lab.engine.cluster.messages import IndexTeller, Reporter, event_from, load_cells
+from xllm_lab.engine.copies import EngineCopies
 from xllm_lab.records import RequestRecord
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.serving import Event
 from xllm_lab.step import Step
 from xllm_lab.wire import Channel
 from xllm_lab.workload import Request, RequestId, TokenIds, prompt_token_ids
+
+_COPIES_S = 0.001  # between looks at copies, of an engine that has nothing else to do
 
 
 class Pace(ABC):
@@ -52,7 +56,7 @@ class Pace(ABC):
     @abstractmethod
     def planned(self, step: Step) -> None: ...
     @abstractmethod
-    def rest(self) -> int: ...
+    def rest(self, copies: EngineCopies | None = None) -> int: ...
     @abstractmethod
     def _look(self, now_us: int) -> None:
         """Have the events up to a time."""
@@ -132,10 +136,11 @@ class LockstepPace(Pace):
         with self._clock.standing_still():
             self._see(step.start_us)
 
-    def rest(self) -> int:
+    def rest(self, copies: EngineCopies | None = None) -> int:
+        until_us = None if copies is None else copies.next_us
         with self._clock.standing_still():
             self._see(self._known_until_us)
-            answer = self._ask({"rests": True, "us": self._known_until_us})
+            answer = self._ask({"rests": True, "us": self._known_until_us, "until_us": until_us})
         return int(answer["us"])
 
     def _look(self, now_us: int) -> None:
@@ -180,12 +185,14 @@ class WallPace(Pace):
     def planned(self, step: Step) -> None:
         """Nobody waits for it."""
 
-    def rest(self) -> int:
-        while not self._events and not self.is_over:
+    def rest(self, copies: EngineCopies | None = None) -> int:
+        while not self._events and not self.is_over and not (copies is not None and copies.is_any_over):
             now_us = self._clock.now_us()
             self._tell(now_us)
-            left_us = None if not self._heartbeat_us else max(0, self._next_beat_us - now_us)
-            message = self._channel.hear(None if left_us is None else left_us / 1e6)
+            left_s = math.inf if not self._heartbeat_us else max(0.0, (self._next_beat_us - now_us) / 1e6)
+            if copies is not None and copies.is_copying:
+                left_s = min(left_s, _COPIES_S)
+            message = self._channel.hear(None if math.isinf(left_s) else left_s)
             if message is not None:
                 self._hear(message)
         # Strictly after it was looked last: events of one look have one time.

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from xllm_lab.copies import CopyRecord
 from xllm_lab.decisions import DOWN, UP, Delivery
 from xllm_lab.dispatch import Dispatch, Lost
 from xllm_lab.engine.cluster.calendar import VirtualCalendar
@@ -50,6 +51,7 @@ class ProcessSeat(ABC):
 
     Attributes:
         graphs: what became of its steps' graphs, once it has served.
+        store: and of its blocks in the store, if there is one.
     """
 
     def __init__(self, instance: InstanceId, shared: Surroundings) -> None:
@@ -59,6 +61,8 @@ class ProcessSeat(ABC):
         self._shared = shared
         self._channel: Channel | None = None
         self._num_steps = 0
+        self._num_copies = self._num_copies_before = 0  # in all, and in lives before this one
+        self.store: dict[str, Any] | None = None
         self._was_up = False
         self._forget()
 
@@ -68,6 +72,7 @@ class ProcessSeat(ABC):
         self._live: dict[RequestId, tuple[Request, RequestRecord]] = {}
         self._keys: set[BlockKey] = set()
         self._load = _NOTHING
+        self._copying: dict[int, CopyRecord] = {}
 
     @property
     @abstractmethod
@@ -127,6 +132,7 @@ class ProcessSeat(ABC):
         lost = sorted(self._live.values(), key=lambda pair: (pair[1].arrival_us, pair[1].id))
         lost += [(e.request, e.record) for e in self._inbox if e.arrives and e.record is not None]
         self._forget()
+        self._num_copies_before = self._num_copies
         return lost
 
     def _go(self) -> None:
@@ -158,9 +164,12 @@ class ProcessSeat(ABC):
         """What an engine said it has done counts."""
         for us, kind, request in report.get("took", ()):
             self._shared.deliveries.append(Delivery(us, self.id, kind, RequestId(request)))
+        self._commit_copies(report)
         drawn_us = None
         if "step" in report:
-            step = StepRecord(**{**report["step"], "step": self._num_steps})
+            told = report["step"]
+            numbers = {"step": self._num_steps, "num_copies": told["num_copies"] + self._num_copies_before}
+            step = StepRecord(**{**told, **numbers})
             drawn_us = step.end_us
             self._num_steps += 1
             self._shared.records.steps.append(step)
@@ -177,6 +186,20 @@ class ProcessSeat(ABC):
             self.dispatch.on_end(record.id, end_us)
         for request, left_us in report.get("handed_over", ()):
             self.dispatch.on_handover(*self._live.pop(RequestId(request)), left_us)
+
+    def _commit_copies(self, report: Mapping[str, Any]) -> None:
+        for cells in report.get("copies", ()):
+            record = CopyRecord(**{**cells, "copy": self._num_copies})
+            self._copying[cells["copy"]] = record
+            self._num_copies += 1
+            self._shared.records.copy(record)
+        for number, end_us, num_moved_tokens in report.get("copied", ()):
+            record = self._copying.pop(number)
+            record.end_us, record.num_moved_tokens = end_us, num_moved_tokens
+
+    def _served(self, message: Mapping[str, Any]) -> None:
+        """It has, and is ready for another serving."""
+        self.graphs, self.store = message["graphs"], message["store"]
 
     def _refuse_error(self, message: Mapping[str, Any]) -> None:
         """An engine that cannot go on for reasons of its own ends the run."""

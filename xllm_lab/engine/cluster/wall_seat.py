@@ -87,7 +87,7 @@ class WallSeat(ProcessSeat):
             self.channel.tell({"over": True})
             while (message := self.channel.hear(LOOK_S)) is not None:
                 if "served" in message:
-                    self.graphs = message["graphs"]
+                    self._served(message)
                     return
                 self._refuse_error(message)
                 self._commit(message)  # a step that was planned ahead, for requests that ended

@@ -12,8 +12,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -108,8 +108,8 @@ def in_parts(work: Workload, records: Records, *, vocab_size: int) -> tuple[Work
     steps = [_with_second_parts(step, handed_us) for step in records.steps]
     requests: list[Request] = []
     parts: list[RequestRecord] = []
-    for record in records.requests:
-        record = replace(record, output_token_ids=array("i", map(_not_negative, record.output_token_ids)))
+    for told in records.requests:
+        record = replace(told, output_token_ids=array("i", map(_not_negative, told.output_token_ids)))
         request = sent[record.id].at(record.arrival_us)
         if record.handed_over_us is None:
             requests.append(request)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.policies import clock_sins, draft_sins, fleet_sins, shape_sins, sins
+from tests.policies import cache_sins, clock_sins, draft_sins, fleet_sins, shape_sins, sins
 from xllm_lab import contract
 from xllm_lab.contract import Policy, check_policy
 from xllm_lab.drawn_draft_views import drawn_draft_view
@@ -68,33 +68,39 @@ SINS: dict[str, tuple[Policy, ...]] = {
         *(fleet_sins.CountsFromNought(), fleet_sins.DividesByQueues(), fleet_sins.Shrugs()),
         *(shape_sins.CutsTheStep(), shape_sins.PadsBeyondUse()),
         *(draft_sins.DraftsBeyondTheEnd(), draft_sins.TakesMtpForGranted(), draft_sins.DividesByDrafts()),
+        *(cache_sins.OffloadsWhatIsUsed(), cache_sins.OffloadsTwice(), cache_sins.OffloadsAgain()),
+        *(cache_sins.OffloadsWithoutRoom(), cache_sins.EvictsForNothing(), cache_sins.EvictsTooMuch()),
+        *(cache_sins.EvictsTheUnknown(), cache_sins.EvictsTwice(), cache_sins.RestoresMoreThanThereIs()),
+        *(cache_sins.RestoresForNobody(), cache_sins.RestoresNothing(), cache_sins.TakesMoreThanIsFree()),
+        cache_sins.DividesByTheLink(),
     ),
     "repeatable": (
         *(sins.Remembers(), sins.SetOfObjects()),
         *(fleet_sins.Remembers(), fleet_sins.SetOfObjects(), fleet_sins.EverySecond()),
-        *(shape_sins.Captures(), draft_sins.Alternates()),
+        *(shape_sins.Captures(), draft_sins.Alternates(), cache_sins.Alternates()),
     ),
     "order-free": (
         *(sins.NoTieBreak(), fleet_sins.NoTieBreak()),
         *(draft_sins.FirstListedFirst(), draft_sins.FirstListedMethod()),
+        *(cache_sins.FirstListedFirst(), cache_sins.NoTieBreak()),
     ),
     "identity-free": (
-        *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId()),
+        *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId(), cache_sins.EvenBlocksOnly()),
         *(fleet_sins.IdsByRemainder(), fleet_sins.RequestsByRemainder(), fleet_sins.EvenIds()),
     ),
     "pure": (
         *(sins.SortsTheView(), sins.MarksRequests()),
         *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
-        *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts()),
+        *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts(), cache_sins.SortsTheView()),
     ),
     "clockless": (
         *(clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
         *(clock_sins.RoutesByDice(), clock_sins.FailsOverByTheClock()),
-        draft_sins.ExploresByDice(),
+        *(draft_sins.ExploresByDice(), cache_sins.EvictsByDice()),
     ),
     "hash-free": (
         *(sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
-        draft_sins.SetOfMethods(),
+        *(draft_sins.SetOfMethods(), cache_sins.SetOfNames()),
     ),
     "unbroken": (shape_sins.LikesFullBlocks(),),
     "live": (sins.Thrashes(), sins.Starves()),

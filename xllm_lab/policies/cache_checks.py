@@ -26,10 +26,9 @@ def _offloads(view: CacheView, plan: CachePlan) -> list[str]:
     room = view.num_free_host_blocks + len(plan.evict)
     if len(plan.offload) > room:
         broken.append(f"offloads {len(plan.offload)} blocks, the host has room for {room}")
-    elif plan.evict and len(plan.offload) <= room - len(plan.evict):
-        broken.append(f"evicts {len(plan.evict)} host blocks for {len(plan.offload)} that fit without")
-    elif len(plan.offload) < room - view.num_free_host_blocks:
-        broken.append(f"evicts {len(plan.evict)} host blocks for {len(plan.offload)}")
+    elif plan.evict and len(plan.offload) < room:
+        needed = max(0, len(plan.offload) - view.num_free_host_blocks)
+        broken.append(f"evicts {len(plan.evict)} host blocks for {len(plan.offload)} that take {needed}")
     return broken
 
 

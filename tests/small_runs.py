@@ -271,9 +271,17 @@ class HandCopier:
 class HandDriven:
     """A host of a few lines: one call, one step of `STEP_US`; outputs are the request's own placeholder."""
 
-    def __init__(self, config: InstanceConfig, policy: BatchPolicy, *, step_time: StepTime = STEP_TIME) -> None:
-        self.records = Records()
-        self.scheduler = Scheduler(config, policy, self.records, step_time=step_time)
+    def __init__(
+        self,
+        config: InstanceConfig,
+        policy: BatchPolicy,
+        *,
+        step_time: StepTime = STEP_TIME,
+        cache: CachePolicy = DEVICE_ONLY,
+    ) -> None:
+        self.records, self._copier = Records(), HandCopier(config.block_size)
+        tiering = tiering_of(cache, config, self._copier, step_time=step_time, copy_time=COPY_TIME)
+        self.scheduler = Scheduler(config, policy, self.records, step_time=step_time, tiering=tiering)
         self.now_us = 0
 
     def add(self, *requests: Request) -> None:
@@ -295,11 +303,15 @@ class HandDriven:
         self.scheduler.complete(step, (self.now_us,), EqualSteps().sampled(step))
 
     def step(self) -> dict[int, int]:
-        """Run one step; tokens per request, empty if nothing can run."""
+        """Run one step, or wait for a copy; tokens per request, empty if nothing can run."""
         step = self.plan()
         if step is None:
+            self.now_us = max(self.now_us, self._copier.next_us or 0)
+        else:
+            self.finish(step)
+        self.scheduler.copied(self._copier.over(self.now_us))
+        if step is None:
             return {}
-        self.finish(step)
         return {int(c.id): c.num_tokens for c in step.chunks}
 
     def record(self, request_id: int) -> RequestRecord:

@@ -1,7 +1,8 @@
 """Tiers as a cache policy meets them, drawn by number for `contract`.
 
-Small and unkind: no room above or below, nothing idle, all of the host in copies, equal recencies, blocks with many
-uses, times that are free or huge, prompts of which nothing or all but the last token is in reach.
+Small and unkind: no room above or below, nothing idle, one or both tiers all in copies, equal arrivals and recencies,
+a host that is younger than what comes next but older than what comes last, blocks with many uses, times that are free
+or huge, prompts of which nothing or all but the last token is in reach.
 """
 
 from __future__ import annotations
@@ -81,11 +82,13 @@ class DrawnCacheView:
 def drawn_cache_view(number: int) -> DrawnCacheView:
     """The view of that number, at least 0: always the same one, in new objects."""
     rng = random.Random(f"cache view {number}")
-    num_clean, num_idle, num_copied = rng.choice((0, 0, 1, 20)), rng.choice((0, 1, 3, 12)), rng.choice((0, 0, 4))
-    num_offloading, num_restoring = rng.choice((0, 0, 2, 40)), rng.choice((0, 0, 3, 70))
+    num_clean, num_idle, num_copied = rng.choice((0, 0, 20, 600)), rng.choice((0, 1, 3, 12)), rng.choice((0, 0, 4))
+    num_offloading, num_restoring = rng.choice((0, 0, 2, 40)), rng.choice((0, 0, 62, 70))
     num_hosted, num_free_host = rng.choice((0, 1, 6, 15)), rng.choice((0, 0, 1, 5))
     has_store = rng.choice((False, True))
     num_saving, num_prefetching = (rng.choice((0, 0, 5, 80)) if has_store else 0 for _ in range(2))
+    if rng.random() < 0.1:  # all that there is is on its way
+        num_clean = num_idle = num_copied = num_hosted = num_free_host = 0
     num_held = num_offloading + num_restoring + rng.choice((0, 1, 30))
     now_us = rng.choice((5_000, 4 * 3_600_000_000))
     view = DrawnCacheView(
@@ -119,7 +122,7 @@ def drawn_cache_view(number: int) -> DrawnCacheView:
 
 def _blocks(rng: random.Random, num: int, now_us: int) -> list[CachedBlock]:
     """Least recently used first; of chains that were used at once, in any order of depth."""
-    times_us = rng.choice(([0], [0, now_us], range(0, now_us, 1 + now_us // 7)))
+    times_us = rng.choice(([0], [0, now_us], *2 * [range(0, now_us, 1 + now_us // 7)]))
     used_us = sorted(rng.choice(times_us) for _ in range(num))
     ids = rng.sample(range(200), num)
     return [
@@ -139,7 +142,7 @@ def _waiting(rng: random.Random, view: DrawnCacheView, request_id: RequestId) ->
         id=request_id,
         arrival_us=rng.choice((0, 0, 100, 500)),
         priority=rng.choice((1, 2, 2, 3)),
-        num_tokens=num_in_reach + rng.choice((1, 1, 50, 3000)),
+        num_tokens=num_in_reach + rng.choice((1, 1, 50, 20 * view.block_size)),
         num_device_blocks=num_used + num_idle,
         num_idle_blocks=num_idle,
         num_host_blocks=num_in_host,

@@ -14,7 +14,6 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.formats import read_trace
 from xllm_lab.policies.api import Choice, Knob
-from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policies
 from xllm_lab.policies.of_instance import BESIDE, refuse_other_decisions
 from xllm_lab.profiles import is_profile, read_profile
@@ -176,6 +175,7 @@ def simulate(
         with_host_link,
         with_page_time,
         with_store,
+        with_store_of,
     )
     from xllm_lab.sim.simulator import simulate as run_simulator
 
@@ -189,10 +189,10 @@ def simulate(
         priced = with_page_time(priced, page_time)
     if host_link_bytes_per_s is not None:
         priced = with_host_link(priced, host_link_bytes_per_s)
-    if store is None and isinstance(trace, Run) and trace.manifest.store is not None:
-        store = None if isinstance(chosen.policies.cache, DeviceOnly) else "sim:"
     if store is not None:
-        priced = with_store(priced, store)
+        priced = with_store(priced, store, chosen.policies)
+    elif isinstance(trace, Run):
+        priced = with_store_of(priced, trace, chosen.policies)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)

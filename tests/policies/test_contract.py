@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.policies import clock_sins, draft_sins, fleet_sins, shape_sins, sins
+from tests.policies import cache_sins, clock_sins, draft_sins, fleet_sins, shape_sins, sins
 from xllm_lab import contract
 from xllm_lab.contract import Policy, check_policy
+from xllm_lab.drawn_cache_views import DrawnCacheView, drawn_cache_view
 from xllm_lab.drawn_draft_views import drawn_draft_view
 from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_route_view
 from xllm_lab.drawn_shape_views import drawn_shape_view
@@ -22,6 +23,7 @@ from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import BatchPlan, BatchView, Choice, Knob, ceil_div, num_missing_tokens
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.cache import recency
 from xllm_lab.policies.catalog import decisions, knobs, make_policy, policies
 from xllm_lab.policies.draft import RECENT_VERIFICATIONS
 from xllm_lab.policy_kinds import KINDS
@@ -68,33 +70,39 @@ SINS: dict[str, tuple[Policy, ...]] = {
         *(fleet_sins.CountsFromNought(), fleet_sins.DividesByQueues(), fleet_sins.Shrugs()),
         *(shape_sins.CutsTheStep(), shape_sins.PadsBeyondUse()),
         *(draft_sins.DraftsBeyondTheEnd(), draft_sins.TakesMtpForGranted(), draft_sins.DividesByDrafts()),
+        *(cache_sins.OffloadsWhatIsUsed(), cache_sins.OffloadsTwice(), cache_sins.OffloadsAgain()),
+        *(cache_sins.OffloadsWithoutRoom(), cache_sins.EvictsForNothing(), cache_sins.EvictsTooMuch()),
+        *(cache_sins.EvictsTheUnknown(), cache_sins.EvictsTwice(), cache_sins.RestoresMoreThanThereIs()),
+        *(cache_sins.RestoresForNobody(), cache_sins.RestoresNothing(), cache_sins.TakesMoreThanIsFree()),
+        cache_sins.DividesByTheLink(),
     ),
     "repeatable": (
         *(sins.Remembers(), sins.SetOfObjects()),
         *(fleet_sins.Remembers(), fleet_sins.SetOfObjects(), fleet_sins.EverySecond()),
-        *(shape_sins.Captures(), draft_sins.Alternates()),
+        *(shape_sins.Captures(), draft_sins.Alternates(), cache_sins.Alternates()),
     ),
     "order-free": (
         *(sins.NoTieBreak(), fleet_sins.NoTieBreak()),
         *(draft_sins.FirstListedFirst(), draft_sins.FirstListedMethod()),
+        *(cache_sins.FirstListedFirst(), cache_sins.NoTieBreak()),
     ),
     "identity-free": (
-        *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId()),
+        *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId(), cache_sins.EvenBlocksOnly()),
         *(fleet_sins.IdsByRemainder(), fleet_sins.RequestsByRemainder(), fleet_sins.EvenIds()),
     ),
     "pure": (
         *(sins.SortsTheView(), sins.MarksRequests()),
         *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
-        *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts()),
+        *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts(), cache_sins.SortsTheView()),
     ),
     "clockless": (
         *(clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
         *(clock_sins.RoutesByDice(), clock_sins.FailsOverByTheClock()),
-        draft_sins.ExploresByDice(),
+        *(draft_sins.ExploresByDice(), cache_sins.EvictsByDice()),
     ),
     "hash-free": (
         *(sins.SetOfNames(), fleet_sins.SetOfNames(), fleet_sins.HashesNames()),
-        draft_sins.SetOfMethods(),
+        *(draft_sins.SetOfMethods(), cache_sins.SetOfNames()),
     ),
     "unbroken": (shape_sins.LikesFullBlocks(),),
     "live": (sins.Thrashes(), sins.Starves()),
@@ -285,6 +293,62 @@ def test_drawn_drafts_are_what_a_host_could_show_and_unkind() -> None:
     assert sum(r.num_tokens % v.block_size == 0 for v in views if v.block_size > 1 for r in v.decoding) > 100
     assert sum(not r.tally("ngram").drafted for r in requests) > 100
     assert sum(r.tally("ngram").accepted[:1] == (RECENT_VERIFICATIONS,) for r in requests) > 50
+
+
+def test_drawn_tiers_are_what_an_instance_could_show() -> None:
+    """Blocks add up, least recently used first; nobody's are out of reach, and the next token is never in KV."""
+    for number in range(500):
+        view = drawn_cache_view(number)
+        for blocks in (view.idle_blocks, view.hosted_blocks):
+            assert len({b.id for b in blocks}) == len(blocks)
+            assert [b.last_used_us for b in blocks] == sorted(b.last_used_us for b in blocks)
+            assert all(b.num_uses >= 1 and 0 <= b.last_used_us <= view.now_us for b in blocks)
+        num_used = view.num_blocks - view.num_free_blocks
+        assert view.num_clean_blocks + len(view.idle_blocks) <= view.num_free_blocks <= view.num_blocks
+        assert view.num_offloading + view.num_restoring <= num_used
+        in_host = view.num_free_host_blocks + view.num_offloading + len(view.hosted_blocks)
+        assert in_host <= view.num_host_blocks
+        assert len({r.id for r in view.waiting}) == len(view.waiting)
+        for request in view.waiting:
+            assert request.num_idle_blocks <= view.num_free_blocks - view.num_clean_blocks
+            assert 0 <= request.num_device_blocks - request.num_idle_blocks <= num_used
+            assert 0 <= request.num_host_blocks <= view.num_host_blocks - view.num_free_host_blocks
+            assert request.num_tokens > (request.num_device_blocks + request.num_host_blocks) * view.block_size
+
+
+def test_drawn_tiers_are_unkind() -> None:
+    """Tiers that are full, empty or on their way; equals everywhere; and chances, of which every policy takes some."""
+    views = [drawn_cache_view(number) for number in range(500)]
+
+    def some(told: Callable[[DrawnCacheView], bool], least: int = 10) -> bool:
+        return sum(map(told, views)) >= least
+
+    assert some(lambda v: v.num_free_blocks == 0, 50)
+    assert some(lambda v: v.num_free_host_blocks == 0 and bool(v.hosted_blocks) and bool(v.idle_blocks), 50)
+    assert some(lambda v: v.num_free_host_blocks == 0 and not v.hosted_blocks and bool(v.idle_blocks))
+    assert some(lambda v: 0 < v.num_offloading + v.num_restoring == v.num_blocks)
+    assert some(lambda v: not v.waiting)
+    assert some(lambda v: len({r.arrival_us for r in v.waiting}) < len(v.waiting), 50)
+    assert some(lambda v: any(not r.num_device_blocks and not r.num_host_blocks for r in v.waiting))
+    assert some(lambda v: any(not r.num_device_blocks and r.num_host_blocks for r in v.waiting))
+    assert some(lambda v: len({b.last_used_us for b in v.idle_blocks}) == 1 < len(v.idle_blocks))
+    assert some(lambda v: {b[1:] for b in v.idle_blocks} & {b[1:] for b in v.hosted_blocks} != set())
+    assert some(is_hidden)
+    for name in policies("cache"):
+        if name != "device-only":
+            plans = [make_policy("cache", name).decide(v) for v in views]
+            assert sum(bool(p.offload) for p in plans) >= 10
+            assert sum(bool(p.evict) for p in plans) >= 5
+            assert sum(bool(p.restore) for p in plans) >= 10
+            assert sum(len(p.restore) > 1 for p in plans) >= 2
+
+
+def is_hidden(view: DrawnCacheView) -> bool:
+    """Of what is idle, the oldest block is no better than what a full host has, and the youngest is."""
+    if view.num_free_host_blocks or not view.hosted_blocks or not view.idle_blocks:
+        return False
+    oldest, youngest = recency(view.idle_blocks[0]), recency(view.idle_blocks[-1])
+    return oldest <= min(map(recency, view.hosted_blocks)) < youngest
 
 
 def drawn(rng: random.Random, knob: Knob | Choice) -> Any:

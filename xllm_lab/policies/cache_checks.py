@@ -34,10 +34,8 @@ def _host_room(view: CacheView, plan: CachePlan) -> list[str]:
         what += f" and prefetches {sum(plan.prefetch.values())}"
     if taken > num_free + num_evicted:
         return [f"{what}, the host has room for {num_free + num_evicted}"]
-    if num_evicted and taken <= num_free:
-        return [f"evicts {num_evicted} host blocks for {taken} that fit without"]
-    if taken < num_evicted:
-        return [f"evicts {num_evicted} host blocks for {taken}"]
+    if num_evicted and taken < num_free + num_evicted:
+        return [f"evicts {num_evicted} host blocks for {taken} that take {max(0, taken - num_free)}"]
     return []
 
 

@@ -20,6 +20,7 @@ from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.runs import Run
 from xllm_lab.sim.acceptance import GivenAcceptance
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.cost import CostModel, batch_of
@@ -111,8 +112,6 @@ class Machine:
                 f"cache is {policy_name(policies.cache)!r}, and what a copy to the host and back takes is not known; "
                 "accepted: a calibration on runs with both, or --host-link"
             )
-        if self.store is not None and isinstance(policies.cache, DeviceOnly):
-            raise ConfigError("there is a store, and cache is 'device-only', which never uses it; accepted: another")
         if self.store is not None and not self.copy_time.has_store:
             raise ConfigError(
                 "what a copy to the store and back takes is not known; accepted: a calibration on runs with a store, "
@@ -229,15 +228,24 @@ def with_host_link(machine: Machine, bytes_per_s: float) -> Machine:
     return replace(machine, copy_time=copy_time, timing=told)
 
 
-def with_store(machine: Machine, spec: str) -> Machine:
+def with_store_of(machine: Machine, run: Run, policies: Policies) -> Machine:
+    """The same machine, with room for everything in a store if the run had one, and these policies would use it."""
+    has_store = run.manifest.store is not None and not isinstance(policies.cache, DeviceOnly)
+    return with_store(machine, "sim:", policies) if has_store else machine
+
+
+def with_store(machine: Machine, spec: str, policies: Policies) -> Machine:
     """The same machine, with a store below the host; its times are the calibration's, if the spec has none.
 
     Args:
         spec: "sim:" and, after a "?", any of bytes=SIZE, bytes_per_s=RATE and latency_us=TIME.
 
     Raises:
-        ConfigError: anything else, or a machine that does not say how large a token's KV is, where that matters.
+        ConfigError: anything else; a machine that does not say how large a token's KV is, where that matters; policies
+            that never use a store.
     """
+    if isinstance(policies.cache, DeviceOnly):
+        raise ConfigError(f"store is {spec!r}, and cache policy device-only never uses it; accepted: another policy")
     room, rate, latency_us = store_room(spec)
     copy_time = machine.copy_time
     if rate is not None:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -32,7 +33,7 @@ from xllm_lab.workload import LONGEST_US, ClosedLoop, RequestId, Workload
 ROUTES = tuple(policies("route"))
 
 
-def fleet(route: str = "round-robin", failover: str = "requeue", **changes: object) -> FleetConfig:
+def fleet(route: str = "round-robin", failover: str = "requeue", **changes: Any) -> FleetConfig:
     """Three instances that tell their loads every other millisecond, unless a test says otherwise."""
     usual = {"num_instances": 3, "heartbeat_us": 2000}
     made = {"route": make_policy("route", route, {}), "failover": make_policy("failover", failover, {})}

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -31,11 +32,11 @@ from xllm_lab.workload import Slo, Workload
 OFTEN = {"role_interval_us": 3000, "role_window_us": 20_000}
 
 
-def disaggregated(num_prefill: int = 1, **changes: object) -> FleetConfig:
+def disaggregated(num_prefill: int = 1, **changes: Any) -> FleetConfig:
     return fleet("least-loaded", **{"roles": Static(num_prefill=num_prefill), **OFTEN, **changes})
 
 
-def restless(**changes: object) -> FleetConfig:
+def restless(**changes: Any) -> FleetConfig:
     """Roles that change as fast as they may."""
     flips = SloFlip(low_frac=0.85, high_frac=0.85, min_dwell_us=3000, min_requests=1)
     return fleet("least-loaded", **{"roles": flips, **OFTEN, **changes})

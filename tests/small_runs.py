@@ -28,7 +28,7 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
-from xllm_lab.sim.copies import EndOf, priced_by
+from xllm_lab.sim.copies import PricedLinks
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
@@ -59,8 +59,8 @@ class EqualSteps:
     def wake_us(self, until_us: int) -> int:
         return until_us
 
-    def links(self, block_size: int) -> EndOf:
-        return priced_by(COPY_TIME, block_size)
+    def links(self, block_size: int) -> PricedLinks:
+        return PricedLinks(COPY_TIME, block_size)
 
     @property
     def has_store(self) -> bool:
@@ -250,7 +250,7 @@ class HandCopier:
     """Copies that take `COPY_TIME`, by hand."""
 
     def __init__(self, block_size: int, store: SimulatedStore | None = None) -> None:
-        self._end_of, self._under_way = priced_by(COPY_TIME, block_size, store), list[CopyEnd]()
+        self._links, self._under_way = PricedLinks(COPY_TIME, block_size, store), list[CopyEnd]()
         self.has_store = store is not None
 
     @property
@@ -258,9 +258,7 @@ class HandCopier:
         return min((end.end_us for end in self._under_way), default=None)
 
     def launch(self, copy: Copy) -> None:
-        end = self._end_of(copy, copy.asked_us)
-        assert end is not None, "a priced copy ends"
-        self._under_way.append(end)
+        self._under_way.append(self._links.end_of(copy, copy.asked_us))
 
     def over(self, now_us: int) -> list[CopyEnd]:
         ends = sorted((e for e in self._under_way if e.end_us <= now_us), key=lambda e: (e.end_us, e.number))

@@ -46,6 +46,7 @@ from xllm_lab.sim.fleet import Fleet
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.links import Transfer
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.step import Step
 from xllm_lab.workload import ClosedLoop, Workload
 
@@ -58,10 +59,11 @@ def served(
     *,
     fast_forward: bool = True,
     cache: CachePolicy = DEVICE_ONLY,
+    store: SimulatedStore | None = None,
 ) -> tuple[Records, list[Transfer]]:
     """Records and transfers of the fleet that serves the workload."""
     records, transfers = Records(), list[Transfer]()
-    timing = Predicted(Uneven(), fast_forward=fast_forward, copy_time=COPY_TIME)
+    timing = Predicted(Uneven(), fast_forward=fast_forward, copy_time=COPY_TIME, store=store)
     Fleet(
         work,
         fleet,
@@ -145,14 +147,25 @@ def test_skipping_steps_changes_nothing(
     fleet_obeys_the_laws(work, fleet, config, skipped)
 
 
-@given(work=busy_workloads(), fleet=fleets(), config=tight_configs(), cache=st.sampled_from(TIERED))
+@given(
+    work=busy_workloads(),
+    fleet=fleets(),
+    config=tight_configs(),
+    cache=st.sampled_from(TIERED),
+    room=st.sampled_from((0, 2, None)),
+)
 def test_tiers_are_lost_with_their_instance_and_nothing_else_is(
-    work: Workload, fleet: FleetConfig, config: InstanceConfig, cache: CachePolicy
+    work: Workload, fleet: FleetConfig, config: InstanceConfig, cache: CachePolicy, room: int | None
 ) -> None:
-    """Copies under way when an instance fails never end; skipping steps still changes nothing."""
+    """Copies under way when an instance fails never end, whatever is in the store stays; skipping steps still changes
+    nothing."""
     config = replace(config, enable_prefix_cache=True)
-    stepped, _ = served(work, fleet, config, Fcfs(), fast_forward=False, cache=cache)
-    skipped, _ = served(work, fleet, config, Fcfs(), cache=cache)
+
+    def store() -> SimulatedStore | None:
+        return None if room == 0 else SimulatedStore(room)
+
+    stepped, _ = served(work, fleet, config, Fcfs(), fast_forward=False, cache=cache, store=store())
+    skipped, _ = served(work, fleet, config, Fcfs(), cache=cache, store=store())
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
     assert skipped.copies == stepped.copies
@@ -309,3 +322,38 @@ def test_what_ended_is_not_held() -> None:
     assert len(forgetful.num_held) == len(sent)
     # Each instance may still have its last one at hand.
     assert max(forgetful.num_held) - num_before <= fleet.num_instances
+
+
+def test_what_a_prompt_computed_goes_ahead_of_it() -> None:
+    """With a store, who goes on finds all full blocks of the prompt, and its second token comes sooner."""
+    work = Workload(requests=tuple(request(k, 400 * k, prompt=41, output=6, hashes=(50 * k,)) for k in range(4)))
+    fleet = FleetConfig(num_instances=2, heartbeat_us=0, roles=Static(num_prefill=1))
+    config = instance_config(num_kv_blocks=64, max_tokens_per_batch=64)
+    cache = TIERED[0]
+    alone, _ = served(work, fleet, config, Fcfs(), cache=cache)
+    shared, _ = served(work, fleet, config, Fcfs(), cache=cache, store=SimulatedStore())
+    for one, other in zip(alone.requests, shared.requests, strict=True):
+        assert (one.prefill_instance, one.instance) == (other.prefill_instance, other.instance) == (0, 1)
+    chunks = [(s.instance, n) for s in shared.steps for i, n in zip(s.ids, s.num_tokens, strict=True) if i == 2]
+    assert chunks[:2] == [(0, 41), (1, 2)], "the last token of the prompt, and the first one behind it"
+    pushed = [c for c in shared.copies if c.kind == "push"]
+    assert [c.num_moved_tokens for c in pushed] == [40] * 4
+
+
+def test_what_an_instance_did_not_finish_giving_is_not_there() -> None:
+    store, owner, other = SimulatedStore(), object(), object()
+    store.put([b"a", b"b"], 10, owner=owner)
+    store.put([b"c"], 30, owner=owner)
+    store.put([b"d"], 30, owner=other)
+    store.forget(owner, 20)
+    assert store.num_leading([b"a", b"b", b"c"], 50) == 2
+    assert store.num_leading([b"d"], 29) == 0
+    assert store.num_leading([b"d"], 30) == 1
+
+
+def test_a_full_store_forgets_ends_before_beginnings() -> None:
+    store = SimulatedStore(2)
+    store.put([b"a", b"b", b"c"], 10, owner=None)
+    assert (len(store), store.num_leading([b"a", b"b", b"c"], 10)) == (2, 2)
+    store.put([b"d"], 20, owner=None)
+    assert store.num_leading([b"a", b"b"], 20) == 1

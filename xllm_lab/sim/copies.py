@@ -7,7 +7,7 @@ restore        |---- copy 1 ----|
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from typing import Protocol
 
 import simpy
 
@@ -16,8 +16,17 @@ from xllm_lab.copy_time import STORE_KINDS, CopyTime
 from xllm_lab.policies.cache import CopyKind
 from xllm_lab.sim.store import SimulatedStore
 
-# What becomes of a copy that is asked for now; None: it never ends.
-EndOf = Callable[[Copy, int], CopyEnd | None]
+
+class Links(Protocol):
+    """What becomes of the copies of one instance."""
+
+    def end_of(self, copy: Copy, now_us: int) -> CopyEnd | None:
+        """Of one that is asked for now; None: it never ends."""
+        ...
+
+    def fail(self, now_us: int) -> None:
+        """The instance is gone: what is under way never ends, and is in nobody's way."""
+        ...
 
 
 class SimulatedCopies:
@@ -25,12 +34,11 @@ class SimulatedCopies:
 
     Args:
         env: the run's.
-        new_links: what says when copies end, anew each time the instance begins.
+        links: what says when they end.
     """
 
-    def __init__(self, env: simpy.Environment, new_links: Callable[[], EndOf], *, has_store: bool) -> None:
-        self._env, self._new_links, self.has_store = env, new_links, has_store
-        self._end_of = new_links()
+    def __init__(self, env: simpy.Environment, links: Links, *, has_store: bool) -> None:
+        self._env, self._links, self.has_store = env, links, has_store
         self._under_way: list[tuple[int, int, int]] = []  # (end, number, blocks), a heap
 
     @property
@@ -39,7 +47,7 @@ class SimulatedCopies:
         return self._under_way[0][0] if self._under_way else None
 
     def launch(self, copy: Copy) -> None:
-        end = self._end_of(copy, int(self._env.now))
+        end = self._links.end_of(copy, int(self._env.now))
         if end is not None:
             heapq.heappush(self._under_way, (end.end_us, end.number, end.num_blocks))
 
@@ -52,44 +60,48 @@ class SimulatedCopies:
         return ends
 
     def stop(self) -> None:
-        """The instance fails: what is under way never ends, and is in nobody's way."""
+        """The instance fails."""
         self._under_way.clear()
-        self._end_of = self._new_links()
+        self._links.fail(int(self._env.now))
 
 
-def priced_by(copy_time: CopyTime, block_size: int, store: SimulatedStore | None = None) -> EndOf:
-    """Ends by a machine's times, one copy of a kind after another; those of the store when it is free, too."""
-    free_us: dict[CopyKind, int] = {}
+class PricedLinks:
+    """Copies end by a machine's times, one of a kind after another; those of the store when it is free, too."""
 
-    def took_us(kind: CopyKind, num_blocks: int) -> int:
-        return max(1, round(copy_time.copy_us(kind, num_blocks * block_size)))
+    def __init__(self, copy_time: CopyTime, block_size: int, store: SimulatedStore | None = None) -> None:
+        self._copy_time, self._block_size, self._store = copy_time, block_size, store
+        self._free_us: dict[CopyKind, int] = {}
 
-    def end_of(copy: Copy, now_us: int) -> CopyEnd:
-        begins_us = max(now_us, free_us.get(copy.kind, 0))
+    def end_of(self, copy: Copy, now_us: int) -> CopyEnd:
+        begins_us = max(now_us, self._free_us.get(copy.kind, 0))
         if copy.kind in STORE_KINDS:
-            assert store is not None, f"a {copy.kind} without a store"
-            end = _at_store(store, copy, begins_us, took_us)
+            end = self._at_store(copy, begins_us)
         else:
-            end = CopyEnd(copy.number, begins_us + took_us(copy.kind, len(copy.keys)), len(copy.keys))
-        free_us[copy.kind] = end.end_us
+            end = CopyEnd(copy.number, begins_us + self._took_us(copy.kind, len(copy.keys)), len(copy.keys))
+        self._free_us[copy.kind] = end.end_us
         return end
 
-    return end_of
+    def fail(self, now_us: int) -> None:
+        self._free_us.clear()
+        if self._store is not None:
+            self._store.forget(self, now_us)
 
+    def _took_us(self, kind: CopyKind, num_blocks: int) -> int:
+        return max(1, round(self._copy_time.copy_us(kind, num_blocks * self._block_size)))
 
-def _at_store(store: SimulatedStore, copy: Copy, ready_us: int, took_us: Callable[[CopyKind, int], int]) -> CopyEnd:
-    """As much of it as is there, and done by its deadline."""
-    assert copy.timeout_us is not None, f"a {copy.kind} without a deadline"
-    begins_us = store.begins_us(ready_us)
-    deadline_us = max(copy.asked_us + copy.timeout_us, begins_us + 1)
-    num_blocks = len(copy.keys)
-    if copy.kind == "prefetch":
-        num_blocks = store.num_leading(copy.keys, begins_us)
-    num_done = num_blocks
-    while num_done and begins_us + took_us(copy.kind, num_done) > deadline_us:
-        num_done -= 1
-    end_us = min(deadline_us, begins_us + took_us(copy.kind, num_blocks))
-    store.ends(end_us)
-    if copy.kind != "prefetch":
-        store.put(copy.keys[:num_done], end_us)
-    return CopyEnd(copy.number, end_us, num_done)
+    def _at_store(self, copy: Copy, ready_us: int) -> CopyEnd:
+        """As much of it as is there, and done by its deadline."""
+        assert self._store is not None, f"a {copy.kind} without a store"
+        assert copy.timeout_us is not None, f"a {copy.kind} without a deadline"
+        begins_us = self._store.begins_us(ready_us)
+        deadline_us = max(copy.asked_us + copy.timeout_us, begins_us + 1)
+        is_read = copy.kind == "prefetch"
+        num_blocks = self._store.num_leading(copy.keys, begins_us) if is_read else len(copy.keys)
+        num_done = num_blocks
+        while num_done and begins_us + self._took_us(copy.kind, num_done) > deadline_us:
+            num_done -= 1
+        end_us = min(deadline_us, begins_us + self._took_us(copy.kind, num_blocks))
+        self._store.ends(end_us)
+        if not is_read:
+            self._store.put(copy.keys[:num_done], end_us, owner=self)
+        return CopyEnd(copy.number, end_us, num_done)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import simpy
 
@@ -188,7 +187,7 @@ class Fleet:
         )
         self._seats = []
         for k in range(config.num_instances):
-            copies = SimulatedCopies(self._env, partial(timing.links, instance.block_size), has_store=timing.has_store)
+            copies = SimulatedCopies(self._env, timing.links(instance.block_size), has_store=timing.has_store)
             scheduler = scheduler_of(
                 *(instance, policies, recorder),
                 proposer=timing.proposer,

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import simpy
 
@@ -154,7 +153,7 @@ def _life_differs(run: Run, policies: Policies, life: Life, requests: Mapping[Re
         has_store=manifest.store is not None,
     )
     env = simpy.Environment(initial_time=life.up_us)
-    copier = SimulatedCopies(env, partial(recorded.links, config.block_size), has_store=recorded.has_store)
+    copier = SimulatedCopies(env, recorded.links(config.block_size), has_store=recorded.has_store)
     scheduler = scheduler_of(
         *(config, policies, Records()),
         proposer=recorded,

@@ -28,7 +28,7 @@ from xllm_lab.page_time import PageTime
 from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
-from xllm_lab.sim.copies import EndOf, SimulatedCopies, priced_by
+from xllm_lab.sim.copies import Links, PricedLinks, SimulatedCopies
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.drafts import SimulatedDrafts
 from xllm_lab.sim.store import SimulatedStore
@@ -65,8 +65,8 @@ class Timing(Protocol):
         """What makes drafts; `sampled` says which are kept."""
         ...
 
-    def links(self, block_size: int) -> EndOf:
-        """What becomes of copies between the tiers of one instance."""
+    def links(self, block_size: int) -> Links:
+        """Of one instance, between its tiers; each call are another's."""
         ...
 
     @property
@@ -137,8 +137,8 @@ class Predicted:
     def extrapolated_frac(self) -> float:
         return self.num_extrapolated / self.num_steps if self.num_steps else 0.0
 
-    def links(self, block_size: int) -> EndOf:
-        return priced_by(self._copy_time, block_size, self._store)
+    def links(self, block_size: int) -> Links:
+        return PricedLinks(self._copy_time, block_size, self._store)
 
     @property
     def has_store(self) -> bool:

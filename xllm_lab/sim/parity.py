@@ -15,7 +15,6 @@ from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord, f
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
 from xllm_lab.scheduler import Sampled
-from xllm_lab.sim.copies import EndOf
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import PageMoves, Step
@@ -112,15 +111,18 @@ class Recorded:
     def forget(self, request: RequestId) -> None:
         """Nothing is kept of it."""
 
-    def links(self, block_size: int) -> EndOf:
+    def links(self, block_size: int) -> Recorded:
         self._block_size = block_size
-        return self._end_of
+        return self
 
     @property
     def has_store(self) -> bool:
         return self._has_store
 
-    def _end_of(self, copy: Copy, now_us: int) -> CopyEnd | None:
+    def fail(self, now_us: int) -> None:
+        """A life ends there."""
+
+    def end_of(self, copy: Copy, now_us: int) -> CopyEnd | None:
         """As recorded; that it was another copy, the next step will show."""
         self.asked.append(AskedCopy(now_us, copy.kind, copy.request, copy.blocks, copy.slots))
         known = self._copies[copy.number] if copy.number < len(self._copies) else None

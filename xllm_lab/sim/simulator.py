@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +95,7 @@ def serve_alone(
         return prompt_token_ids(request, vocab_size=vocab_size, seed=workload.seed)
 
     env = simpy.Environment(initial_time=0)
-    copies = SimulatedCopies(env, partial(timing.links, config.block_size), has_store=timing.has_store)
+    copies = SimulatedCopies(env, timing.links(config.block_size), has_store=timing.has_store)
     scheduler = scheduler_of(
         *(config, policies, recorder),
         proposer=timing.proposer,

@@ -62,11 +62,11 @@ class SimulatedStore:
                 f"a store of {num_blocks} blocks with {num_channels} channels; accepted: at least 1 of each"
             )
         self._num_blocks = num_blocks
-        self._there_us: OrderedDict[BlockKey, int] = OrderedDict()  # from when on
+        self._there: OrderedDict[BlockKey, tuple[int, object]] = OrderedDict()  # from when on, and who gave it
         self._free_us = [0] * num_channels  # a heap
 
     def __len__(self) -> int:
-        return len(self._there_us)
+        return len(self._there)
 
     def begins_us(self, ready_us: int) -> int:
         """When the channel that is free first can serve a copy; it is taken until `ends`."""
@@ -76,17 +76,27 @@ class SimulatedStore:
         """The copy that began last ends then."""
         heapq.heappush(self._free_us, end_us)
 
-    def put(self, keys: Sequence[BlockKey], end_us: int) -> None:
+    def put(self, keys: Sequence[BlockKey], end_us: int, *, owner: object) -> None:
         """Blocks are there from then on, in order of their tokens: their beginnings are kept longest."""
         for key in reversed(keys):
-            self._there_us[key] = min(end_us, self._there_us.get(key, end_us))
-            self._there_us.move_to_end(key)
-        while self._num_blocks is not None and len(self._there_us) > self._num_blocks:
-            self._there_us.popitem(last=False)
+            there = self._there.get(key)
+            if there is None or there[0] > end_us:
+                self._there[key] = end_us, owner
+            self._there.move_to_end(key)
+        while self._num_blocks is not None and len(self._there) > self._num_blocks:
+            self._there.popitem(last=False)
 
     def num_leading(self, keys: Sequence[BlockKey], now_us: int) -> int:
         """How many of the first blocks are there; they are used."""
-        found = next((n for n, key in enumerate(keys) if self._there_us.get(key, now_us + 1) > now_us), len(keys))
+        found = 0
+        while found < len(keys) and keys[found] in self._there and self._there[keys[found]][0] <= now_us:
+            found += 1
         for key in reversed(keys[:found]):
-            self._there_us.move_to_end(key)
+            self._there.move_to_end(key)
         return found
+
+    def forget(self, owner: object, now_us: int) -> None:
+        """What it was giving is not there, and never will be."""
+        unfinished = [key for key, (end_us, by) in self._there.items() if by is owner and end_us > now_us]
+        for key in unfinished:
+            del self._there[key]

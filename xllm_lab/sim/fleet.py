@@ -37,9 +37,9 @@ from xllm_lab.workload import RequestId, Workload
 class Inbox:
     """What the router sent to one instance: a `Feed` whose next event nobody knows."""
 
-    def __init__(self, on_end: Callable[[RequestId, int], None]) -> None:
+    def __init__(self, dispatch: Dispatch) -> None:
         self.events: deque[Event] = deque()
-        self._on_end = on_end
+        self._dispatch = dispatch
 
     @property
     def next_us(self) -> int | None:
@@ -47,7 +47,8 @@ class Inbox:
 
     @property
     def is_over(self) -> bool:
-        return False
+        """Whether no instance has anything to do; nor need it look at copies that its policy goes on asking for."""
+        return not self._dispatch.num_open
 
     @property
     def num_arrivals(self) -> int:
@@ -58,7 +59,7 @@ class Inbox:
         return self.events.popleft() if self.events else None
 
     def on_end(self, request: RequestId, now_us: int) -> None:
-        self._on_end(request, now_us)
+        self._dispatch.on_end(request, now_us)
 
 
 class SimulatedCalendar:
@@ -95,7 +96,7 @@ class SimulatedSeat:
     ) -> None:
         scheduler.is_index_watched = dispatch.router.needs_index
         self.scheduler = scheduler
-        self.inbox = Inbox(dispatch.on_end)
+        self.inbox = Inbox(dispatch)
         self.instance: Instance | None = None
         self._env, self._timing, self._dispatch, self._copies = env, timing, dispatch, copies
 

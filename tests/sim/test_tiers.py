@@ -17,7 +17,6 @@ from tests.small_runs import (
     COPY_TIME,
     STEP_TIME,
     TIERED,
-    WildCache,
     batch_policies,
     busy_workloads,
     instance_config,
@@ -48,7 +47,8 @@ LINKS = st.builds(
     CopyWeights, call_us=st.sampled_from((0.0, 5.0, 400.0)), token_us=st.sampled_from((0.0, 0.3, 1.0, 90.0))
 )
 COPY_TIMES = st.builds(lambda *each: CopyTime(dict(zip(KINDS, each, strict=True))), *[LINKS] * len(KINDS))
-CACHES = st.sampled_from((WildCache(), WildCache(host_blocks_factor=4.0), *TIERED))
+# Policies that come to rest: on a slow link, blocks that are copied back and forth for ever are nobody's.
+CACHES = st.sampled_from(TIERED)
 
 
 def served(

@@ -86,6 +86,8 @@ def replay(
     """
     workload = _workload(trace)
     chosen = configure(policy, settings, **beside)
+    # Of options, which are for this run; an open engine may serve others, too.
+    _refuse_link_without_copies(getattr(engine, "host_link_bytes_per_s", None), chosen)
     fitted = None if calibration is None else _calibration(calibration)
     known: dict[str, Any] = {
         "out": Path(out),
@@ -176,7 +178,11 @@ def simulate(
     if acceptance is not None:
         priced = with_acceptance(priced, acceptance)
     if page_time is not None:
+        if chosen.instance.kv_layout != "virtual":
+            told = f"times of mapping pages are given, and kv_layout {chosen.instance.kv_layout!r} maps none"
+            raise ConfigError(f"{told}; accepted: with kv_layout 'virtual'")
         priced = with_page_time(priced, page_time)
+    _refuse_link_without_copies(host_link_bytes_per_s, chosen)
     if host_link_bytes_per_s is not None:
         priced = with_host_link(priced, host_link_bytes_per_s)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
@@ -503,3 +509,13 @@ def validate_mtp() -> PublishedValidation:
     from xllm_lab.sim.validate.mtp import validate_mtp as validate
 
     return validate()
+
+
+def _refuse_link_without_copies(bytes_per_s: float | None, chosen: Candidate) -> None:
+    from xllm_lab.policies.cache.device_only import DeviceOnly
+
+    if bytes_per_s is not None and isinstance(chosen.policies.cache, DeviceOnly):
+        raise ConfigError(
+            f"a link to the host of {bytes_per_s:g} bytes/s is given, and cache policy device-only copies nothing; "
+            "accepted: with another cache policy"
+        )

@@ -216,23 +216,32 @@ class Copies:
         self._room = view.num_free_host_blocks
         self._blocks_left = view.num_free_blocks
 
-    def offload(self, blocks: Iterable[CachedBlock], worth: Worth = recency) -> None:
-        """Copy blocks to the host, as many as there is room for; for others go those that are worth least.
+    def offload(self, blocks: Iterable[CachedBlock], worth: Worth = recency, *, most: int | None = None) -> None:
+        """Copy up to `most` blocks to the host, as there is room; for others go those that are worth least there.
 
-        Only for what is worth more, or two blocks would take each other's place for ever.
+        Only for what is worth more, or two blocks would take each other's place for ever; what is not is passed over.
         """
+        left = self._blocks_left if most is None else most
         victims: Iterator[CachedBlock] | None = None
-        for block in blocks:
+        victim: CachedBlock | None = None
+        for block in blocks if left > 0 else ():
             if self._room:
                 self._room -= 1
             else:
-                victims = victims or iter(self._victims(worth))
-                victim = next(victims, None)
-                if victim is None or worth(victim) >= worth(block):
+                if victims is None:
+                    victims = iter(self._victims(worth))
+                    victim = next(victims, None)
+                if victim is None:
                     return
+                if worth(victim) >= worth(block):
+                    continue
                 self._evict.append(victim.id)
+                victim = next(victims, None)
             self._offload.append(block.id)
             self._blocks_left -= 1  # until it is copied
+            left -= 1
+            if not left:
+                return
 
     def _victims(self, worth: Worth) -> Iterable[CachedBlock]:
         hosted = self._view.hosted()

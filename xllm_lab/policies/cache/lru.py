@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 from xllm_lab.policies.api import refuse_below
@@ -41,6 +40,6 @@ class Lru:
     def decide(self, view: CacheView) -> CachePlan:
         copies = Copies(view)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
-        copies.offload(islice(view.idle(), room))
+        copies.offload(view.idle(), most=room)
         restore_by_arrival(view, copies, self.max_restoring_blocks, everything)
         return copies.plan("least recently used")

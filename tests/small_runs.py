@@ -28,7 +28,7 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
-from xllm_lab.sim.copies import PricedLinks
+from xllm_lab.sim.copies import Links, PricedLinks
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
@@ -59,7 +59,7 @@ class EqualSteps:
     def wake_us(self, until_us: int) -> int:
         return until_us
 
-    def links(self, block_size: int) -> PricedLinks:
+    def links(self, block_size: int) -> Links:
         return PricedLinks(COPY_TIME, block_size)
 
     @property

@@ -171,3 +171,29 @@ def test_a_profile_is_of_one_instance_as_it_was(other: dict[str, Any], tmp_path:
     """What its tables cannot answer is refused, not ignored, from a notebook too."""
     with pytest.raises(ConfigError, match="'bf16' are accepted"):
         profiled_machine(tmp_path, deployment=Deployment(**other))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--host-link", "1e9"), "1e+09 bytes/s is given, and cache policy device-only copies nothing; accepted: with"),
+        (("--page-us", "20"), "kv_layout 'paged' maps none; accepted: with kv_layout 'virtual'"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(words: tuple[str, ...], told: str, inputs: Path, tmp_path: Path) -> None:
+    """And has one where there is something to copy, or to map."""
+    command = ("simulate", inputs / "trace.jsonl", *ROOFLINE, *words, "--out", tmp_path / "run", "--quiet")
+    got = said(*command)
+    assert got.status == 2
+    assert told in got.err
+    assert not (tmp_path / "run").exists()
+    other = ("--cache", "lru") if "--host-link" in words else ("--set", "kv_layout=virtual")
+    assert said(*command, *other).status == 0
+
+
+def test_a_link_without_copies_is_refused_before_an_engine_opens(inputs: Path, tmp_path: Path) -> None:
+    """The model is not even looked for."""
+    command = ("replay", inputs / "trace.jsonl", "--model", "no such model", "--host-link", "1e9")
+    got = said(*command, "--out", tmp_path / "run", "--quiet")
+    assert got.status == 2
+    assert "a link to the host of 1e+09 bytes/s is given, and cache policy device-only copies nothing" in got.err

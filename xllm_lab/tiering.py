@@ -24,6 +24,7 @@ from xllm_lab.policies.cache import CachedBlock, CachePlan, CachePolicy, CopyKin
 from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.cache_checks import cache_violations
 from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Recorder
 from xllm_lab.request_state import RequestState
 from xllm_lab.step_time import StepTime
@@ -515,3 +516,12 @@ def tiering_of(
             "one, or a store's rate"
         )
     return Tiering(policy, copier, num_host_blocks=room, step_time=step_time, copy_time=copy_time or None)
+
+
+def refuse_link_without_copies(bytes_per_s: float | None, policies: Policies) -> None:
+    """ConfigError for the rate of a link to the host over which nothing is ever copied."""
+    if bytes_per_s is not None and isinstance(policies.cache, DeviceOnly):
+        raise ConfigError(
+            f"a link to the host of {bytes_per_s:g} bytes/s is given, and cache policy device-only copies nothing; "
+            "accepted: with another cache policy"
+        )

@@ -21,6 +21,7 @@ from xllm_lab.profiles.imported import Imported, is_import, read_import, write_i
 from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
 from xllm_lab.settings import DEFAULT, changed
+from xllm_lab.tiering import refuse_link_without_copies
 from xllm_lab.workload import Workload
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def replay(
     """
     workload = _workload(trace)
     chosen = configure(policy, settings, **beside)
+    # Of options, which are for this run; an open engine may serve others, too.
+    refuse_link_without_copies(getattr(engine, "host_link_bytes_per_s", None), chosen.policies)
     fitted = None if calibration is None else _calibration(calibration)
     known: dict[str, Any] = {
         "out": Path(out),
@@ -186,7 +189,11 @@ def simulate(
     if acceptance is not None:
         priced = with_acceptance(priced, acceptance)
     if page_time is not None:
+        if chosen.instance.kv_layout != "virtual":
+            told = f"times of mapping pages are given, and kv_layout {chosen.instance.kv_layout!r} maps none"
+            raise ConfigError(f"{told}; accepted: with kv_layout 'virtual'")
         priced = with_page_time(priced, page_time)
+    refuse_link_without_copies(host_link_bytes_per_s, chosen.policies)
     if host_link_bytes_per_s is not None:
         priced = with_host_link(priced, host_link_bytes_per_s)
     if store is not None:

@@ -134,3 +134,24 @@ def test_what_was_used_once_is_not_worth_a_copy() -> None:
     assert uses(one, 1, 2, 3) == []
     assert uses(one, 1, 2) == [2]
     assert (one.in_host([1, 2]), one.in_host([1, 2, 3])) == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["cost-aware", "lru", "watermark"])
+def test_old_blocks_do_not_hide_younger_ones(name: str) -> None:
+    """The host has room for one block, and what lies there was used after the first two of the device.
+
+    These come first, are worth less, and stay; the third was used last, and takes its place.
+    """
+    values = {"low_frac": 1.0} if name == "watermark" else {}
+    policy = make_policy("cache", name, {"host_blocks_factor": 1 / 8, "max_offloading_blocks": 2, **values})
+    one = TiersByHand(policy, num_blocks=8, copy_time=FAST)
+    assert uses(one, 3) == [1]
+    one.fills_the_device()
+    one.now_us = 0
+    for k, now_us in ((1, 10), (2, 20), (4, 5000)):
+        one.now_us = now_us
+        assert one.uses([k])
+    assert one.in_host([3]) == 1
+    (copy,) = one.asks()
+    assert copy.keys == (one.request([4]).block_keys(1)[0],)
+    assert (one.in_host([3]), one.in_host([4]), one.asks()) == (0, 1, [])

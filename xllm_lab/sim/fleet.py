@@ -46,7 +46,8 @@ class Inbox:
 
     @property
     def is_over(self) -> bool:
-        return False
+        """Whether no instance has anything to do; nor need it look at copies that its policy goes on asking for."""
+        return not self._dispatch.num_open
 
     @property
     def num_arrivals(self) -> int:

@@ -244,12 +244,14 @@ class Copies:
     __slots__ = (
         "_blocks_left",
         "_evict",
+        "_next_victim",
         "_offload",
         "_prefetch",
         "_prefetch_timeout_us",
         "_restore",
         "_room",
         "_save",
+        "_saved",
         "_victims",
         "_view",
     )
@@ -260,44 +262,59 @@ class Copies:
         self._evict: list[int] = []
         self._restore: dict[RequestId, int] = {}
         self._save: list[int] = []
+        self._saved: frozenset[int] = frozenset()
         self._prefetch: dict[RequestId, int] = {}
         self._prefetch_timeout_us = 0
         self._victims: Iterator[CachedBlock] | None = None
+        self._next_victim: CachedBlock | None = None
         self._room = view.num_free_host_blocks
         self._blocks_left = view.num_free_blocks
 
-    def offload(self, blocks: Iterable[CachedBlock], worth: Worth = recency) -> None:
-        """Copy blocks to the host, as many as there is room for; for others go those that are worth least.
+    def offload(self, blocks: Iterable[CachedBlock], worth: Worth = recency, *, most: int | None = None) -> None:
+        """Copy up to `most` blocks to the host, as there is room; for others go those that are worth least there.
 
-        Only for what is worth more, or two blocks would take each other's place for ever.
+        Only for what is worth more, or two blocks would take each other's place for ever; what is not is passed over.
         """
-        for block in blocks:
+        left = self._blocks_left if most is None else most
+        for block in blocks if left > 0 else ():
             if self._room:
                 self._room -= 1
             else:
                 victim = self._victim(worth)
-                if victim is None or worth(victim) >= worth(block):
+                if victim is None:
                     return
-                self._evict.append(victim.id)
+                if worth(victim) >= worth(block):
+                    continue
+                self._take(victim)
             self._offload.append(block.id)
             self._blocks_left -= 1  # until it is copied
+            left -= 1
+            if not left:
+                return
 
     def _victim(self, worth: Worth) -> CachedBlock | None:
         """Of the host's blocks that are left the one that is worth least."""
         if self._victims is None:
-            hosted = self._view.hosted()
+            hosted = (b for b in self._view.hosted() if b.id not in self._saved)
             self._victims = iter(hosted if worth is recency else sorted(hosted, key=worth))
-        return next((b for b in self._victims if b.id not in self._save), None)
+            self._next_victim = next(self._victims, None)
+        return self._next_victim
+
+    def _take(self, victim: CachedBlock) -> None:
+        assert self._victims is not None, "it was asked for"
+        self._evict.append(victim.id)
+        self._next_victim = next(self._victims, None)
 
     def save(self, blocks: Iterable[CachedBlock]) -> None:
         """Give blocks of the host to the store; they stay meanwhile. Before anything that evicts."""
         self._save += [block.id for block in blocks]
+        self._saved = frozenset(self._save)
 
     def prefetch(self, request: WaitingView, num_blocks: int, timeout_us: int, worth: Worth = recency) -> int:
         """Ask the store for up to so many of a request's blocks, as far as the host has room; returns for how many."""
         num = min(num_blocks, request.num_unasked_blocks)
         while self._room < num and (victim := self._victim(worth)) is not None:
-            self._evict.append(victim.id)
+            self._take(victim)
             self._room += 1
         num = min(num, self._room)
         if num < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, ClassVar
 
 from xllm_lab.policies.api import Knob, refuse_below
@@ -58,7 +57,7 @@ class CostAware(Storing):
         self.save(view, copies)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
         weighing = _Weighing(view, self.device_cost)
-        copies.offload(islice(filter(weighing.pays, view.idle()), room))
+        copies.offload(filter(weighing.pays, view.idle()), most=room)
         self.prefetch(view, copies, weighing.asks_for)
         left = self.max_restoring_blocks - view.num_restoring
         for request in next_in_line(view):

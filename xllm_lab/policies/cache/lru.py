@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 from xllm_lab.policies.api import refuse_below
@@ -45,7 +44,7 @@ class Lru(Storing):
         copies = Copies(view)
         self.save(view, copies)
         room = max(0, self.max_offloading_blocks - view.num_offloading)
-        copies.offload(islice(view.idle(), room))
+        copies.offload(view.idle(), most=room)
         self.prefetch(view, copies)
         restore_by_arrival(view, copies, self.max_restoring_blocks, everything)
         return copies.plan("least recently used")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, ClassVar
 
 from xllm_lab.policies.api import Knob, refuse_below
@@ -46,7 +45,7 @@ class Watermark(Storing):
         safe = view.num_free_blocks - len(idle)
         lacking = int(self.low_frac * view.num_blocks) - safe - view.num_offloading
         room = max(0, min(lacking, self.max_offloading_blocks - view.num_offloading))
-        copies.offload(islice(idle, room))
+        copies.offload(idle, most=room)
         self.prefetch(view, copies)
         restore_by_arrival(view, copies, self.max_restoring_blocks, everything)
         return copies.plan("below the watermark" if room else "enough clean blocks")

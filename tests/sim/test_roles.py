@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.laws import VOCAB_SIZE, fleet_obeys_the_laws
+from tests.perfetto_trace import PerfettoTrace
 from tests.sim.test_fast_forward import Uneven
 from tests.sim.test_fleet import fleets, roles, served
 from tests.small_runs import STEP_TIME, busy_workloads, instance_config, request, tight_configs
@@ -269,4 +270,10 @@ def test_a_run_keeps_its_roles_and_shows_them(machine: Machine, tmp_path: Path) 
         (0, 2, "decode"),
     ]
     assert {r.prefill_instance for r in runs["static"].records.requests} == {0}
-    assert write_timeline(runs["static"], tmp_path / "static.pftrace.gz").exists()
+    trace = PerfettoTrace(write_timeline(runs["static"], tmp_path / "static.pftrace.gz"))
+    shown = {track.name: [(s.name, s.start_ns) for s in track.slices] for track in trace.children(trace.named("roles"))}
+    roles_shown = {"0": "prefill", "1": "decode", "2": "decode"}
+    assert shown == {f"role of instance {k}": [(role, 0)] for k, role in roles_shown.items()}
+    running = {k: trace.named("running", trace.named(f"instance {k}")).samples for k in range(3)}
+    assert max(value for _, value in running[0]) == 1
+    assert running[0][0][0] < running[1][0][0]

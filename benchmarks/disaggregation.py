@@ -6,8 +6,8 @@
 
 At equal numbers of instances, of a load (requests that come in a second, as a part of what the fleet could serve) and a
 shape (how many tokens of a prompt for each token of an answer): tokens per second of requests that were served within
-their TTFT and TPOT, colocated, with every static split, and with instances that change sides. Both promises are a few
-times what an idle instance takes. The crossover is the shape from which on the best split serves more than equal
+their TTFT and TPOT, colocated, with every static split, and with instances that change sides. Promises are times what
+an idle instance takes. The crossover is the shape from which on the best split serves more than equal
 instances do, at each load.
 
 The engine serves in lockstep on processor time, on its own copy of the workload; the simulator is calibrated on runs of
@@ -45,9 +45,6 @@ from xllm_lab.step_time import Chunk
 from xllm_lab.summary_of_run import summarize_run
 from xllm_lab.workload import Prompt, Request, RequestId, Slo, Workload, stream
 
-# Times what an idle instance takes: for the whole prompt, and for a step of one token.
-TTFT_SLACK, TPOT_SLACK = 8.0, 3.0
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -83,12 +80,15 @@ class Point:
     Attributes:
         load: of what the instances could do if each step were full, see `busy_us`.
         ratio: tokens of a prompt for each of an answer.
+        ttft_slack, tpot_slack: promises, as times what an idle instance takes: for a mean prompt, for a token.
     """
 
     num_instances: int
     load: float
     ratio: float
     seed: int
+    ttft_slack: float
+    tpot_slack: float
 
 
 def lengths(point: Point, scale: Scale) -> tuple[int, int]:
@@ -110,8 +110,8 @@ def workload(point: Point, scale: Scale, cost: CostModel) -> Workload:
     prompt, output = lengths(point, scale)
     one_us = cost.step(Batch((), 1, prompt + output, prompt + output, 1)).us
     slo = Slo(
-        ttft_us=round(TTFT_SLACK * cost.step(Batch((Chunk(prompt, 0),), 0, 0, 0, 1)).us),
-        tpot_us=round(TPOT_SLACK * one_us),
+        ttft_us=round(point.ttft_slack * cost.step(Batch((Chunk(prompt, 0),), 0, 0, 0, 1)).us),
+        tpot_us=round(point.tpot_slack * one_us),
     )
     gap_us = busy_us(cost, prompt, output, scale.settings["max_seqs_per_batch"]) / (point.load * point.num_instances)
     rng, now_us = stream(point.seed, "disaggregation"), 0.0
@@ -161,7 +161,7 @@ def row(run: Run, host: str, name: str, point: Point, work: Workload) -> dict[st
     return {
         "host": host,
         "roles": name,
-        **{k: getattr(point, k) for k in ("num_instances", "load", "ratio", "seed")},
+        **{k: getattr(point, k) for k in ("num_instances", "load", "ratio", "seed", "ttft_slack", "tpot_slack")},
         "prompt_tokens": round(prompt, 1),
         "output_tokens": round(output, 1),
         "goodput_per_s": summary.goodput_per_s,
@@ -182,7 +182,7 @@ def points(o: argparse.Namespace) -> Iterator[Point]:
         for load in o.loads:
             for ratio in o.ratios:
                 for seed in o.seeds:
-                    yield Point(num_instances, load, ratio, seed)
+                    yield Point(num_instances, load, ratio, seed, o.ttft_slack, o.tpot_slack)
 
 
 def sweep(o: argparse.Namespace) -> None:
@@ -320,6 +320,10 @@ def main() -> None:
         one.add_argument("--loads", type=float, nargs="+", default=loads)
         one.add_argument("--ratios", type=float, nargs="+", default=ratios)
         one.add_argument("--seeds", type=int, nargs="+", default=[0])
+        one.add_argument("--ttft-slack", type=float, default=8.0, metavar="X", help="times an idle instance's TTFT")
+        # Where decodes are bound by memory many cost hardly more than one; on a CPU they do.
+        tpot = 1.6 if name == "simulate" else 4.0
+        one.add_argument("--tpot-slack", type=float, default=tpot, metavar="X", help="times an idle instance's TPOT")
         if name == "simulate":
             one.add_argument("--hardware", default="ascend-910b3")
             one.add_argument("--model-config", default="qwen3-8b")

@@ -17,7 +17,7 @@ from xllm_lab.formats import own
 from xllm_lab.sim.calibrate import write_calibration
 
 ROOT = Path(__file__).parent.parent
-FILES = ("requests.parquet", "steps.parquet", "transfers.parquet", "workload.jsonl")
+FILES = ("requests.parquet", "steps.parquet", "transfers.parquet", "roles.parquet", "workload.jsonl")
 FLEET = """
 [fleet]
 num_instances = 3
@@ -29,6 +29,8 @@ bytes_per_s = 1_000_000
 policy = "cache-aware"
 [failover]
 policy = "requeue"
+[roles]
+policy = "static"
 [[outage]]
 instance = 1
 start_us = 60_000

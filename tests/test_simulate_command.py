@@ -16,6 +16,9 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
 from xllm_lab.fleet_file import read_fleet
 from xllm_lab.formats import own
+from xllm_lab.policies.failover.requeue import Requeue
+from xllm_lab.policies.roles.static import Static
+from xllm_lab.policies.route.least_loaded import LeastLoaded
 from xllm_lab.runs import Run, read_run
 from xllm_lab.sim.calibrate import write_calibration
 from xllm_lab.sim.machine import Deployment, profiled_machine
@@ -152,6 +155,38 @@ def test_instances_take_turns(inputs: Path, tmp_path: Path) -> None:
     assert run.manifest.fleet is not None
     assert fleet_config(run.manifest.fleet) == FleetConfig(num_instances=4)
     assert [r.instance for r in run.records.requests] == [k % 4 for k in range(24)]
+
+
+def test_policies_of_a_fleet_are_given_with_their_knobs(inputs: Path, tmp_path: Path) -> None:
+    """By name, and behind a colon what is not as it comes."""
+    chosen = ("--roles", "static:num_prefill=2", "--route", "least-loaded:load=tokens", "--failover", "requeue")
+    _, run = simulated(inputs, tmp_path / "run", *ROOFLINE, "--instances", "4", *chosen)
+    assert run.manifest.fleet is not None
+    fleet = fleet_config(run.manifest.fleet)
+    assert (fleet.roles, fleet.route, fleet.failover) == (
+        Static(num_prefill=2),
+        LeastLoaded(load="tokens"),
+        Requeue(),
+    )
+    several = [r for r in run.records.requests if r.output_tokens > 1]
+    assert {r.prefill_instance for r in several} == {0, 1}
+    assert {r.instance for r in several} == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        ("static:2", "--roles 'static:2' is not accepted; accepted: NAME, or NAME:KNOB=VALUE,..."),
+        ("static:num_prefill=0", "static: num_prefill is 0, at least 1 is accepted"),
+        ("halves", "unknown roles policy 'halves'; accepted: colocated, slo-flip, static"),
+    ],
+)
+def test_a_policy_of_a_fleet_that_cannot_be_is_refused(inputs: Path, tmp_path: Path, roles: str, told: str) -> None:
+    """In one line."""
+    words = ("simulate", inputs / "trace.jsonl", *ROOFLINE, "--instances", "2", "--roles", roles)
+    refused = said(*words, "--out", tmp_path / "run")
+    assert refused.status == 2
+    assert told in refused.err
 
 
 def test_a_run_like_a_fleets_is_that_fleet(inputs: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from xllm_lab.workload import Request, RequestId, TokenIds, Workload, prompt_tok
 
 # At equal times, in this order.
 OUTAGES, HEARTBEATS, ROLES, FROM_OUTSIDE, FIRST_INSTANCE = -3, -2, -1, 0, 1
-NEVER_US = 2**62
+_NEVER_US = 2**62
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
@@ -120,7 +120,7 @@ class Dispatch:
         self._looks_at_us: int | None = None
         self._asks_for_loads = asks_for_loads
         self._on_role = on_role
-        self._next_beat_us = self._next_roles_us = NEVER_US
+        self._next_beat_us = self._next_roles_us = _NEVER_US
         # Whose clients went away, and whose instances have not said so yet.
         self._withdrawn: set[RequestId] = set()
         self._seats: Sequence[Seat] = ()
@@ -304,7 +304,7 @@ class Dispatch:
                     self._on_role(change)
         next_us = min(self._next_beat_us, self._next_roles_us)
         goes_on = self.calendar.has_more or not self._asks_for_loads
-        if next_us < NEVER_US and self.num_open and goes_on:
+        if next_us < _NEVER_US and self.num_open and goes_on:
             order = HEARTBEATS if self._next_beat_us == next_us else ROLES
             self.calendar.call(next_us, order, self._look_around)
 

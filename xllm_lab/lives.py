@@ -48,11 +48,14 @@ class Lives:
 
     Attributes:
         instance: that served the request; 0 where the records know of one only.
+        prefill_instance, handed_over_us: that served it first, and up to when; where it was not handed over, 0.
         reason: why the request ended.
     """
 
     id: Ints
     instance: Ints
+    prefill_instance: Ints
+    handed_over_us: Ints
     arrival_us: Ints
     end_us: Ints
     prompt_tokens: Ints
@@ -61,6 +64,12 @@ class Lives:
     num_preemptions: Ints
     reason: npt.NDArray[np.str_]
     phases: Phases
+
+    def instance_of_phases(self) -> Ints:
+        """Where requests were meanwhile, shape [phases]."""
+        of = self.phases.of
+        was_before = self.phases.start_us < self.handed_over_us[of]
+        return np.where(was_before, self.prefill_instance[of], self.instance[of])
 
 
 def read_lives(folder: Path) -> Lives:
@@ -74,6 +83,8 @@ def read_lives(folder: Path) -> Lives:
         for name in ("id", "arrival_us", "prompt_tokens", "cached_tokens", "num_preemptions"):
             columns[name].append(ints(batch[name]))
         columns["instance"].append(instance_of(batch))
+        for name in ("prefill_instance", "handed_over_us"):
+            columns[name].append(ints(batch[name].fill_null(0)))
         columns["first_scheduled_us"].append(ints(batch["first_scheduled_us"].fill_null(_NEVER)))
         columns["first_token_us"].append(_first_of_each(times))
         columns["end_us"].append(ints(batch["finish_us"].fill_null(_NEVER)))

@@ -4,6 +4,7 @@ instance 0          steps       a slice per step: its policy's reason, batch and
                     KV blocks used, KV blocks idle, waiting, running        counters
                     requests    a slice per request, in it what it was doing, packed into lanes
 links               a slice per transfer, in it its time in the queue and on the wire
+roles               of each instance, a slice as long as it had a role
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from xllm_lab.columns import BATCH_ROWS, batches, instance_of, ints
 from xllm_lab.errors import RunError
 from xllm_lab.lives import DECODE, PHASES, PREFILL, Lives, lanes, read_lives
 from xllm_lab.perfetto import Ints, Label, Sink, Slices, TraceWriter, Word
-from xllm_lab.records import STEP_SCHEMA, TRANSFER_SCHEMA
-from xllm_lab.runs import Run, new_file
+from xllm_lab.records import ROLE_SCHEMA, STEP_SCHEMA, TRANSFER_SCHEMA
+from xllm_lab.run_writer import ROLES_FILE
+from xllm_lab.runs import Run, new_file, read_parquet
 
 COUNTERS = ("KV blocks used", "KV blocks idle", "waiting", "running")
 _GZIP_LEVEL = 6
@@ -61,8 +63,11 @@ def _write(file: Sink, folder: Path, lives: Lives) -> None:
     for instance in np.unique(lives.instance).tolist():
         tracks = instances.get(instance) or _Instance(writer, instance, lives)
         _write_requests(writer, tracks.process, lives, np.flatnonzero(lives.instance == instance))
+    last = max((*instances, *lives.instance.tolist()))
     if (folder / "transfers.parquet").exists():
-        _write_links(writer, folder / "transfers.parquet", pid=2 + max((*instances, *lives.instance.tolist())))
+        _write_links(writer, folder / "transfers.parquet", pid=2 + last)
+    if (folder / ROLES_FILE).exists():
+        _write_roles(writer, folder / ROLES_FILE, int(lives.end_us.max()), pid=3 + last)
 
 
 class _Steps(NamedTuple):
@@ -145,7 +150,7 @@ class _Instance:
         self._last = [-1] * len(COUNTERS)
         self._end_us = 0
         phases = lives.phases
-        holds = (lives.instance[phases.of] == instance) & ((phases.kind == PREFILL) | (phases.kind == DECODE))
+        holds = (lives.instance_of_phases() == instance) & ((phases.kind == PREFILL) | (phases.kind == DECODE))
         self._got_kv_us = np.sort(phases.start_us[holds])
         self._lost_kv_us = np.sort(phases.end_us[holds])
 
@@ -228,6 +233,19 @@ def _write_requests(writer: TraceWriter, process: int, lives: Lives, rows: Ints)
                 part_end_us=phases.end_us[low:high],
             )
         )
+
+
+def _write_roles(writer: TraceWriter, path: Path, end_us: int, *, pid: int) -> None:
+    """A role lasts until the next one, or to the end of the run."""
+    columns = read_parquet(path, ROLE_SCHEMA).to_pydict()
+    at_us, instance = (np.asarray(columns[name], dtype=np.int64) for name in ("us", "instance"))
+    names = np.asarray([writer.name(role) for role in columns["role"]], dtype=np.int64)
+    process = writer.process("roles", pid)
+    for rank, one in enumerate(np.unique(instance).tolist()):
+        track = writer.track(f"role of instance {one}", process, rank)
+        own = instance == one
+        ends = np.append(at_us[own][1:], max(end_us, int(at_us[own][-1])))
+        writer.flat_slices(track, at_us[own], ends, names[own], {"instance": instance[own]})
 
 
 def _write_links(writer: TraceWriter, path: Path, *, pid: int) -> None:

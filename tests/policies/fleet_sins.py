@@ -1,4 +1,4 @@
-"""Bad routing and failover policies, kept on purpose: each breaks one law of the contract. See `sins`."""
+"""Bad routing, failover and roles policies, kept on purpose: each breaks one law of the contract. See `sins`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from xllm_lab.policies.failover import FailoverPlan, FailoverView
+from xllm_lab.policies.roles import Role, RolesPlan, RolesView, first_split
 from xllm_lab.policies.routing import InstanceId, InstanceView, RoutePlan, RouteView, by_id, num_outstanding
 
 
@@ -25,6 +26,11 @@ class _RouteSin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _FailoverSin:
     decides: ClassVar[str] = "failover"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RolesSin:
+    decides: ClassVar[str] = "roles"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,3 +166,54 @@ class HashesNames(_FailoverSin):
 
     def decide(self, view: FailoverView) -> FailoverPlan:
         return either(cancels=hash(f"{view.request.num_prompt_tokens} tokens") % 2 == 0)
+
+
+def be(roles: dict[InstanceId, Role]) -> RolesPlan:
+    return RolesPlan(roles=roles, reason="so be it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendsAllToOneSide(_RolesSin):
+    """As long as first tokens are late, everybody computes prompts. Broken law: legal."""
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        return be({i.id: "prefill" for i in view.instances if view.heard.num_overdue})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemembersHalves(_RolesSin):
+    """Swaps sides each time that it is asked. Broken law: repeatable."""
+
+    seen: list[int] = field(default_factory=list)
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        self.seen.append(view.now_us)
+        return be(first_split(view, 1 + len(self.seen) % 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstListedPrefills(_RolesSin):
+    """Takes the order of the view for one of the fleet. Broken law: order-free."""
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        first, *others = view.instances
+        return be({first.id: "prefill" if others else "mixed", **{i.id: "mixed" for i in others}})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OddIdsDoBoth(_RolesSin):
+    """Reads a meaning into ids. Broken law: identity-free."""
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        return be({i.id: "mixed" for i in view.instances if i.id % 4})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesRoles(_RolesSin):
+    """Does what it should only say. Broken law: pure."""
+
+    def decide(self, view: RolesView) -> RolesPlan:
+        for instance in view.instances:
+            written: Any = instance
+            written.since_us = view.now_us
+        return be({})

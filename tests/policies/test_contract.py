@@ -17,7 +17,7 @@ from xllm_lab import contract
 from xllm_lab.contract import Policy, check_policy
 from xllm_lab.drawn_cache_views import DrawnCacheView, drawn_cache_view
 from xllm_lab.drawn_draft_views import drawn_draft_view
-from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_route_view
+from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_roles_view, drawn_route_view
 from xllm_lab.drawn_shape_views import drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
 from xllm_lab.errors import ConfigError
@@ -26,6 +26,7 @@ from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.cache import recency
 from xllm_lab.policies.catalog import decisions, knobs, make_policy, policies
 from xllm_lab.policies.draft import RECENT_VERIFICATIONS
+from xllm_lab.policies.roles import TAKE_OVER, TAKE_PROMPTS
 from xllm_lab.policy_kinds import KINDS
 
 NAMES = [(decides, name) for decides in decisions() for name in policies(decides)]
@@ -68,6 +69,7 @@ SINS: dict[str, tuple[Policy, ...]] = {
     "legal": (
         *(sins.OverBudget(), sins.Idler(), sins.RunsIntoErrors()),
         *(fleet_sins.CountsFromNought(), fleet_sins.DividesByQueues(), fleet_sins.Shrugs()),
+        fleet_sins.SendsAllToOneSide(),
         *(shape_sins.CutsTheStep(), shape_sins.PadsBeyondUse()),
         *(draft_sins.DraftsBeyondTheEnd(), draft_sins.TakesMtpForGranted(), draft_sins.DividesByDrafts()),
         *(cache_sins.OffloadsWhatIsUsed(), cache_sins.OffloadsTwice(), cache_sins.OffloadsAgain()),
@@ -79,20 +81,23 @@ SINS: dict[str, tuple[Policy, ...]] = {
     "repeatable": (
         *(sins.Remembers(), sins.SetOfObjects()),
         *(fleet_sins.Remembers(), fleet_sins.SetOfObjects(), fleet_sins.EverySecond()),
+        fleet_sins.RemembersHalves(),
         *(shape_sins.Captures(), draft_sins.Alternates(), cache_sins.Alternates()),
     ),
     "order-free": (
-        *(sins.NoTieBreak(), fleet_sins.NoTieBreak()),
+        *(sins.NoTieBreak(), fleet_sins.NoTieBreak(), fleet_sins.FirstListedPrefills()),
         *(draft_sins.FirstListedFirst(), draft_sins.FirstListedMethod()),
         *(cache_sins.FirstListedFirst(), cache_sins.NoTieBreak()),
     ),
     "identity-free": (
         *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId(), cache_sins.EvenBlocksOnly()),
         *(fleet_sins.IdsByRemainder(), fleet_sins.RequestsByRemainder(), fleet_sins.EvenIds()),
+        fleet_sins.OddIdsDoBoth(),
     ),
     "pure": (
         *(sins.SortsTheView(), sins.MarksRequests()),
         *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
+        fleet_sins.WritesRoles(),
         *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts(), cache_sins.SortsTheView()),
     ),
     "clockless": (
@@ -254,6 +259,23 @@ def test_drawn_fleets_are_unkind() -> None:
     failures = [drawn_failover_view(number) for number in range(contract.NUM_VIEWS)]
     assert {0, 1} < {v.num_up_instances for v in failures}
     assert {0, 1} < {v.request.num_failovers for v in failures}
+
+
+def test_drawn_roles_are_what_a_router_could_show_and_unkind() -> None:
+    """Somebody for each stage, counts that add up; fleets of one, nobody up, nothing heard, changes just made."""
+    views = [drawn_roles_view(number) for number in range(500)]
+    for view in views:
+        roles = {i.role for i in view.instances}
+        assert roles & TAKE_PROMPTS
+        assert roles & TAKE_OVER
+        assert all(i.since_us <= view.now_us for i in view.instances)
+        assert view.heard.num_in_time <= view.heard.num_first_tokens
+        assert view.heard.num_steady <= view.heard.num_ends
+    assert sum(len(v.instances) == 1 for v in views) > 20
+    assert sum(not any(i.is_up for i in v.instances) for v in views) > 10
+    assert sum(v.heard.num_ends == 0 for v in views) > 100
+    assert sum(max(i.since_us for i in v.instances) == v.now_us - 1 for v in views) > 50
+    assert sum({i.role for i in v.instances} == {"mixed"} for v in views) > 50
 
 
 def test_drawn_shapes_are_what_an_instance_could_show_and_unkind() -> None:

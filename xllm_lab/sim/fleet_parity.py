@@ -34,7 +34,6 @@ from xllm_lab.decisions import (
     deliveries_from,
     roles_text,
 )
-from xllm_lab.dispatch import NEVER_US
 from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
 from xllm_lab.policies.draft import METHODS
@@ -67,8 +66,11 @@ class Life:
 
     def has(self, step: StepRecord) -> bool:
         """Whether a step is its."""
-        is_before_its_end = self.down_us is None or step.start_us < self.down_us
-        return step.instance == self.instance and self.up_us <= step.start_us and is_before_its_end
+        return self.covers(step.instance, step.start_us)
+
+    def covers(self, instance: int, us: int) -> bool:
+        """Whether what an instance did then is its."""
+        return instance == self.instance and self.up_us <= us and (self.down_us is None or us < self.down_us)
 
 
 class Met:
@@ -188,8 +190,7 @@ def _life_differs(run: Run, policies: Policies, life: Life, requests: Mapping[Re
 def _of_life(records: Records, life: Life) -> tuple[list[StepRecord], list[CopyRecord]]:
     """Its steps and copies, and these numbered from 0."""
     steps = [step for step in records.steps if life.has(step)]
-    down_us = NEVER_US if life.down_us is None else life.down_us
-    copies = [c for c in records.copies if c.instance == life.instance and life.up_us <= c.asked_us < down_us]
+    copies = [c for c in records.copies if life.covers(c.instance, c.asked_us)]
     first = copies[0].copy if copies else steps[0].num_copies if steps else 0
     return (
         [replace(step, num_copies=step.num_copies - first) for step in steps],

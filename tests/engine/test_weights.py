@@ -99,10 +99,18 @@ def test_no_weights(folder: Path, device: Device) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; accepted are llama, qwen2, qwen3, mimo"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope type 'yarn' is not supported; accepted are default, linear, llama3",
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; accepted are llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek_v2, "
+            "deepseek_v3, mimo",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}},
+            "rope type 'longrope' is not supported; accepted are default, linear, llama3, yarn",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization 'fp8' is not supported; accepted are plain weights",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; accepted is 'silu'"),
         ({"mlp_bias": True}, "mlp_bias true is not supported; accepted is false"),

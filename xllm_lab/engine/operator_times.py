@@ -16,8 +16,9 @@ from typing import Any, cast
 from xllm_lab.engine.clock import timer_ns
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.kv import KvPool
-from xllm_lab.engine.model import DecoderModel
+from xllm_lab.engine.model import DecoderModel, HeadAttention, Mlp
 from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.errors import ConfigError
 
 # Our operators as rows of a profile bundle (`sim/cost/profile_bundle.py`). What a step does before its first layer is
 # counted with the embedding, and writing keys and values with the attention that reads them.
@@ -38,7 +39,6 @@ ROWS: Mapping[str, str] = {
     "head": "lm_head",
     "argmax": "sampler",
 }
-_LINEARS = ("qkv", "out", "gate_up", "down")
 # A row is one call, and each of these is called so often in a layer; queries' and keys' norms are one call of ours.
 _CALLS_PER_LAYER = {
     "layernorm": 2,
@@ -113,8 +113,14 @@ def _with_each_operator(
     }
     layers: list[Any] = []
     for layer in model.layers[:num_layers]:
-        linears: dict[str, Any] = {name: watched(name, getattr(layer, name)) for name in _LINEARS}
-        layers.append(layer._replace(**linears))
+        attention, mlp = layer.attention, layer.mlp
+        if not isinstance(attention, HeadAttention) or not isinstance(mlp, Mlp):
+            raise ConfigError("operators of experts and of latent attention are not timed; accepted is a dense model")
+        parts: dict[str, Any] = {
+            "attention": attention._replace(qkv=watched("qkv", attention.qkv), out=watched("out", attention.out)),  # type: ignore[arg-type]
+            "mlp": mlp._replace(gate_up=watched("gate_up", mlp.gate_up), down=watched("down", mlp.down)),  # type: ignore[arg-type]
+        }
+        layers.append(layer._replace(**parts))
     other: Any = copy.copy(model)
     other.ops = replace(model.ops, **ops)
     other.layers = layers

@@ -29,6 +29,8 @@ def refuse_if_indivisible(config: ModelConfig, tensor_parallel: int, name: str) 
     told = f"tensor_parallel is {tensor_parallel}"
     if tensor_parallel < 1:
         raise ConfigError(f"{told}, at least 1 is accepted")
+    if tensor_parallel > 1 and (config.mixture is not None or config.latent is not None):
+        raise ConfigError(f"{told}; 1 is accepted for {name}, which has experts or latent attention")
     for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "channels of the MLP")):
         if count % tensor_parallel:
             raise ConfigError(f"{told}; a divisor of the {count} {what} of {name} is accepted")

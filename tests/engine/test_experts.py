@@ -117,6 +117,20 @@ def test_rows_stand_by_expert_and_come_back(routing: Routing, tokens: int, seed:
     torch.testing.assert_close(back_TD[:used], x_TD[:used] * routing.top_k)
 
 
+@settings(max_examples=40)
+@given(routings(), st.integers(1, 8), st.integers(0, 99), st.data())
+def test_rows_counted_alone_are_those_that_are_sorted(
+    routing: Routing, tokens: int, seed: int, data: st.DataObject
+) -> None:
+    """What pads is left out, whether it was routed to nobody or like any other."""
+    used = data.draw(st.integers(1, tokens))
+    logits_TE, count_E = drawn(tokens, routing.num_experts, seed=seed), empties(tokens, 1, routing.num_experts)[2]
+    sorted_E = permuted(drawn(tokens, D), routed(logits_TE, None, routing, used).expert_Tk, routing.num_experts).count_E
+    for routes in (routed(logits_TE, None, routing), routed(logits_TE, None, routing, used)):
+        experts.count_rows(routes.expert_Tk, torch.tensor([used], dtype=torch.int32), count_E)
+        assert torch.equal(count_E, sorted_E)
+
+
 MADE: dict[str, type[LoopLinear | GroupedMmLinear]] = {"torch": LoopLinear, "grouped_mm": GroupedMmLinear}
 
 

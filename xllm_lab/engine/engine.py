@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import Proposer
@@ -105,6 +107,7 @@ class Engine:
 
     Attributes:
         ranks: this process and the others; None if there are none.
+        expert_observer: as `Runner.expert_observer`, of runs that begin from now on.
 
     Raises:
         ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so or does not fit.
@@ -124,6 +127,7 @@ class Engine:
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.ranks = self._others() if ranks is None else ranks
+        self.expert_observer: Callable[[int, Tensor], None] | None = None
         try:
             self._open()
         except BaseException:
@@ -464,6 +468,7 @@ class Engine:
         pool = self._kv_pool(config, config.num_kv_blocks + captures)  # what pads a graph has a block of its own
         told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
         runner = Runner(self.model.model, pool, self.device, told=told)
+        runner.expert_observer = self.expert_observer
         if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),

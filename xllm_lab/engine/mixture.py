@@ -18,6 +18,20 @@ from xllm_lab.engine.ops.table import Ops
 from xllm_lab.engine.workspace import Rows
 
 
+class Loads(NamedTuple):
+    """Whose rows a layer's experts get.
+
+    Attributes:
+        num_tokens_1: see `ops.experts.route`.
+        count_E: where each expert's number of rows is written.
+        are_read: whether somebody reads it.
+    """
+
+    num_tokens_1: Tensor | None
+    count_E: Tensor
+    are_read: bool
+
+
 class MixtureLayer(NamedTuple):
     """One layer's.
 
@@ -37,21 +51,18 @@ class MixtureLayer(NamedTuple):
     shared_down: Linear | None
     mixture: Mixture
 
-    def feed(self, normed_TD: Tensor, rows: Rows, num_tokens_1: Tensor | None, count_E: Tensor, ops: Ops) -> Tensor:
-        """What the layer adds, but for other ranks' parts; it may be in `rows.branch_TD`.
-
-        Args:
-            num_tokens_1: see `ops.experts.route`.
-            count_E: becomes each expert's number of rows.
-        """
+    def feed(self, normed_TD: Tensor, rows: Rows, loads: Loads, ops: Ops) -> Tensor:
+        """What the layer adds, but for other ranks' parts; it may be in `rows.branch_TD`."""
         of_experts = ops.experts
         assert of_experts is not None, "operators of a model without experts"
         self.router(normed_TD, rows.router_TE)
-        used = num_tokens_1 if of_experts.skips_padding else None
+        used = loads.num_tokens_1 if of_experts.skips_padding else None
         routes = Routes(rows.weight_Tk, rows.expert_Tk)
         routes = of_experts.route(rows.router_TE, self.bias_E, self.mixture.routing, used, routes)
         rows_XD, place_X = rows.expert_rows_TkD.flatten(0, 1), rows.place_Tk.flatten()
-        there = of_experts.permute(normed_TD, routes.expert_Tk, rows_XD, place_X, count_E)
+        there = of_experts.permute(normed_TD, routes.expert_Tk, rows_XD, place_X, loads.count_E)
+        if loads.are_read and not of_experts.skips_padding:
+            of_experts.count_rows(routes.expert_Tk, loads.num_tokens_1, loads.count_E)
         gate_up_XF2 = self.gate_up(there.rows_XD, there.count_E, rows.expert_gate_up_TkF2.flatten(0, 1))
         gated_XF = ops.swiglu(gate_up_XF2, rows.expert_gated_TkF.flatten(0, 1))
         made_XD = self.down(gated_XF, there.count_E, rows_XD)

@@ -17,7 +17,7 @@ from torch import Tensor
 from xllm_lab.engine.kv import LayerKv
 from xllm_lab.engine.latent_attention import LatentAttention, take_latent_attention
 from xllm_lab.engine.layer_config import expert_names
-from xllm_lab.engine.mixture import MixtureLayer, take_mixture
+from xllm_lab.engine.mixture import Loads, MixtureLayer, take_mixture
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.collectives import Group, join_logits, own_rows
@@ -231,7 +231,8 @@ class DecoderModel:
             if isinstance(layer.mlp, Mlp):
                 branch_TD = layer.mlp.feed(normed_TD, rows, ops)
             else:
-                branch_TD = layer.mlp.feed(normed_TD, rows, batch.num_tokens_1, workspace.expert_rows_LE[i], ops)
+                loads = Loads(batch.num_tokens_1, workspace.expert_rows_LE[i], workspace.counts_experts)
+                branch_TD = layer.mlp.feed(normed_TD, rows, loads, ops)
             ops.all_reduce(branch_TD)
             hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, branch_TD, next_norm_D, eps, rows.normed_TD)
         return normed_TD

@@ -80,6 +80,7 @@ class Workspace:
         num_allocations: how often it grew.
         num_bytes: what it holds now.
         expert_rows_LE: int64, how many rows each expert of each layer had in the last step; 0 in layers without.
+        counts_experts: whether somebody reads it.
         is_fixed: whether somebody counts on its addresses; it may then grow no more.
     """
 
@@ -98,6 +99,7 @@ class Workspace:
         self._cut = self._rows
         num_experts = config.mixture.routing.num_experts if config.mixture else 0
         self.expert_rows_LE = torch.zeros((config.num_layers, num_experts), dtype=torch.int64, device=device)
+        self.counts_experts = False
         self.num_allocations = 0
         self.is_fixed = False
 

@@ -133,6 +133,23 @@ def permute(x_TD: Tensor, expert_Tk: Tensor, rows_XD: Tensor, place_X: Tensor, c
     return Permuted(rows_XD, place_X, count_E)
 
 
+def count_rows(expert_Tk: Tensor, num_tokens_1: Tensor | None, count_E: Tensor) -> None:
+    """Rows of each expert, where tokens that only pad are routed like any other: without those.
+
+    Args:
+        expert_Tk, num_tokens_1: see `route`.
+        count_E: where to write.
+    """
+    num_experts, (T, k) = len(count_E), expert_Tk.shape
+    counted_Tk = expert_Tk.long()
+    if num_tokens_1 is not None:
+        pads_T1 = (torch.arange(T, device=expert_Tk.device) >= num_tokens_1).unsqueeze(1)
+        counted_Tk = counted_Tk.masked_fill(pads_T1, num_experts)
+    with_nobody_e = count_E.new_zeros(num_experts + 1)
+    with_nobody_e.scatter_add_(0, counted_Tk.flatten(), count_E.new_ones(T * k))
+    count_E.copy_(with_nobody_e[:num_experts])
+
+
 def unpermute(rows_XD: Tensor, place_X: Tensor, weight_Tk: Tensor, shared_TD: Tensor | None, out_TD: Tensor) -> Tensor:
     """Of each token the sum over its experts of weight times row, and what it got besides.
 

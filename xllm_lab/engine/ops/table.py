@@ -102,6 +102,7 @@ class ExpertOps(NamedTuple):
     permute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Permuted]
     grouped_matmul: Callable[[Tensor], GroupedLinear]
     unpermute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+    count_rows: Callable[[Tensor, Tensor | None, Tensor], None]
     skips_padding: bool
 
 
@@ -225,7 +226,7 @@ def choose(
         functions["grouped_matmul"] = _GROUPED[served["grouped_matmul"].by]
         skips_padding = all(served[op].by != "torch_npu" for op in OF_EXPERTS)
         parts_of_experts: dict[str, Any] = {op: functions.pop(op) for op in OF_EXPERTS}
-        of_experts = ExpertOps(**parts_of_experts, skips_padding=skips_padding)
+        of_experts = ExpertOps(**parts_of_experts, count_rows=taped(experts.count_rows), skips_padding=skips_padding)
     parts: dict[str, Any] = {**functions, "experts": of_experts, "latents": latents}
     return Ops(**parts, served=served, _dtype=dtype, _device=device.type, _without=left_out)
 

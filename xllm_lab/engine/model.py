@@ -111,7 +111,7 @@ class DecoderModel:
             *(device, self.dtype),
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
-            expert_shape=_expert_shape(config),
+            expert_shape=expert_shape(config),
             is_latent=config.latent is not None,
             without=without,
             group=group,
@@ -248,7 +248,8 @@ class DecoderModel:
         self.ops.all_reduce(hidden_TD)  # of one row and zeros: exact
 
 
-def _expert_shape(config: ModelConfig) -> ExpertShape | None:
+def expert_shape(config: ModelConfig) -> ExpertShape | None:
+    """Of its layers' experts, if there are some."""
     if config.mixture is None:
         return None
     return ExpertShape(config.mixture.routing, config.hidden_size, config.mixture.intermediate_size)

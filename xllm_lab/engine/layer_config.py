@@ -6,6 +6,7 @@ latent attention (MLA)       DeepSeek-V2 and V3
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,8 +154,8 @@ def _routing(raw: Mapping[str, Any], architecture: str, num_experts: int, source
 
 def _refuse_other(raw: Mapping[str, Any], source: str, name: str, accepted: object) -> None:
     if raw.get(name, accepted) != accepted:
-        told = accepted if isinstance(accepted, str) else str(accepted).lower()
-        raise ModelError(f"{source}: {name} {raw[name]!r} is not supported; accepted is {told!r}")
+        given, told = (json.dumps(value).replace('"', "'") for value in (raw[name], accepted))
+        raise ModelError(f"{source}: {name} {given} is not supported; accepted is {told}")
 
 
 def _first_dense(raw: Mapping[str, Any], num_layers: int, source: str) -> range:

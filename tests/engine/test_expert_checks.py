@@ -34,7 +34,7 @@ def failing(ops: Ops, sizes: Sizes, dtype: torch.dtype = torch.float32) -> list[
 
 
 @pytest.mark.parametrize("routing", [SOFTMAX, GROUPED])
-@pytest.mark.parametrize("without", [(), ("grouped_mm",)])
+@pytest.mark.parametrize("without", [(), ("native",), ("native", "grouped_mm")])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_every_operator_here_is_right(dtype: torch.dtype, without: tuple[str, ...], routing: Routing) -> None:
     assert failing(*made(dtype, routing, without), dtype) == []

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xllm_lab.engine.device import open_device
-from xllm_lab.engine.ops import experts
+from xllm_lab.engine.ops import experts, table
 from xllm_lab.engine.ops.experts import (
     GroupedLinear,
     GroupedMmLinear,
-    LoopLinear,
     Permuted,
     Routes,
     Routing,
     grouped_mm_fails,
+    loop_linear,
 )
 from xllm_lab.engine.ops.table import OF_EXPERTS, ExpertShape, choose
 
@@ -131,7 +132,17 @@ def test_rows_counted_alone_are_those_that_are_sorted(
         assert torch.equal(count_E, sorted_E)
 
 
-MADE: dict[str, type[LoopLinear | GroupedMmLinear]] = {"torch": LoopLinear, "grouped_mm": GroupedMmLinear}
+def native_linear(weight_EOI: Tensor) -> GroupedLinear:
+    if table._build_fails():
+        pytest.skip("no compiled kernels here")
+    return table._native_grouped(weight_EOI)
+
+
+MADE: dict[str, Callable[[Tensor], GroupedLinear]] = {
+    "torch": loop_linear,
+    "grouped_mm": GroupedMmLinear,
+    "native": native_linear,
+}
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -176,12 +187,17 @@ def test_a_mixture_is_what_each_token_would_compute(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_grouped_mm_serves_where_rows_are_aligned(dtype: torch.dtype) -> None:
-    """Rows of 16 bytes and their multiples, as it says itself; everything else is the loop's, with the reason."""
+    """Rows of 16 bytes and their multiples, as it says itself; everything else is the loop's, with the reason.
+
+    Where the compiled kernels serve, they are asked first.
+    """
     shape = ExpertShape(Routing(4, 2), hidden_size=48, intermediate_size=24)
-    served = choose(CPU, dtype, head_dim=16, hidden_size=48, expert_shape=shape).served
+    served = choose(CPU, dtype, head_dim=16, hidden_size=48, expert_shape=shape, without=("native",)).served
     assert {served[op].by for op in OF_EXPERTS} == {"torch", "grouped_mm"}
     assert served["grouped_matmul"].by == "grouped_mm"
-    odd = choose(CPU, dtype, head_dim=16, hidden_size=48, expert_shape=shape._replace(intermediate_size=23))
+    odd = choose(
+        CPU, dtype, head_dim=16, hidden_size=48, expert_shape=shape._replace(intermediate_size=23), without=("native",)
+    )
     assert odd.served["grouped_matmul"].by == "torch"
     assert "16 bytes" in odd.served["grouped_matmul"].instead_of["grouped_mm"]
     assert "grouped_matmul" in odd.fallbacks

@@ -117,6 +117,7 @@ class Engine:
 
     def __init__(self, options: EngineOptions | None = None, *, ranks: Ranks | None = None) -> None:
         self.options = options or EngineOptions()
+        self.expert_observer: Callable[[int, Tensor], None] | None = None
         if self.options.dtype not in (*DTYPES, "auto"):
             raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
         make_clock(self.options.clock, self.options.timer)
@@ -127,7 +128,6 @@ class Engine:
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         self.ranks = self._others() if ranks is None else ranks
-        self.expert_observer: Callable[[int, Tensor], None] | None = None
         try:
             self._open()
         except BaseException:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xllm_lab.engine.ops import experts, latent, reference
 from xllm_lab.engine.ops.batch import paged_batch
-from xllm_lab.engine.ops.experts import LoopLinear, Routes
+from xllm_lab.engine.ops.experts import Routes, loop_linear
 from xllm_lab.engine.ops.table import ExpertOps, ExpertShape, LatentOps, Ops
 
 _EPS = 1e-5
@@ -225,7 +225,7 @@ def _grouped_matmul(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
     weight_EOI, weight = drawn(E, outputs, shape.hidden_size)
     count_E = torch.arange(E) ** 2
     x_XI, x = drawn(int(count_E.sum()), shape.hidden_size)
-    expected = LoopLinear(weight)(x, count_E, torch.empty(len(x), outputs))
+    expected = loop_linear(weight)(x, count_E, torch.empty(len(x), outputs))
     layer = of_experts.grouped_matmul(weight_EOI)
     return layer(x_XI, count_E.to(x_XI.device), drawn.like(expected)), expected
 

@@ -16,12 +16,14 @@ Tokens that only pad a step are nobody's: their expert is E, which sorts them be
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
+from xllm_lab.engine.ops.linear import Linear, TorchLinear
 from xllm_lab.engine.ops.tape import taped
 
 _LEAST_SUM = 1e-20  # added to a sum of weights before it divides, as DeepSeek-V3's own code does
@@ -180,23 +182,30 @@ class GroupedLinear(Protocol):
         ...
 
 
-class LoopLinear:
-    """The reference: one product an expert. It reads the counts on the host, so that no driver can capture it."""
+class EachLinear:
+    """A layer for each expert, called for those that have rows. The host reads the counts: no driver can capture it.
 
-    kind = "torch"
+    Args:
+        linears: of each expert.
+        kind: what serves these.
+    """
 
-    def __init__(self, weight_EOI: Tensor) -> None:
-        self._weight_EOI = weight_EOI
+    def __init__(self, linears: Sequence[Linear], kind: str) -> None:
+        self._linears, self.kind = linears, kind
 
     @taped
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
         start = 0
         for expert, count in enumerate(count_E.tolist()):
             if count:
-                part = slice(start, start + count)
-                torch.mm(x_XI[part], self._weight_EOI[expert].T, out=out_XO[part])
+                self._linears[expert](x_XI[start : start + count], out_XO[start : start + count])
                 start += count
         return out_XO
+
+
+def loop_linear(weight_EOI: Tensor) -> EachLinear:
+    """The reference: one product of PyTorch's an expert."""
+    return EachLinear([TorchLinear(weight_OI) for weight_OI in weight_EOI], "torch")
 
 
 class GroupedMmLinear:
@@ -228,7 +237,7 @@ def grouped_mm_fails(device: torch.device, dtype: torch.dtype, inputs: int, outp
         GroupedMmLinear(weight_EOI)(x_XI, count_E, found_XO)
     except (RuntimeError, AttributeError) as error:  # torch before 2.10 has none
         return f"grouped_mm: {' '.join(str(error).split())[:200]}"
-    LoopLinear(weight_EOI)(x_XI, count_E, expected_XO)
+    loop_linear(weight_EOI)(x_XI, count_E, expected_XO)
     if torch.allclose(found_XO.float(), expected_XO.float(), rtol=2e-2, atol=2e-2):
         return None
     return "grouped_mm differs from a product for each expert"

@@ -21,13 +21,14 @@ from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.experts import (
+    EachLinear,
     GroupedLinear,
     GroupedMmLinear,
-    LoopLinear,
     Permuted,
     Routes,
     Routing,
     grouped_mm_fails,
+    loop_linear,
 )
 from xllm_lab.engine.ops.gpu import serving as gpu
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
@@ -53,7 +54,11 @@ TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "all_reduce": {"cpu": ("gloo", "torch"), "cuda": ("nccl", "torch"), "npu": ("hccl", "torch")},
     "route": {**_TORCH, "npu": ("torch_npu", "torch")},
     "permute": {**_TORCH, "npu": ("torch_npu", "torch")},
-    "grouped_matmul": {"cpu": ("grouped_mm", "torch"), "cuda": ("grouped_mm", "torch"), "npu": ("torch_npu", "torch")},
+    "grouped_matmul": {
+        "cpu": ("native", "grouped_mm", "torch"),
+        "cuda": ("grouped_mm", "torch"),
+        "npu": ("torch_npu", "torch"),
+    },
     "unpermute": {**_TORCH, "npu": ("torch_npu", "torch")},
     "latent_query": _TORCH,
     "cache_latent": _TORCH,
@@ -286,8 +291,14 @@ def _linear_fails(dtype: torch.dtype, inputs: int, without: frozenset[str]) -> C
     return fails
 
 
+def _native_grouped(weight_EOI: Tensor) -> GroupedLinear:
+    library, threads = native.load(), torch.get_num_threads()
+    return EachLinear([native.NativeLinear(library, threads, weight_OI) for weight_OI in weight_EOI], "native")
+
+
 _GROUPED: Mapping[str, Callable[[Tensor], GroupedLinear]] = {
-    "torch": LoopLinear,
+    "native": _native_grouped,
+    "torch": loop_linear,
     "grouped_mm": GroupedMmLinear,
     "torch_npu": npu.NpuGroupedLinear,
 }
@@ -299,6 +310,11 @@ def _grouped_fails(
     def fails(name: str) -> str | None:
         if name in without:
             return "left out on request"
+        if name == "native":
+            reason = _native_fails(dtype)
+            for inputs in (shape.hidden_size, shape.intermediate_size):
+                reason = reason or native.linear_fails(native.load(), dtype, inputs)
+            return reason
         if name == "grouped_mm":
             up, down = (shape.hidden_size, 2 * shape.intermediate_size), (shape.intermediate_size, shape.hidden_size)
             return grouped_mm_fails(device, dtype, *up) or grouped_mm_fails(device, dtype, *down)

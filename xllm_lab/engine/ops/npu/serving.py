@@ -154,7 +154,7 @@ class NpuOps:
 
 
 class NpuGroupedLinear:
-    """As `experts.LoopLinear`, in one kernel."""
+    """As `experts.loop_linear`, in one kernel."""
 
     kind = "torch_npu"
 

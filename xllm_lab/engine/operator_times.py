@@ -115,12 +115,14 @@ class TimedSteps:
         return {row: ns / 1e3 / (_CALLS_PER_LAYER.get(row, 0) * self._num_layers or 1) for row, ns in sums.items()}
 
 
-def _refuse_what_no_table_has(model: DecoderModel) -> None:
+def profile_fails(model: DecoderModel) -> str | None:
+    """Why a bundle has no tables for a model, or None."""
     sparse = sum(isinstance(layer.mlp, MixtureLayer) for layer in model.layers)
     if sparse not in (0, len(model.layers)):
-        raise ConfigError(f"{sparse} of {len(model.layers)} layers have experts; accepted for a profile: all or none")
+        return f"{sparse} of {len(model.layers)} layers have experts; accepted for a profile: all or none"
     if not isinstance(model.layers[0].attention, HeadAttention):
-        raise ConfigError("the model's attention is latent; accepted for a profile: grouped-query attention")
+        return "the model's attention is latent; accepted for a profile: grouped-query attention"
+    return None
 
 
 def _with_each_operator(
@@ -133,7 +135,8 @@ def _with_each_operator(
     ops: dict[str, Any] = {
         f.name: watched(f.name, getattr(model.ops, f.name)) for f in fields(model.ops) if f.name in ROWS
     }
-    _refuse_what_no_table_has(model)
+    if (reason := profile_fails(model)) is not None:
+        raise ConfigError(reason)
     layers: list[Any] = []
     for layer in model.layers[:num_layers]:
         attention: Any = layer.attention

@@ -110,6 +110,7 @@ def test_so_many_experts_get_rows_as_are_asked_for(variant: str) -> None:
     steps, mixture = timed(host), host.model.config.mixture
     assert mixture is not None
     seen: list[int] = []
+    steps._runner.workspace.counts_experts = True
     steps._runner.expert_observer = lambda _, rows_LE: seen.extend((rows_LE > 0).sum(1).tolist())
     for asked in (2, 3, mixture.routing.num_experts):
         steps.activation.num_experts = asked

@@ -19,6 +19,7 @@ from tests.laws import obey_the_laws
 from tests.small_runs import STEP_TIME
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.expert_loads import ExpertLoads
+from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import summarize
@@ -167,15 +168,19 @@ def test_counters_conserve_rows(variant: str, shapes: PowersOfTwo | None) -> Non
         records = served(variant, talk(), config(), **({} if shapes is None else {"shapes": shapes}))
     finally:
         host.expert_observer = None
-    assert loads.num_steps == len(steps) >= len(records.steps)
-    assert loads.num_tokens == sum(steps)
+    assert steps == [sum(s.num_tokens) for s in records.steps]
+    assert (loads.num_steps, loads.num_tokens) == (len(steps), sum(steps))
     assert [sum(row) for row in loads.total] == [loads.num_tokens * mixture.routing.top_k] * len(loads.layers)
 
 
 def test_nobody_counts_unasked() -> None:
     host = engine("mixtral")
-    assert host.runner(config()).expert_observer is None
-    assert not host.runner(config()).workspace.counts_experts
+    runner = host.runner(config())
+    assert runner.expert_observer is None
+    assert not runner.workspace.counts_experts
+    runner.expert_observer = lambda *_: None
+    with pytest.raises(AssertionError, match="rows that nobody counted"):
+        runner.run([SequenceChunk([5], 0, [0], True)])
 
 
 def test_kv_of_latent_attention_is_one_row_a_token() -> None:

@@ -94,11 +94,9 @@ def test_attention_that_pytorch_serves_is_not_captured() -> None:
 def test_counters_leave_out_what_pads(captures: bool) -> None:
     """Tokens that pad are routed here like any other; they are not counted."""
     host, sums = engine("npu", model=folder(**QWEN)), list[Tensor]()
-    host.expert_observer = lambda num_tokens, rows_LE: sums.append(rows_LE.sum(1).cpu() - 2 * num_tokens)
-    try:
-        subject = host._runner(WHERE, XllmBuckets()) if captures else host._runner(WHERE)
-    finally:
-        host.expert_observer = None
+    subject = host._runner(WHERE, XllmBuckets()) if captures else host._runner(WHERE)
+    subject.workspace.counts_experts = True
+    subject.expert_observer = lambda num_tokens, rows_LE: sums.append(rows_LE.sum(1).cpu() - 2 * num_tokens)
     talk = Talk(5, 150, 127)
     subject.run(talk.prefill())
     for _ in range(3):

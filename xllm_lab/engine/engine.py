@@ -107,7 +107,7 @@ class Engine:
 
     Attributes:
         ranks: this process and the others; None if there are none.
-        expert_observer: as `Runner.expert_observer`, of runs that begin from now on.
+        expert_observer: as `Runner.expert_observer`, of the steps of runs that begin from now on.
 
     Raises:
         ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so or does not fit.
@@ -250,6 +250,7 @@ class Engine:
             with self.device.refusing_what_does_not_fit("a step at the configured limits"):
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
+            runner.expert_observer = self.expert_observer
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
             with contextlib.ExitStack() as run:
                 lane = run.enter_context(
@@ -468,7 +469,7 @@ class Engine:
         pool = self._kv_pool(config, config.num_kv_blocks + captures)  # what pads a graph has a block of its own
         told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
         runner = Runner(self.model.model, pool, self.device, told=told)
-        runner.expert_observer = self.expert_observer
+        runner.workspace.counts_experts = self.expert_observer is not None
         if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),

@@ -134,7 +134,7 @@ class Workspace:
         """Views for a step of that many tokens; what they hold is the last step's."""
         self.reserve(tokens=tokens, logits=0)
         if len(self._cut.hidden_TD) != tokens:
-            self._cut = Rows(*(t[:tokens] for t in self._rows))
+            self._cut = Rows(*(t[:tokens] if t.numel() else t for t in self._rows))
         return self._cut
 
     def logits(self, rows: int) -> Tensor:

@@ -89,8 +89,11 @@ def paged_attention(
     for gather, (start, end) in zip(batch.gathers(k_BPKH), itertools.pairwise(batch.query_starts), strict=True):
         if gather.lies_in is None:
             torch.index_select(k_BPKH, 0, gather.block_ids, out=gather.k_blocks)
-            torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
             k_1KLH, v_1KLH = gather.k_1KLH, gather.v_1KLH
+            if v_BPKH is k_BPKH:  # latent attention
+                v_1KLH = k_1KLH
+            else:
+                torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
         else:
             k_1KLH, v_1KLH = (pool[gather.lies_in, : gather.kv_len].transpose(0, 1)[None] for pool in (k_BPKH, v_BPKH))
         attend = _decode if end - start == 1 else _chunk

@@ -20,7 +20,6 @@ from tests.small_runs import STEP_TIME
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.expert_loads import ExpertLoads
 from xllm_lab.engine.runner import SequenceChunk
-from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.batch.decode_first import DecodeFirst
@@ -136,6 +135,10 @@ def test_tokens_are_those_of_transformers(variant: str, scene: str) -> None:
     played, work = SCENES[scene], talk()
     records = served(variant, work, config(**played.limits), **played.policies)
     assert played.shows(records)
+    assert_transformers_tokens(variant, work, records)
+
+
+def assert_transformers_tokens(variant: str, work: Workload, records: Records) -> None:
     for request, record in zip(work.requests, records.requests, strict=True):
         prompt, output = request.prompt.token_ids or (), record.output_token_ids.tolist()
         assert output
@@ -191,8 +194,13 @@ def test_kv_of_latent_attention_is_one_row_a_token() -> None:
     assert sum(x.nbytes for layer in pool.layers for x in layer) == 200 * 4 * 2 * (24 + 8) * 4
 
 
-def test_several_ranks_are_refused() -> None:
-    """Until they can share experts."""
-    folder = str(tiny_model("mixtral").folder)
-    with pytest.raises(ConfigError, match=r"tensor_parallel is 2; 1 is accepted for .*, which has experts"):
-        Engine(EngineOptions(model=folder, device="cpu", tensor_parallel=2))
+@pytest.mark.parametrize("variant", ["mixtral", "deepseek_v3"])
+def test_two_ranks_draw_the_tokens_of_transformers(variant: str) -> None:
+    """Each has half of every expert's channels and half of the heads; prefix hits, preemptions and graphs among it."""
+    options = EngineOptions(model=str(tiny_model(variant).folder), device="cpu", dtype="float32", tensor_parallel=2)
+    records, work = Records(), talk()
+    with Engine(options) as two:
+        two.serve(work, config(num_kv_blocks=40), Policies(DecodeFirst(), shapes=GRAPHS), records, step_time=STEP_TIME)
+    assert _preempts(records)
+    assert _hits(records)
+    assert_transformers_tokens(variant, work, records.sort())

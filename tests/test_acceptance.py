@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from tests.tiny_loop import SETTINGS, said
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, write_tiny_model
 from xllm_lab import verbs
 from xllm_lab.acceptance import PLAN
 from xllm_lab.acceptance.machine import MachineUnderTest, Options
+from xllm_lab.acceptance.replays import profile
 from xllm_lab.acceptance.serving import drafts, logits, operators
 from xllm_lab.engine.device import open_device
 from xllm_lab.engine.drafts import verify
@@ -48,6 +49,17 @@ def test_every_part_found_something(folder: Path) -> None:
     assert "is refused" in told["memory"]
     assert found["options"]["device"] == "cpu"
     assert found["versions"]["torch"] == torch.__version__
+
+
+def test_a_model_that_no_bundle_describes_has_none(tmp_path: Path) -> None:
+    """Which is no failure of the machine."""
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": None}
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 0}
+    model = write_tiny_model(tmp_path / "model", model_type="deepseek_v2", first_k_dense_replace=0, **latent, **routed)
+    machine = MachineUnderTest(Options(model=str(model), device="cpu"), tmp_path / "found")
+    assert list(profile(machine)) == [
+        (True, "none is written: the model's attention is latent; accepted for a profile: grouped-query attention")
+    ]
 
 
 def test_its_folder_is_what_the_simulator_wants(folder: Path, tmp_path: Path) -> None:

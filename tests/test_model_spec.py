@@ -100,9 +100,18 @@ PUBLISHED = {
     "qwen3-30b-a3b": 30.5,
     "qwen3-235b-a22b": 235,
     "deepseek-v3": 671,
+    "deepseek-v2": 236,
+    "deepseek-v2-lite": 15.7,
     "minimax-m2": 230,
 }
-PUBLISHED_ACTIVE = {"qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "deepseek-v3": 37, "mixtral-8x7b": 12.9, "kimi-k2": 32}
+PUBLISHED_ACTIVE = {
+    "qwen3-30b-a3b": 3.3,
+    "qwen3-235b-a22b": 22,
+    "deepseek-v3": 37,
+    "deepseek-v2": 21,
+    "mixtral-8x7b": 12.9,
+    "kimi-k2": 32,
+}
 
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())

@@ -387,8 +387,11 @@ def _feed_forward(c: _Config, traits: _Traits) -> _FedForward:
         return None, layers, _gated("", hidden, size, layers), bias
     dense = _num_dense_layers(c, layers)
     sparse = layers - dense
+    # transformers 5 writes the number under one name for all models.
+    num_experts_key = traits.num_experts_key if traits.num_experts_key in c.raw else "num_local_experts"
+    num_experts_key = num_experts_key if num_experts_key in c.raw else traits.num_experts_key
     experts = Experts(
-        c.count(traits.num_experts_key),
+        c.count(num_experts_key),
         c.count("num_experts_per_tok"),
         hidden,
         c.count(traits.expert_size_key),
@@ -397,7 +400,7 @@ def _feed_forward(c: _Config, traits: _Traits) -> _FedForward:
     if experts.num_per_token > experts.num_experts:
         raise ModelError(
             f"{c.source}: num_experts_per_tok is {experts.num_per_token}; at most the {experts.num_experts} experts "
-            f"of {traits.num_experts_key} are accepted"
+            f"of {num_experts_key} are accepted"
         )
     matmuls = [Matmul("router", hidden, experts.num_experts, sparse, "none", False)]
     if dense:

@@ -90,6 +90,47 @@ def test_the_bundle_has_every_shape_of_the_grid(bundle: Path) -> None:
     assert sorted(read.per_sequence["lm_head"]) == [1, 2, 4]
 
 
+def test_experts_are_timed_by_how_many_are_activated(tmp_path: Path) -> None:
+    """Any number that so many tokens can have; the simulator prices a step between the fewest and the most."""
+    host = engine(tiny_variant("mixtral").folder)
+    write_machine_profile(host, tmp_path / "bundle", GRID)
+    read = read_bundle(tmp_path / "bundle")
+    assert {tokens for tokens, _ in read.moe} == set(GRID.tokens)
+    assert [activated for tokens, activated in sorted(read.moe) if tokens in (1, 4)] == [2, 2, 4]
+    assert "gate_up_proj" not in read.dense
+    found = profiled_machine(tmp_path / "bundle").cost.step(batch_of([Chunk(30, 0)], 1))
+    assert found.us > LAYERS * min(us for (tokens, _), us in read.moe.items() if tokens > 16)
+    assert not found.is_extrapolated
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_so_many_experts_get_rows_as_are_asked_for(variant: str) -> None:
+    """And each token its number of different ones."""
+    host = engine(tiny_variant(variant).folder)
+    steps, mixture = timed(host), host.model.config.mixture
+    assert mixture is not None
+    seen: list[int] = []
+    steps._runner.workspace.counts_experts = True
+    steps._runner.expert_observer = lambda _, rows_LE: seen.extend((rows_LE > 0).sum(1).tolist())
+    for asked in (2, 3, mixture.routing.num_experts):
+        steps.activation.num_experts = asked
+        assert "moe" in steps.run([SequenceChunk([3, 4, 5, 6, 7], 0, [0], True)])
+    assert seen == [2, 2, 3, 3, *[mixture.routing.num_experts] * 2]
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"),
+    [
+        ("qwen3_moe_every_second", "2 of 4 layers have experts; accepted for a profile: all or none"),
+        ("deepseek_v2_greedy", "the model's attention is latent; accepted for a profile: grouped-query attention"),
+    ],
+)
+def test_what_no_table_has_is_refused_before_anything_is_measured(variant: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        write_machine_profile(engine(tiny_variant(variant).folder), tmp_path / "bundle", GRID)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "chunks",
     [[Chunk(1, 20)], [Chunk(1, 48)] * 4, [Chunk(40, 0)], [Chunk(30, 48), Chunk(1, 30), Chunk(1, 7)]],

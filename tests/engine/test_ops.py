@@ -22,9 +22,10 @@ from xllm_lab.engine.ops import build, native, reference, table
 from xllm_lab.engine.ops.batch import PagedBatch, chunk_mask, paged_batch
 from xllm_lab.engine.ops.gpu import serving as gpu
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
-from xllm_lab.engine.ops.table import TABLE, choose
+from xllm_lab.engine.ops.table import OF_EXPERTS, OF_LATENTS, TABLE, choose
 
 CPU = torch.device("cpu")
+DENSE = set(TABLE) - set(OF_EXPERTS) - set(OF_LATENTS)
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5
 
@@ -277,7 +278,7 @@ def test_native_writes_the_slots_and_nothing_else() -> None:
 def test_the_table_falls_back_step_by_step_and_says_why() -> None:
     """What is left out, or cannot serve, is named with its reason; the reference serves anything."""
     ops = choose(CPU, torch.float32, head_dim=64, hidden_size=64, without=("native", "onednn"))
-    alone = set(TABLE) - {"all_reduce"}  # which nobody is asked for
+    alone = DENSE - {"all_reduce"}  # which nobody is asked for
     assert {op: served.by for op, served in ops.served.items()} == dict.fromkeys(alone, "torch")
     assert ops.served["linear"].instead_of == {"native": "left out on request", "onednn": "left out on request"}
     assert set(ops.fallbacks) == alone
@@ -295,7 +296,7 @@ def test_without_triton_pytorch_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     assert {served.by for served in ops.served.values()} == {"torch"}
     assert ops.served["paged_attention"].instead_of == {"triton": "Triton is not installed"}
     lacking = {op for op, served in ops.served.items() if "triton" in served.instead_of}
-    assert set(TABLE) - lacking == {"linear", "rope_angles", "argmax", "all_reduce"}
+    assert DENSE - lacking == {"linear", "rope_angles", "argmax", "all_reduce"}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.engine.weights import read_safetensors
 
 TOLERANCE = 1e-4
+DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v3_yarn")
 
 
 @functools.cache
@@ -72,7 +73,7 @@ class Sequence_:
 @given(data=st.data())
 def test_any_mixture_of_chunks_gives_the_same_logits(data: st.DataObject) -> None:
     """Random sequences, chunk lengths, batches, block sizes and block orders; some prefixes are shared blocks."""
-    variant = data.draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
+    variant = data.draw(st.sampled_from(["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", *DEEPSEEK]))
     block_size = data.draw(st.sampled_from([1, 4, 16]))
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
     tables = _tables(lengths, block_size, data.draw(st.randoms(use_true_random=False)).shuffle)
@@ -138,12 +139,13 @@ def test_a_step_touches_its_own_slots_only() -> None:
             assert written.tolist() == [[True, False, False, False], [False] * 4, [True] * 4, [False] * 4]
 
 
-def test_bfloat16_stays_near_float32() -> None:
+@pytest.mark.parametrize("variant", ["qwen3", "mixtral", "deepseek_v3"])
+def test_bfloat16_stays_near_float32(variant: str) -> None:
     """Eight bits of mantissa through two layers: the direction of the logits survives."""
     tokens = prompt(50)
     chunk = SequenceChunk(tokens, 0, [3, 1, 0, 2], True)
-    low = runner("qwen3", num_blocks=4, block_size=16, dtype=torch.bfloat16).run([chunk])
-    high = runner("qwen3", num_blocks=4, block_size=16).run([chunk])
+    low = runner(variant, num_blocks=4, block_size=16, dtype=torch.bfloat16).run([chunk])
+    high = runner(variant, num_blocks=4, block_size=16).run([chunk])
     assert low.dtype == torch.float32
     assert torch.cosine_similarity(low, high).item() > 0.999
 
@@ -155,7 +157,7 @@ def test_a_short_block_table_is_our_own_mistake() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("without", [("native",), ("native", "onednn")])
+@pytest.mark.parametrize("without", [("native",), ("native", "onednn", "grouped_mm")])
 def test_every_implementation_gives_the_same_logits(variant: str, without: tuple[str, ...]) -> None:
     """A prompt in two chunks and a decode, on the operators that serve where no kernel does."""
     device, config = open_device("cpu"), loaded(variant).config

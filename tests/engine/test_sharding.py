@@ -17,9 +17,11 @@ from tests.engine.threaded_ranks import ThreadedGroup, on_ranks
 from xllm_lab.engine.device import open_device
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvPool
+from xllm_lab.engine.layer_config import Latent, Mixture
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops.collectives import Group
+from xllm_lab.engine.ops.experts import Routing
 from xllm_lab.engine.ops.table import choose
 from xllm_lab.engine.runner import Runner, SequenceChunk
 from xllm_lab.engine.sharding import Shard, refuse_if_indivisible
@@ -42,6 +44,7 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=10_000.0,
 )
+MIXTURE = Mixture(routing=Routing(4, 2), intermediate_size=9, shared_size=0, layers=frozenset({0}), has_bias=False)
 WHERE = InstanceConfig(max_tokens_per_batch=64, max_seqs_per_batch=4, block_size=4, num_kv_blocks=64, max_model_len=64)
 
 
@@ -94,6 +97,34 @@ def divided(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     return config, ranks
 
 
+@st.composite
+def divided_mixtures(draw: st.DrawFn) -> tuple[ModelConfig, int]:
+    """With experts in some layers or all, with latent attention, or both."""
+    config, ranks = draw(divided())
+    mixture, latent = None, None
+    is_deepseek = draw(st.booleans())
+    if is_deepseek:
+        latent = Latent(
+            query_rank=draw(st.sampled_from([0, 12])),
+            rank=draw(st.sampled_from([8, 24])),
+            nope_dim=draw(st.sampled_from([6, 16])),
+            rope_dim=8,
+            value_dim=draw(st.sampled_from([6, 10])),
+            is_interleaved=draw(st.booleans()),
+        )
+        config = replace(config, num_kv_heads=1, head_dim=latent.width, qk_norm=False, latent=latent)
+    if draw(st.booleans()) or not is_deepseek:
+        mixture = Mixture(
+            routing=Routing(6, draw(st.integers(1, 4)), is_sigmoid=is_deepseek, is_normalized=True),
+            intermediate_size=ranks * draw(st.sampled_from([1, 8, 12])),
+            shared_size=ranks * draw(st.sampled_from([0, 8])),
+            layers=frozenset(draw(st.sets(st.integers(0, config.num_layers - 1), min_size=1))),
+            has_bias=is_deepseek,
+        )
+    kind = "deepseek_v3" if is_deepseek else draw(st.sampled_from(["mixtral", "qwen3_moe"]))
+    return replace(config, architecture=kind, mixture=mixture), ranks
+
+
 def steps(vocab_size: int) -> list[list[SequenceChunk]]:
     """A prompt in two chunks, a second one beside it, and decodes of both; not everybody wants logits."""
     tokens = [(7 * i + 3) % vocab_size for i in range(40)]
@@ -118,8 +149,8 @@ def assert_same(parts: list[Tensor], whole: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * largest)
 
 
-@settings(max_examples=60)
-@given(divided())
+@settings(max_examples=80)
+@given(divided() | divided_mixtures())
 def test_the_parts_compute_what_the_whole_does(case: tuple[ModelConfig, int]) -> None:
     """And all ranks have the same logits, to the last bit."""
     config, ranks = case
@@ -129,8 +160,8 @@ def test_the_parts_compute_what_the_whole_does(case: tuple[ModelConfig, int]) ->
         assert all(torch.equal(ours, first) for ours, first in zip(rank, parts[0], strict=True))
 
 
-@settings(max_examples=15)
-@given(divided())
+@settings(max_examples=20)
+@given(divided() | divided_mixtures())
 def test_parts_in_graphs_compute_what_they_do_eagerly(case: tuple[ModelConfig, int]) -> None:
     """A captured step has the exchanges between its pieces; replays of it are no captures."""
     config, ranks = case
@@ -149,7 +180,7 @@ def test_parts_in_graphs_compute_what_they_do_eagerly(case: tuple[ModelConfig, i
         assert captures == len(sizes)
 
 
-@given(divided(), st.integers(1, 40), st.integers(1, 9))
+@given(divided() | divided_mixtures(), st.integers(1, 40), st.integers(1, 9))
 def test_a_part_plans_the_memory_that_it_takes(case: tuple[ModelConfig, int], tokens: int, rows: int) -> None:
     """What a pool of graphs is refused by."""
     config, ranks = case
@@ -163,7 +194,7 @@ def test_a_part_plans_the_memory_that_it_takes(case: tuple[ModelConfig, int], to
     assert part.shape == parts[0].shape
 
 
-@given(divided())
+@given(divided() | divided_mixtures())
 def test_every_weight_is_somewhere(case: tuple[ModelConfig, int]) -> None:
     """Parts are of the shapes that a smaller model has; but for repeated KV heads, norms and padding, none is twice."""
     config, ranks = case
@@ -178,10 +209,10 @@ def test_every_weight_is_somewhere(case: tuple[ModelConfig, int]) -> None:
                 assert tuple(tensor.shape) == small[name]
         missing = set(small) - set(part)
         assert missing == ({n for n in small if n.endswith("o_proj.bias")} if rank else set())
-    for name in ("q_proj", "gate_proj", "up_proj"):
+    for name in ("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3"):
         for full in (n for n in whole if f"{name}.weight" in n):
             assert torch.equal(torch.cat([p[full] for p in parts]), whole[full])
-    for name in ("o_proj", "down_proj"):
+    for name in ("o_proj", "down_proj", "w2"):
         for full in (n for n in whole if f"{name}.weight" in n):
             assert torch.equal(torch.cat([p[full] for p in parts], 1), whole[full])
     group = max(1, ranks // config.num_kv_heads)
@@ -220,6 +251,12 @@ def test_a_rank_that_is_alone_has_nobody_to_reduce_with() -> None:
     [
         ({}, 0, "tensor_parallel is 0, at least 1 is accepted"),
         ({}, 3, "tensor_parallel is 3; a divisor of the 4 attention heads of mine is accepted"),
+        ({"mixture": MIXTURE}, 2, "a divisor of the 9 channels of an expert of mine is accepted"),
+        (
+            {"mixture": replace(MIXTURE, intermediate_size=8, shared_size=9)},
+            2,
+            "a divisor of the 9 channels of the shared experts of mine is accepted",
+        ),
         ({"intermediate_size": 49}, 2, "a divisor of the 49 channels of the MLP of mine is accepted"),
         (
             {"num_heads": 12, "num_kv_heads": 6},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engine.tiny import reference_logits, tiny_model
+from tests.engine.tiny import VARIANTS, reference_logits, tiny_model
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.kv import KvPool
-from xllm_lab.engine.models import load_model
+from xllm_lab.engine.models import load_model, model_config
 from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.weights import expected_shapes
 from xllm_lab.errors import ModelError
+from xllm_lab.model_spec import read_model_spec
 
 WEIGHTS = "model.safetensors"
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8},
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
+}
 
 
 @pytest.fixture
@@ -96,13 +104,54 @@ def test_no_weights(folder: Path, device: Device) -> None:
     assert "no weights; accepted are model.safetensors or model.safetensors.index.json" in refusal(folder, device)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_simulator_counts_what_the_engine_loads(variant: str) -> None:
+    """Parameters and KV of a token, by two ways from the same config."""
+    folder = tiny_model(variant).folder
+    spec, config = read_model_spec(folder), model_config(str(folder))
+    shapes = expected_shapes(config)
+    router_biases = [math.prod(s) for name, s in shapes.items() if name.endswith("e_score_correction_bias")]
+    assert sum(map(math.prod, shapes.values())) == spec.num_params
+    assert sum(router_biases) == (8 if variant.startswith("deepseek_v3") else 0)
+    assert config.kv_bytes_per_token(torch.bfloat16) == spec.kv_bytes_per_token(2)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; accepted are llama, qwen2, qwen3, mimo"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope type 'yarn' is not supported; accepted are default, linear, llama3",
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; accepted are llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek_v2, "
+            "deepseek_v3, mimo",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}},
+            "rope type 'longrope' is not supported; accepted are default, linear, llama3, yarn",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization 'fp8' is not supported; accepted are plain weights",
+        ),
+        ({"model_type": "mixtral"}, "num_local_experts is missing"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+            "num_experts_per_tok is 5 with topk_group 1 of 1; at most 4 experts can be chosen from",
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+            "sliding_window 64 is not supported; accepted is null",
+        ),
+        ({**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; accepted is 'sigmoid'"),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; accepted is 1"),
+        (
+            {**DEEPSEEK, "n_group": 3},
+            "8 experts do not make n_group 3 groups; accepted is a divisor that leaves at least 2 in each",
+        ),
+        ({**DEEPSEEK, "qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; rotary pairs need an even number"),
+        ({**DEEPSEEK, "kv_lora_rank": 0}, "kv_lora_rank is 0, at least 1 is accepted"),
+        (
+            {**DEEPSEEK, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}},
+            "mscale and mscale_all_dim differ: a gain of 1.06; accepted is 1",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; accepted is 'silu'"),
         ({"mlp_bias": True}, "mlp_bias true is not supported; accepted is false"),

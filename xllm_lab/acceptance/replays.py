@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from xllm_lab import transforms, verbs
 from xllm_lab.acceptance.machine import MachineUnderTest
 from xllm_lab.engine.machine_profile import Grid, write_machine_profile
+from xllm_lab.engine.operator_times import profile_fails
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.of_instance import Policies
@@ -30,6 +31,9 @@ def profile(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
         most_kv_tokens=machine.longest // 4,
         repeats=machine.options.repeats,
     )
+    if (reason := profile_fails(machine.engine.model.model)) is not None:
+        yield True, f"none is written: {reason}"
+        return
     times = write_machine_profile(machine.engine, machine.folder / "profile", grid)
     yield True, f"{len(times)} operators, up to {grid.most_tokens} tokens"
 

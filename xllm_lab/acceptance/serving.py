@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xllm_lab.acceptance.machine import MachineUnderTest
 from xllm_lab.engine.engine import Engine
+from xllm_lab.engine.model import expert_shape
 from xllm_lab.engine.ops.check import TOLERANCES, Sizes, check_operators
 from xllm_lab.engine.runner import SequenceChunk
 from xllm_lab.errors import ConfigError
@@ -36,7 +37,8 @@ _LOGITS_TOLERANCE_PER_ROOT_LAYER = 4.0
 def operators(machine: MachineUnderTest) -> Iterator[tuple[bool, str]]:
     """One finding for each operator."""
     model, config = machine.engine.model.model, machine.engine.model.config
-    sizes = Sizes(config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size, machine.block_size)
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    sizes = Sizes(*heads, config.hidden_size, machine.block_size, expert_shape(config))
     for found in check_operators(model.ops, sizes, model.dtype, machine.engine.device.torch_device):
         told = f"largest error {found.error:.2g} of the spread, {found.tolerance:.2g} is accepted"
         yield found.passed, f"{found.op} by {found.by}: {told}"

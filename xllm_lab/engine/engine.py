@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import Proposer
@@ -108,6 +110,7 @@ class Engine:
 
     Attributes:
         ranks: this process and the others; None if there are none.
+        expert_observer: as `Runner.expert_observer`, of the steps of runs that begin from now on.
 
     Raises:
         ConfigError: an unknown device, dtype, clock or timer, or a model that cannot be divided so or does not fit.
@@ -117,6 +120,7 @@ class Engine:
 
     def __init__(self, options: EngineOptions | None = None, *, ranks: Ranks | None = None) -> None:
         self.options = options or EngineOptions()
+        self.expert_observer: Callable[[int, Tensor], None] | None = None
         if self.options.dtype not in (*DTYPES, "auto"):
             raise ConfigError(f"dtype is {self.options.dtype!r}, accepted: auto, {', '.join(DTYPES)}")
         make_clock(self.options.clock, self.options.timer)
@@ -252,6 +256,7 @@ class Engine:
             with self.device.refusing_what_does_not_fit("a step at the configured limits"):
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
+            runner.expert_observer = self.expert_observer
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
             with contextlib.ExitStack() as run:
                 lane = run.enter_context(
@@ -522,6 +527,7 @@ class Engine:
         pool = self._kv_pool(config, config.num_kv_blocks + captures)  # what pads a graph has a block of its own
         told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
         runner = Runner(self.model.model, pool, self.device, told=told)
+        runner.workspace.counts_experts = self.expert_observer is not None
         if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),

@@ -68,7 +68,9 @@ class InputMemory:
         shapes = _shapes(tokens, sequences, blocks_per_sequence)
         self._host, self._device = device.mirrored(_num_bytes(shapes))
         host = (part.numpy() for part in _parts(self._host, shapes))
-        self._token_T, self._position_T, self._slot_T, self._table_SM, self._starts_S1, self._kv_len_S = host
+        self._token_T, self._position_T, self._slot_T, self._table_SM, self._starts_S1, self._kv_len_S, self._used_1 = (
+            host
+        )
         self._on_device = tuple(_parts(self._device, shapes))
         self._tables: list[Sequence[int]] = [()] * sequences  # what is in the rows of `_table_SM`
 
@@ -80,7 +82,7 @@ class InputMemory:
     def of(self, size: int, *, is_decode: bool) -> GraphInputs:
         """For a graph of that many tokens."""
         sequences = size if is_decode else self._most_sequences
-        token_T, position_T, slot_T, table_SM, starts_S1, kv_len_S = self._on_device
+        token_T, position_T, slot_T, table_SM, starts_S1, kv_len_S, used_1 = self._on_device
         batch = PagedBatch(
             slot_T=slot_T[:size],
             query_starts=[0],
@@ -88,6 +90,7 @@ class InputMemory:
             block_table_SM=table_SM[:sequences],
             starts_S1=starts_S1[: sequences + 1],
             kv_len_S=kv_len_S[:sequences],
+            num_tokens_1=used_1,
         )
         return GraphInputs(token_T[:size], position_T[:size], batch)
 
@@ -101,6 +104,7 @@ class InputMemory:
         sequences = len(inputs.batch.kv_len_S)
         assert used <= size, f"{used} tokens in a graph of {size}"
         assert rows <= sequences, f"{rows} sequences in a graph of {sequences}"
+        self._used_1[0] = used
         self._token_T[:used] = tokens
         self._token_T[used:size] = 0
         computed_S = np.fromiter((c.num_computed_tokens for c in chunks), np.int64, rows)
@@ -153,10 +157,11 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
 def _shapes(tokens: int, sequences: int, blocks_per_sequence: int) -> tuple[Shape, ...]:
-    """Of tokens, positions, slots, tables, starts and lengths."""
+    """Of tokens, positions, slots, tables, starts, lengths, and how many tokens pad nothing."""
     long, int32 = torch.int64, torch.int32
     wide = ((long, (tokens,)),) * 3
-    return (*wide, (int32, (sequences, blocks_per_sequence)), (int32, (sequences + 1,)), (int32, (sequences,)))
+    a_sequence = (int32, (sequences, blocks_per_sequence)), (int32, (sequences + 1,)), (int32, (sequences,))
+    return (*wide, *a_sequence, (int32, (1,)))
 
 
 def _num_bytes(shapes: Sequence[Shape]) -> int:

@@ -111,10 +111,11 @@ class Graphs:
             pool_bytes: what the pool may take; None: as much as the device has free.
 
         Raises:
-            ConfigError: the pool does not fit.
+            ConfigError: the pool does not fit, or the device cannot capture what serves the model.
             PolicyError: the policy plans something illegal.
         """
         assert kv_pool.num_blocks == config.num_kv_blocks + 1, "a block to pad with"
+        _refuse_what_nothing_captures(model, device)
         self._model, self._kv_pool, self._workspace = model, kv_pool, workspace
         self._decode_sizes = graph_sizes(policy, config, is_decode=True)
         longest_table = kv_pool.blocks_per_sequence
@@ -207,6 +208,19 @@ def _plan(workspace: Workspace, config: InstanceConfig, longest_table: int | Non
         workspace_bytes=workspace.bytes_for(tokens=tokens, logits=logits),
         input_bytes=InputMemory.bytes_for(tokens=tokens, sequences=most_seqs, blocks_per_sequence=blocks),
     )
+
+
+def _refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
+    """An accelerator's graph cannot hold what the host decides by looking at results; a tape of a CPU can."""
+    if device.streams is None:
+        return
+    by = {op: served.by for op, served in model.ops.served.items()}
+    loops = by.get("grouped_matmul") == "torch"
+    # PyTorch's attention launches and allocates: more than a replaced call may.
+    replaces = device.streams.has_task_groups and by["paged_attention"] == "torch"
+    if loops or replaces:
+        op = "grouped_matmul" if loops else "paged_attention"
+        raise ConfigError(f"graphs with {op} by 'torch', which {device.name} cannot capture; accepted: shapes 'eager'")
 
 
 def _refuse(plan: PoolPlan, device: Device, pool_bytes: int | None) -> None:

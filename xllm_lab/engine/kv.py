@@ -17,7 +17,7 @@ from xllm_lab.errors import ConfigError
 
 
 class LayerKv(NamedTuple):
-    """One layer's keys and values, each [B, P, K, H]."""
+    """One layer's keys and values, each [B, P, K, H]. Of latent attention values are keys, and their own have H = 0."""
 
     k_BPKH: Tensor
     v_BPKH: Tensor
@@ -95,8 +95,11 @@ class KvPool:
                 f"num_blocks is {num_blocks}: {block_size} tokens each take {self.num_bytes} bytes of KV, "
                 f"{free_bytes} are free on {device.name}; at most {free_bytes // block_bytes} blocks are accepted"
             )
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.layers = tuple(LayerKv(*(device.zeros(shape, dtype) for _ in "kv")) for _ in range(config.num_layers))
+        shape = (num_blocks, block_size, config.num_kv_heads)
+        widths = (config.head_dim, config.head_dim if config.kv_sides == 2 else 0)
+        self.layers = tuple(
+            LayerKv(*(device.zeros((*shape, width), dtype) for width in widths)) for _ in range(config.num_layers)
+        )
 
     def rehearse(self, lengths: Sequence[int]) -> list[Sequence[int]]:
         """See `KvLayout`."""

@@ -5,6 +5,7 @@
     DIR/tp1/dense.csv         layer,tokens,time_us
     DIR/tp1/per_sequence.csv  layer,sequences,time_us
     DIR/tp1/attention.csv     prefill_chunk,kv_prefill,n_decode,kv_decode,time_us
+    DIR/tp1/moe.csv           tokens,activated_experts,time_us                             mixtures of experts only
 
 Rows are medians of a few steps. What acts on tokens is timed in prompts through the whole model; attention, head and
 sampler in batches through its first layers, which are enough for them.
@@ -25,6 +26,7 @@ import torch
 import yaml
 
 from xllm_lab.engine.engine import Engine
+from xllm_lab.engine.layer_config import Mixture
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.operator_times import TimedSteps
 from xllm_lab.engine.page_times import measure_page_time
@@ -96,7 +98,8 @@ def write_machine_profile(
         Operator -> tokens (or sequences) -> microseconds of one call.
 
     Raises:
-        ConfigError: the model's context is shorter than the grid, or the device has too little memory for it.
+        ConfigError: the model's context is shorter than the grid, the device has too little memory for it, or a bundle
+            has no tables for such a model (`operator_times`).
         RunError: the folder exists, or cannot be written.
     """
     grid = grid or Grid()
@@ -108,13 +111,15 @@ def write_machine_profile(
             f"{engine.model.name} accepts {config.max_position}"
         )
     with new_folder(out) as folder:
-        dense = _dense(engine, grid, progress)
+        dense, experts = _dense(engine, grid, progress)
         attention, on_rows = _attention(engine, grid, progress)
         tables = folder / "tp1"
         tables.mkdir()
         _write(tables / "dense.csv", ("layer", "tokens"), _by_layer(dense))
         _write(tables / "per_sequence.csv", ("layer", "sequences"), _by_layer(on_rows))
         _write(tables / "attention.csv", ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode"), attention)
+        if experts:
+            _write(tables / "moe.csv", ("tokens", "activated_experts"), experts)
         (folder / "meta.yaml").write_text(yaml.safe_dump(_meta(engine, grid), sort_keys=False), encoding="utf-8")
         told = json.dumps(_transformers_config(config, engine.model.name), indent=1)
         (folder / "config.json").write_text(told, encoding="utf-8")
@@ -125,16 +130,32 @@ def num_shapes(grid: Grid) -> int:
     return len(grid.tokens) + len(grid.attention)
 
 
-def _dense(engine: Engine, grid: Grid, progress: Callable[[], object]) -> dict[str, dict[int, float]]:
+def _dense(
+    engine: Engine, grid: Grid, progress: Callable[[], object]
+) -> tuple[dict[str, dict[int, float]], dict[tuple[int, int], float]]:
+    """What acts on tokens; and experts by (tokens, how many are activated), if there are some."""
     steps = _steps(engine, engine.model.config.num_layers, grid.most_tokens)
     found: dict[str, dict[int, float]] = {}
+    experts: dict[tuple[int, int], float] = {}
     for tokens in grid.tokens:
         times = _median(steps, _on_own_blocks(engine, [Chunk(tokens, 0)]), grid.repeats)
         for row, us in times.items():
-            if row not in ("attention", *_ON_ROWS):
+            if row not in ("attention", "moe", *_ON_ROWS):
                 found.setdefault(row, {})[tokens] = us
+        for steps.activation.num_experts in _activations(engine.model.config.mixture, tokens):
+            times = _median(steps, _on_own_blocks(engine, [Chunk(tokens, 0)]), grid.repeats)
+            experts[tokens, steps.activation.num_experts] = times["moe"]
+        steps.activation.num_experts = None
         progress()
-    return found
+    return found, experts
+
+
+def _activations(mixture: Mixture | None, tokens: int) -> list[int]:
+    """From the fewest experts that so many tokens can have to the most, doubling."""
+    if mixture is None:
+        return []
+    fewest = mixture.routing.top_k
+    return _up_to(min(mixture.routing.num_experts, tokens * fewest), 2.0, fewest)
 
 
 def _attention(
@@ -254,4 +275,16 @@ def _transformers_config(config: ModelConfig, name: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tie_embeddings,
+        **_mixture_fields(config.mixture, config.architecture),
+    }
+
+
+def _mixture_fields(mixture: Mixture | None, architecture: str) -> dict[str, Any]:
+    if mixture is None:
+        return {}
+    size = "intermediate_size" if architecture == "mixtral" else "moe_intermediate_size"
+    return {
+        "num_local_experts": mixture.routing.num_experts,
+        "num_experts_per_tok": mixture.routing.top_k,
+        size: mixture.intermediate_size,
     }

@@ -1,4 +1,4 @@
-"""Our own forward pass of the Llama family."""
+"""Our own forward pass of the Llama family, with its mixtures of experts and latent attention."""
 
 # ruff: noqa: N815  (shapes live in the names of fields, too)
 # Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, N query heads, K KV heads, H head dim,
@@ -15,26 +15,62 @@ import torch
 from torch import Tensor
 
 from xllm_lab.engine.kv import LayerKv
+from xllm_lab.engine.latent_attention import LatentAttention, take_latent_attention
+from xllm_lab.engine.layer_config import expert_names
+from xllm_lab.engine.mixture import Loads, MixtureLayer, take_mixture
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.collectives import Group, join_logits, own_rows
 from xllm_lab.engine.ops.linear import Linear, TorchLinear
-from xllm_lab.engine.ops.table import choose
+from xllm_lab.engine.ops.table import ExpertShape, Ops, choose
 from xllm_lab.engine.ops.tape import taped
 from xllm_lab.engine.sharding import Shard
 from xllm_lab.engine.workspace import Rows, Workspace
 
 
-class Layer(NamedTuple):
-    """A decoder layer's weights, fused and packed."""
+class HeadAttention(NamedTuple):
+    """Grouped-query attention's weights, fused and packed."""
 
-    attention_norm_D: Tensor
     qkv: Linear
     qk_norm_weight_NH: Tensor | None  # the weights of q's and k's norm, repeated for each of the N + K heads
     out: Linear
-    mlp_norm_D: Tensor
+
+    def attend(
+        self, normed_TD: Tensor, rows: Rows, batch: PagedBatch, kv: LayerKv, *, ops: Ops, config: ModelConfig
+    ) -> None:
+        """Writes what the layer adds into `rows.branch_TD`, but for other ranks' parts."""
+        N, K = config.num_heads, config.num_kv_heads
+        qkv_THn = rows.qkv_THn
+        self.qkv(normed_TD, qkv_THn.flatten(1))
+        qk_TNH = qkv_THn[:, : N + K]  # norm and rotation treat the heads of q and k as one tensor
+        if self.qk_norm_weight_NH is not None:
+            qk_TNH = ops.head_norm(qk_TNH, self.qk_norm_weight_NH, config.rms_norm_eps)
+        qk_TNH = ops.rope(qk_TNH, rows.cos_TH, rows.sin_TH)
+        ops.reshape_and_cache(qk_TNH[:, N:], qkv_THn[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch)
+        ops.paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch, rows.attended_TNH, scale=config.score_scale)
+        self.out(rows.attended_TNH.flatten(1), rows.branch_TD)
+
+
+class Mlp(NamedTuple):
+    """SwiGLU's weights, fused and packed."""
+
     gate_up: Linear
     down: Linear
+
+    def feed(self, normed_TD: Tensor, rows: Rows, ops: Ops) -> Tensor:
+        """What the layer adds, but for other ranks' parts."""
+        self.gate_up(normed_TD, rows.gate_up_TF2)
+        self.down(ops.swiglu(rows.gate_up_TF2, rows.gated_TF), rows.branch_TD)
+        return rows.branch_TD
+
+
+class Layer(NamedTuple):
+    """A decoder layer's weights."""
+
+    attention_norm_D: Tensor
+    attention: HeadAttention | LatentAttention
+    mlp_norm_D: Tensor
+    mlp: Mlp | MixtureLayer
 
 
 class DecoderModel:
@@ -75,6 +111,8 @@ class DecoderModel:
             *(device, self.dtype),
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
+            expert_shape=expert_shape(config),
+            is_latent=config.latent is not None,
             without=without,
             group=group,
         )
@@ -108,19 +146,22 @@ class DecoderModel:
             bias = torch.cat([take(n + "bias") for n in names]) if has_bias else None
             return self.ops.linear(torch.cat([take(n + "weight") for n in names]), bias)
 
-        qk_norm, config = None, self.config
-        if config.qk_norm:
-            q_H, k_H = take("self_attn.q_norm.weight"), take("self_attn.k_norm.weight")
-            qk_norm = torch.cat([q_H.expand(config.num_heads, -1), k_H.expand(config.num_kv_heads, -1)])
-        return Layer(
-            attention_norm_D=take("input_layernorm.weight"),
-            qkv=fuse("self_attn", "qkv"),
-            qk_norm_weight_NH=qk_norm,
-            out=fuse("self_attn", "o"),
-            mlp_norm_D=take("post_attention_layernorm.weight"),
-            gate_up=fuse("mlp", ("gate", "up")),
-            down=fuse("mlp", ("down",)),
-        )
+        config = self.config
+        attention: HeadAttention | LatentAttention
+        mlp: Mlp | MixtureLayer
+        if config.latent is not None:
+            attention = take_latent_attention(take, lambda name: prefix + name in weights, self.ops.linear, config)
+        else:
+            qk_norm = None
+            if config.qk_norm:
+                q_H, k_H = take("self_attn.q_norm.weight"), take("self_attn.k_norm.weight")
+                qk_norm = torch.cat([q_H.expand(config.num_heads, -1), k_H.expand(config.num_kv_heads, -1)])
+            attention = HeadAttention(fuse("self_attn", "qkv"), qk_norm, fuse("self_attn", "o"))
+        if config.mixture is not None and prefix + expert_names(config.architecture).router in weights:
+            mlp = take_mixture(take, self.ops, config.mixture, config.architecture)
+        else:
+            mlp = Mlp(fuse("mlp", ("gate", "up")), fuse("mlp", ("down",)))
+        return Layer(take("input_layernorm.weight"), attention, take("post_attention_layernorm.weight"), mlp)
 
     def around(self, layers: Sequence[Layer], norm_D: Tensor) -> DecoderModel:
         """This embedding, head and operators around other layers, and another norm behind them. Nothing is copied."""
@@ -183,13 +224,17 @@ class DecoderModel:
         normed_TD = ops.rms_norm(hidden_TD, self.layers[0].attention_norm_D, eps, rows.normed_TD)
         # Each branch's result joins the residual stream in the norm that comes next, which may be the next layer's.
         next_norms = [*(layer.attention_norm_D for layer in self.layers[1:]), self.norm_D]
-        for layer, layer_kv, next_norm_D in zip(self.layers, kv, next_norms, strict=True):
-            self._attend(layer, normed_TD, rows, batch, layer_kv)
-            hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
-            layer.gate_up(normed_TD, rows.gate_up_TF2)
-            layer.down(ops.swiglu(rows.gate_up_TF2, rows.gated_TF), rows.branch_TD)
+        for i, (layer, layer_kv, next_norm_D) in enumerate(zip(self.layers, kv, next_norms, strict=True)):
+            layer.attention.attend(normed_TD, rows, batch, layer_kv, ops=ops, config=self.config)
             ops.all_reduce(rows.branch_TD)
-            hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, next_norm_D, eps, rows.normed_TD)
+            hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, rows.branch_TD, layer.mlp_norm_D, eps, rows.normed_TD)
+            if isinstance(layer.mlp, Mlp):
+                branch_TD = layer.mlp.feed(normed_TD, rows, ops)
+            else:
+                loads = Loads(batch.num_tokens_1, workspace.expert_rows_LE[i], workspace.counts_experts)
+                branch_TD = layer.mlp.feed(normed_TD, rows, loads, ops)
+            ops.all_reduce(branch_TD)
+            hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, branch_TD, next_norm_D, eps, rows.normed_TD)
         return normed_TD
 
     def embed(self, token_T: Tensor, hidden_TD: Tensor, workspace: Workspace) -> None:
@@ -202,23 +247,17 @@ class DecoderModel:
         self._embed(row_T, hidden_TD)
         self.ops.all_reduce(hidden_TD)  # of one row and zeros: exact
 
-    def _attend(self, layer: Layer, normed_TD: Tensor, rows: Rows, batch: PagedBatch, kv: LayerKv) -> None:
-        N, K = self.config.num_heads, self.config.num_kv_heads
-        qkv_THn = rows.qkv_THn
-        layer.qkv(normed_TD, qkv_THn.flatten(1))
-        qk_TNH = qkv_THn[:, : N + K]  # norm and rotation treat the heads of q and k as one tensor
-        if layer.qk_norm_weight_NH is not None:
-            qk_TNH = self.ops.head_norm(qk_TNH, layer.qk_norm_weight_NH, self.config.rms_norm_eps)
-        qk_TNH = self.ops.rope(qk_TNH, rows.cos_TH, rows.sin_TH)
-        self.ops.reshape_and_cache(qk_TNH[:, N:], qkv_THn[:, N + K :], kv.k_BPKH, kv.v_BPKH, batch)
-        self.ops.paged_attention(qk_TNH[:, :N], kv.k_BPKH, kv.v_BPKH, batch, rows.attended_TNH)
-        layer.out(rows.attended_TNH.flatten(1), rows.branch_TD)
-        self.ops.all_reduce(rows.branch_TD)
+
+def expert_shape(config: ModelConfig) -> ExpertShape | None:
+    """Of its layers' experts, if there are some."""
+    if config.mixture is None:
+        return None
+    return ExpertShape(config.mixture.routing, config.hidden_size, config.mixture.intermediate_size)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians a position for each of the H / 2 pairs, float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.rope_dim, 2, dtype=torch.float32) / config.rope_dim
     frequencies_H2 = 1.0 / config.rope_theta**exponents
     if config.rope_divisors:
         frequencies_H2 = frequencies_H2 / torch.tensor(config.rope_divisors, dtype=torch.float32)

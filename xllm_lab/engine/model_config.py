@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 
+from xllm_lab.engine.layer_config import (
+    SPARSE,
+    Latent,
+    Mixture,
+    latent_score_scale,
+    read_latent,
+    read_mixture,
+    yarn_gain,
+)
 from xllm_lab.errors import ModelError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+DENSE = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = (*DENSE, *SPARSE)
 # What XiaomiMiMo's model type adds to Qwen2 are prediction modules, which tensors of their own show.
 _SAME_AS = {"mimo": "qwen2"}
-ROPE_TYPES = ("default", "linear", "llama3")
+_QK_NORMED = ("qwen3", "qwen3_moe")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # What arithmetic on values of a wrong type or a zero raises. ModelError is a ValueError, which is why that is not here.
 _MALFORMED = (TypeError, AttributeError, ZeroDivisionError, OverflowError)
@@ -22,17 +33,22 @@ _MALFORMED = (TypeError, AttributeError, ZeroDivisionError, OverflowError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of the Llama family: RMS norm, rotary positions, grouped-query attention, SwiGLU.
+    """A decoder of the Llama family: RMS norm, rotary positions, grouped-query or latent attention, SwiGLU or experts.
 
     Attributes:
         architecture: one of `ARCHITECTURES`.
+        intermediate_size: of the MLP of layers that have one.
+        num_kv_heads, head_dim: of KV; latent attention is attention with one KV head whose values are its keys.
         max_position: context length in tokens.
-        rope_theta: pair i of a head turns by `position * rope_theta ** (-2 i / head_dim)` radians,
+        rope_theta: pair i of a head turns by `position * rope_theta ** (-2 i / rope_dim)` radians,
         rope_divisors: divided by `rope_divisors[i]`; empty divides by 1. Every accepted rope type is such a list.
         qkv_bias: q, k and v projections have a bias.
         out_bias: so has the output projection of the attention.
         qk_norm: q and k are normalised per head before they are rotated.
         tie_embeddings: the output head is the embedding.
+        score_scale: of the attention's scores; None: head_dim ** -0.5.
+        mixture: the experts, if there are some.
+        latent: what heads are expanded from, if KV holds that instead of heads.
     """
 
     architecture: str
@@ -51,10 +67,23 @@ class ModelConfig:
     out_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
+    score_scale: float | None = None
+    mixture: Mixture | None = None
+    latent: Latent | None = None
+
+    @property
+    def kv_sides(self) -> int:
+        """Keys and values, or one row a token that is both."""
+        return 2 if self.latent is None else 1
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of what is rotated."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Keys and values of one token in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+        return self.kv_sides * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
 def from_transformers(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
@@ -69,11 +98,15 @@ def from_transformers(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
         raise ModelError(f"{source}: model_type {architecture!r} is not supported; accepted are {accepted}")
     _refuse_other_options(raw, source)
     try:
-        num_heads, hidden_size = raw["num_attention_heads"], raw["hidden_size"]
-        head_dim = raw.get("head_dim") or hidden_size // num_heads
+        num_heads, hidden_size, num_layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
+        latent = read_latent(raw, architecture, source)
+        kv_heads = 1 if latent else raw.get("num_key_value_heads") or num_heads
+        head_dim = latent.width if latent else raw.get("head_dim") or hidden_size // num_heads
+        rope_dim = latent.rope_dim if latent else head_dim
         rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-        theta = float(rope.get("rope_theta") or 10_000.0)
+        theta = float(rope.get("rope_theta") or (1_000_000.0 if architecture == "mixtral" else 10_000.0))
         bias = bool(raw.get("attention_bias", False))
+        divisors = _rope_divisors(rope, theta, rope_dim, raw["max_position_embeddings"], source)
         return _checked(
             source,
             ModelConfig(
@@ -81,18 +114,21 @@ def from_transformers(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
                 vocab_size=raw["vocab_size"],
                 hidden_size=hidden_size,
                 intermediate_size=raw["intermediate_size"],
-                num_layers=raw["num_hidden_layers"],
+                num_layers=num_layers,
                 num_heads=num_heads,
-                num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+                num_kv_heads=kv_heads,
                 head_dim=head_dim,
                 max_position=raw["max_position_embeddings"],
                 rms_norm_eps=raw["rms_norm_eps"],
                 rope_theta=theta,
-                rope_divisors=_rope_divisors(rope, theta, head_dim, raw["max_position_embeddings"], source),
-                qkv_bias=bias or architecture == "qwen2",
-                out_bias=bias and architecture != "qwen2",
-                qk_norm=architecture == "qwen3",
+                rope_divisors=divisors,
+                qkv_bias=(bias and architecture != "mixtral") or architecture == "qwen2",
+                out_bias=bias and architecture not in ("qwen2", "mixtral"),
+                qk_norm=architecture in _QK_NORMED,
                 tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                score_scale=_score_scale(rope, latent, head_dim, source),
+                mixture=read_mixture(raw, architecture, num_layers, source),
+                latent=latent,
             ),
         )
     except KeyError as error:
@@ -110,9 +146,9 @@ def from_gguf(metadata: Mapping[str, Any], tensor_names: frozenset[str], *, sour
         ModelError: an architecture or rope type we do not run, or a missing key.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in DENSE:
         raise ModelError(
-            f"{source}: general.architecture {architecture!r} is not supported; accepted are {_list(ARCHITECTURES)}"
+            f"{source}: general.architecture {architecture!r} is not supported; accepted are {_list(DENSE)}"
         )
     prefix = f"{architecture}."
     rope = {"rope_type": metadata.get(prefix + "rope.scaling.type", "default")}
@@ -159,6 +195,11 @@ def _refuse_other_options(raw: Mapping[str, Any], source: str) -> None:
         raise ModelError(f"{source}: mlp_bias true is not supported; accepted is false")
     if raw.get("use_sliding_window", False):
         raise ModelError(f"{source}: use_sliding_window true is not supported; accepted is false")
+    if raw.get("model_type") == "mixtral" and raw.get("sliding_window") is not None:
+        raise ModelError(f"{source}: sliding_window {raw['sliding_window']} is not supported; accepted is null")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{source}: quantization {method!r} is not supported; accepted are plain weights")
 
 
 def _checked(source: str, config: ModelConfig) -> ModelConfig:
@@ -172,8 +213,9 @@ def _checked(source: str, config: ModelConfig) -> ModelConfig:
             f"{source}: {config.num_heads} heads do not divide among {config.num_kv_heads} KV heads; "
             "accepted is a whole multiple"
         )
-    if config.head_dim % 2:
-        raise ModelError(f"{source}: head_dim is {config.head_dim}; rotary pairs need an even number")
+    if config.rope_dim % 2:
+        name = "head_dim" if config.latent is None else "qk_rope_head_dim"
+        raise ModelError(f"{source}: {name} is {config.rope_dim}; rotary pairs need an even number")
     return config
 
 
@@ -190,6 +232,8 @@ def _rope_divisors(
     if kind == "linear":
         return (factor,) * (head_dim // 2)
     original = rope.get("original_max_position_embeddings") or max_position
+    if kind == "yarn":
+        return _yarn_divisors(rope, factor, theta, head_dim, float(original))
     return tuple(
         _llama3_divisor(
             2 * math.pi * theta ** (2 * i / head_dim),
@@ -210,6 +254,42 @@ def _llama3_divisor(wavelength: float, *, factor: float, low: float, high: float
     """
     s = min(1.0, max(0.0, (original / wavelength - low) / (high - low)))
     return 1.0 / ((1.0 - s) / factor + s)
+
+
+def _yarn_divisors(
+    rope: Mapping[str, Any], factor: float, theta: float, dim: int, original: float
+) -> tuple[float, ...]:
+    """YaRN's stretching, by pairs: the first, which turn often, stay, the last stretch, those between interpolate.
+
+    Source: Peng et al., arXiv 2309.00071, section 3.2, and its reference code for the range of pairs. `original` in
+    tokens.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001
+    stretched = [min(1.0, max(0.0, (i - low) / width)) for i in range(dim // 2)]
+    return tuple(1.0 / (s / factor + (1.0 - s)) for s in stretched)
+
+
+def _score_scale(rope: Mapping[str, Any], latent: Latent | None, head_dim: int, source: str) -> float | None:
+    """YaRN's gain on rotated queries and keys, as one on the scores of heads that rotate whole."""
+    kind, gain = rope.get("rope_type") or rope.get("type") or "default", 1.0
+    if kind == "yarn":
+        factor, dims, all_dims = float(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")
+        told = rope.get("attention_factor")
+        gain = yarn_gain(factor, dims) / yarn_gain(factor, all_dims) if dims and all_dims else yarn_gain(factor)
+        gain = float(told) if told is not None else gain
+    if latent is None:
+        return None if gain == 1.0 else head_dim**-0.5 * gain**2
+    if gain != 1.0:
+        raise ModelError(f"{source}: mscale and mscale_all_dim differ: a gain of {gain:.3g}; accepted is 1")
+    return latent_score_scale(latent, rope if kind != "default" else {})
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from xllm_lab.engine.model import DecoderModel
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops.linear import Linear
-from xllm_lab.engine.weights import Shape, expected_shapes, of_shapes, refuse_tensors
+from xllm_lab.engine.weights import Shape, layer_shapes, of_shapes, refuse_tensors
 from xllm_lab.errors import ModelError
 
 
@@ -177,19 +177,14 @@ def _number(style: Style, name: str) -> int:
 
 
 def module_shapes(config: ModelConfig, style: str) -> dict[str, Shape]:
-    """Every tensor of a module, by its name behind the style's prefix."""
+    """Every tensor of a module, by its name behind the style's prefix. Its layer has experts if the model's have."""
     s, D = STYLES[style], config.hidden_size
-    layer = "model.layers.0."
     return {
         f"{s.token_norm}.weight": (D,),
         f"{s.hidden_norm}.weight": (D,),
         f"{s.projection}.weight": (D, 2 * D),
         f"{s.norm}.weight": (D,),
-        **{
-            s.layer + name.removeprefix(layer): shape
-            for name, shape in expected_shapes(config).items()
-            if name.startswith(layer)
-        },
+        **{s.layer + name: shape for name, shape in layer_shapes(config, is_sparse=config.mixture is not None).items()},
     }
 
 

@@ -16,8 +16,11 @@ from typing import Any, cast
 from xllm_lab.engine.clock import timer_ns
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.kv import KvPool
-from xllm_lab.engine.model import DecoderModel
+from xllm_lab.engine.mixture import MixtureLayer
+from xllm_lab.engine.model import DecoderModel, HeadAttention, Mlp
 from xllm_lab.engine.runner import Runner, SequenceChunk
+from xllm_lab.engine.timed_experts import Activation, TimedMixture
+from xllm_lab.errors import ConfigError
 
 # Our operators as rows of a profile bundle (`sim/cost/profile_bundle.py`). What a step does before its first layer is
 # counted with the embedding, and writing keys and values with the attention that reads them.
@@ -35,10 +38,10 @@ ROWS: Mapping[str, str] = {
     "gate_up": "gate_up_proj",
     "swiglu": "act_fn",
     "down": "down_proj",
+    "mixture": "moe",
     "head": "lm_head",
     "argmax": "sampler",
 }
-_LINEARS = ("qkv", "out", "gate_up", "down")
 # A row is one call, and each of these is called so often in a layer; queries' and keys' norms are one call of ours.
 _CALLS_PER_LAYER = {
     "layernorm": 2,
@@ -50,6 +53,7 @@ _CALLS_PER_LAYER = {
     "gate_up_proj": 1,
     "act_fn": 1,
     "down_proj": 1,
+    "moe": 1,
 }
 
 
@@ -59,6 +63,12 @@ class TimedSteps:
     Args:
         num_layers: as many of the model's layers; their times are alike.
         timer: "wall" or "cpu", as in `clock`.
+
+    Attributes:
+        activation: of the model's experts.
+
+    Raises:
+        ConfigError: attention is latent, or only some of the layers have experts; a bundle has no tables of these.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class TimedSteps:
         self._device, self._num_layers = device, num_layers
         self._read_ns = timer_ns(timer)
         self._laps: list[tuple[str, int]] = []
+        self.activation = Activation()
         pool = KvPool(
             replace(model.config, num_layers=num_layers),
             num_blocks=num_blocks,
@@ -75,7 +86,7 @@ class TimedSteps:
             device=device,
         )
         self._argmax = self._watched("argmax", model.ops.argmax)
-        self._runner = Runner(_with_each_operator(model, num_layers, self._watched), pool, device)
+        self._runner = Runner(_with_each_operator(model, num_layers, self.activation, self._watched), pool, device)
 
     def run(self, chunks: Sequence[SequenceChunk]) -> dict[str, float]:
         """Microseconds of one call of each row, in one step."""
@@ -104,17 +115,38 @@ class TimedSteps:
         return {row: ns / 1e3 / (_CALLS_PER_LAYER.get(row, 0) * self._num_layers or 1) for row, ns in sums.items()}
 
 
+def profile_fails(model: DecoderModel) -> str | None:
+    """Why a bundle has no tables for a model, or None."""
+    sparse = sum(isinstance(layer.mlp, MixtureLayer) for layer in model.layers)
+    if sparse not in (0, len(model.layers)):
+        return f"{sparse} of {len(model.layers)} layers have experts; accepted for a profile: all or none"
+    if not isinstance(model.layers[0].attention, HeadAttention):
+        return "the model's attention is latent; accepted for a profile: grouped-query attention"
+    return None
+
+
 def _with_each_operator(
-    model: DecoderModel, num_layers: int, watched: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+    model: DecoderModel,
+    num_layers: int,
+    activation: Activation,
+    watched: Callable[[str, Callable[..., Any]], Callable[..., Any]],
 ) -> DecoderModel:
     """The model's first layers over the same weights, every operator replaced by `watched(name, operator)`."""
     ops: dict[str, Any] = {
         f.name: watched(f.name, getattr(model.ops, f.name)) for f in fields(model.ops) if f.name in ROWS
     }
+    if (reason := profile_fails(model)) is not None:
+        raise ConfigError(reason)
     layers: list[Any] = []
     for layer in model.layers[:num_layers]:
-        linears: dict[str, Any] = {name: watched(name, getattr(layer, name)) for name in _LINEARS}
-        layers.append(layer._replace(**linears))
+        attention: Any = layer.attention
+        mlp: Any = layer.mlp
+        attention = attention._replace(qkv=watched("qkv", attention.qkv), out=watched("out", attention.out))
+        if isinstance(layer.mlp, Mlp):
+            mlp = mlp._replace(gate_up=watched("gate_up", mlp.gate_up), down=watched("down", mlp.down))
+        else:
+            mlp = TimedMixture(mlp, model.ops, activation, watched)
+        layers.append(layer._replace(attention=attention, mlp=mlp))
     other: Any = copy.copy(model)
     other.ops = replace(model.ops, **ops)
     other.layers = layers

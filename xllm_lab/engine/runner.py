@@ -66,6 +66,8 @@ class Runner:
         most_logits: rows that the head computes at once when tokens are drawn; a sequence's stay together.
         observer: told of each step, when it is computed: its chunks, and what the head reads of all their tokens, shape
             [T, D], which stands until the next step.
+        expert_observer: told of each step how many tokens it had, and how many rows each expert of each layer, shape
+            [L, E], int64, which stands until the next step. The workspace must be told beforehand to count them.
     """
 
     def __init__(self, model: DecoderModel, kv_pool: KvLayout, device: Device, *, told: Group | None = None) -> None:
@@ -75,6 +77,7 @@ class Runner:
         self.most_logits = 1 << 30
         self.observer: Callable[[Sequence[SequenceChunk], Tensor], None] | None = None
         self._drawn: list[int] = []
+        self.expert_observer: Callable[[int, Tensor], None] | None = None
 
     @property
     def kv(self) -> Sequence[LayerKv]:
@@ -168,6 +171,9 @@ class Runner:
                 normed_TD, logits_TV = self.graphs.run(graph_tokens, tokens, chunks)
             if self.observer is not None:
                 self.observer(chunks, normed_TD[: len(tokens)])
+            if self.expert_observer is not None:
+                assert self.workspace.counts_experts, "rows that nobody counted"
+                self.expert_observer(len(tokens), self.workspace.expert_rows_LE)
         return _Computed(normed_TD, logits_TV, wanted)
 
     def _run_eagerly(self, chunks: Sequence[SequenceChunk], tokens: Sequence[int]) -> Tensor:

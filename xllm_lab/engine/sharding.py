@@ -1,12 +1,12 @@
 """A model divided over the ranks of a tensor-parallel group: what each holds, and which models cannot be divided.
 
-    columns of     qkv, gate and up    each rank has its heads, and its channels of the MLP
+    columns of     qkv, gate and up    each rank has its heads, and its channels of the MLP or of every expert
     rows of        out, down           each adds its part of the sum: an all-reduce follows
     vocabulary     embedding, head     each has its tokens' rows: an all-reduce, and an all-gather of logits, follow
-    whole          norms
+    whole          norms, routers, what compresses queries and KV
 
 Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3. Where ranks are more than KV heads, several keep the same
-one, as vLLM and xLLM do.
+one, as vLLM and xLLM do; of latent attention all keep all of KV, which heads share.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.layer_config import Mixture
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.errors import ConfigError
 
 # Rows of a part of the vocabulary are a multiple of these, which kernels like.
 _VOCABULARY_ROWS = 64
+# By module: w1, w2 and w3 are gate, down and up in Mixtral's names.
+_COLUMNS = ("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
+_ROWS = ("o_proj", "down_proj", "w2")
 
 
 def refuse_if_indivisible(config: ModelConfig, tensor_parallel: int, name: str) -> None:
@@ -29,7 +33,13 @@ def refuse_if_indivisible(config: ModelConfig, tensor_parallel: int, name: str) 
     told = f"tensor_parallel is {tensor_parallel}"
     if tensor_parallel < 1:
         raise ConfigError(f"{told}, at least 1 is accepted")
-    for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "channels of the MLP")):
+    parts = [(config.num_heads, "attention heads"), (config.intermediate_size, "channels of the MLP")]
+    if (mixture := config.mixture) is not None:
+        parts += [
+            (mixture.intermediate_size, "channels of an expert"),
+            (mixture.shared_size, "channels of the shared experts"),
+        ]
+    for count, what in parts:
         if count % tensor_parallel:
             raise ConfigError(f"{told}; a divisor of the {count} {what} of {name} is accepted")
     if config.num_kv_heads % tensor_parallel and tensor_parallel % config.num_kv_heads:
@@ -66,7 +76,12 @@ class Shard:
             num_heads=whole.num_heads // self.size,
             num_kv_heads=max(1, whole.num_kv_heads // self.size),
             intermediate_size=whole.intermediate_size // self.size,
+            mixture=whole.mixture and self._mixture(whole.mixture),
         )
+
+    def _mixture(self, whole: Mixture) -> Mixture:
+        own, shared = whole.intermediate_size // self.size, whole.shared_size // self.size
+        return replace(whole, intermediate_size=own, shared_size=shared)
 
     def vocabulary(self, vocab_size: int) -> VocabularyPart:
         """The part of so many tokens."""
@@ -92,9 +107,9 @@ class Shard:
             heads = max(1, whole.num_kv_heads // self.size)
             first = self.rank * whole.num_kv_heads // self.size
             return weight[first * whole.head_dim : (first + heads) * whole.head_dim].clone()
-        if module in ("q_proj", "gate_proj", "up_proj"):
+        if module in _COLUMNS:
             return weight.chunk(self.size, 0)[self.rank].clone()
-        if module in ("o_proj", "down_proj"):
+        if module in _ROWS:
             if kind == "bias":  # it is added once
                 return weight if self.rank == 0 else None
             return weight.chunk(self.size, 1)[self.rank].clone(memory_format=torch.contiguous_format)

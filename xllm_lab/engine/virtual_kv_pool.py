@@ -56,7 +56,7 @@ class VirtualKvPool:
         self._num_slots = num_slots(instance)
         self.blocks_per_sequence = self.slot_tokens // self.block_size
         geometry = Geometry(
-            num_ranges=2 * config.num_layers,
+            num_ranges=config.kv_sides * config.num_layers,
             num_positions=(self._num_slots + 1) * self._pages_per_slot,
             num_pages=num_blocks,
             page_bytes=instance.block_size * token_bytes,
@@ -74,7 +74,10 @@ class VirtualKvPool:
         self.memory = device.virtual_memory(geometry)
         shape = (-1, self.block_size, config.num_kv_heads, config.head_dim)
         views = [one.view(dtype).view(shape) for one in self.memory.ranges]
-        self.layers = tuple(LayerKv(*views[2 * k : 2 * k + 2]) for k in range(config.num_layers))
+        if config.kv_sides == 1:
+            self.layers = tuple(LayerKv(view, view[..., :0]) for view in views)
+        else:
+            self.layers = tuple(LayerKv(*views[2 * k : 2 * k + 2]) for k in range(config.num_layers))
         if not self.memory.fresh_is_zero:
             self._zero()
         # What pads writes anywhere in its slot, and all of that is one page.

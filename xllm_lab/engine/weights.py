@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.layer_config import Latent, Mixture, expert_names
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.errors import ModelError
 
@@ -16,6 +17,8 @@ from xllm_lab.errors import ModelError
 # embedding again when embeddings are tied.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 _HEAD = "lm_head.weight"
+# A router's bias decides between scores that differ by less than 16-bit types resolve.
+_FLOAT32_SUFFIX = "e_score_correction_bias"
 
 Shape = tuple[int, ...]
 
@@ -55,7 +58,8 @@ def read_safetensors_file(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 tensor = opened.get_tensor(name)
                 # A model packs its matrices and keeps its vectors: a view would keep the whole file mapped for them.
-                weights[name] = tensor.to(dtype, copy=tensor.dim() == 1)
+                own_dtype = torch.float32 if name.endswith(_FLOAT32_SUFFIX) else dtype
+                weights[name] = tensor.to(own_dtype, copy=tensor.dim() == 1)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {_one_line(error)}") from error
     return weights
@@ -85,28 +89,85 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every tensor a checkpoint of this model has, by its transformers name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden = config.hidden_size
     embedding = (config.vocab_size, hidden)
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": embedding, "model.norm.weight": (hidden,)}
     if not config.tie_embeddings:
         shapes[_HEAD] = embedding
     for i in range(config.num_layers):
-        layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-        for part, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
-            shapes[f"{attention}{part}_proj.weight"] = (rows, hidden)
-            if config.qkv_bias:
-                shapes[f"{attention}{part}_proj.bias"] = (rows,)
-        shapes[attention + "o_proj.weight"] = (hidden, q_rows)
-        if config.out_bias:
-            shapes[attention + "o_proj.bias"] = (hidden,)
-        if config.qk_norm:
-            shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (config.head_dim,)
-        shapes[layer + "mlp.gate_proj.weight"] = shapes[layer + "mlp.up_proj.weight"] = (inner, hidden)
-        shapes[layer + "mlp.down_proj.weight"] = (hidden, inner)
+        is_sparse = config.mixture is not None and i in config.mixture.layers
+        shapes |= {f"model.layers.{i}.{n}": s for n, s in layer_shapes(config, is_sparse=is_sparse).items()}
     return shapes
+
+
+def layer_shapes(config: ModelConfig, *, is_sparse: bool) -> dict[str, Shape]:
+    """A layer's tensors by their names in it; `is_sparse` if it has experts."""
+    hidden = config.hidden_size
+    norms = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    attention = _heads_shapes(config) if config.latent is None else _latent_shapes(config, config.latent)
+    if is_sparse and config.mixture is not None:
+        return {**norms, **attention, **_mixture_shapes(config, config.mixture)}
+    return {**norms, **attention, **_gated_shapes("mlp.", hidden, config.intermediate_size)}
+
+
+def _heads_shapes(config: ModelConfig) -> dict[str, Shape]:
+    hidden, H = config.hidden_size, config.head_dim
+    shapes: dict[str, Shape] = {}
+    for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
+        shapes[f"self_attn.{part}_proj.weight"] = (heads * H, hidden)
+        if config.qkv_bias:
+            shapes[f"self_attn.{part}_proj.bias"] = (heads * H,)
+    shapes["self_attn.o_proj.weight"] = (hidden, config.num_heads * H)
+    if config.out_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (H,)
+    return shapes
+
+
+def _latent_shapes(config: ModelConfig, latent: Latent) -> dict[str, Shape]:
+    hidden, N, Q = config.hidden_size, config.num_heads, latent.query_rank
+    queries = N * (latent.nope_dim + latent.rope_dim)
+    shapes: dict[str, Shape] = {}
+    if Q:
+        shapes["self_attn.q_a_proj.weight"], shapes["self_attn.q_a_layernorm.weight"] = (Q, hidden), (Q,)
+        shapes["self_attn.q_b_proj.weight"] = (queries, Q)
+    else:
+        shapes["self_attn.q_proj.weight"] = (queries, hidden)
+    shapes["self_attn.kv_a_proj_with_mqa.weight"] = (latent.width, hidden)
+    shapes["self_attn.kv_a_layernorm.weight"] = (latent.rank,)
+    shapes["self_attn.kv_b_proj.weight"] = (N * (latent.nope_dim + latent.value_dim), latent.rank)
+    shapes["self_attn.o_proj.weight"] = (hidden, N * latent.value_dim)
+    if config.qkv_bias:
+        shapes["self_attn.kv_a_proj_with_mqa.bias"] = (latent.width,)
+        if Q:
+            shapes["self_attn.q_a_proj.bias"] = (Q,)
+    if config.out_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    return shapes
+
+
+def _mixture_shapes(config: ModelConfig, mixture: Mixture) -> dict[str, Shape]:
+    names, hidden, size = expert_names(config.architecture), config.hidden_size, mixture.intermediate_size
+    num_experts = mixture.routing.num_experts
+    shapes: dict[str, Shape] = {f"{names.block}.gate.weight": (num_experts, hidden)}
+    if mixture.has_bias:
+        shapes[f"{names.block}.gate.e_score_correction_bias"] = (num_experts,)
+    for expert in range(num_experts):
+        prefix = f"{names.block}.experts.{expert}."
+        shapes[f"{prefix}{names.gate}.weight"] = shapes[f"{prefix}{names.up}.weight"] = (size, hidden)
+        shapes[f"{prefix}{names.down}.weight"] = (hidden, size)
+    if mixture.shared_size:
+        shapes |= _gated_shapes(f"{names.block}.shared_experts.", hidden, mixture.shared_size)
+    return shapes
+
+
+def _gated_shapes(prefix: str, hidden: int, inner: int) -> dict[str, Shape]:
+    return {
+        f"{prefix}gate_proj.weight": (inner, hidden),
+        f"{prefix}up_proj.weight": (inner, hidden),
+        f"{prefix}down_proj.weight": (hidden, inner),
+    }
 
 
 def checked(weights: Mapping[str, Tensor], config: ModelConfig, *, source: str) -> dict[str, Tensor]:

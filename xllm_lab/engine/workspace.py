@@ -2,7 +2,8 @@
 
 # ruff: noqa: N815  (shapes live in the names of fields, too)
 # Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, N query heads, K KV heads, H head dim,
-#         F width of the MLP, V vocabulary, n ranks, U rows of a rank's part of the vocabulary
+#         F width of an MLP, V vocabulary, n ranks, U rows of a rank's part of the vocabulary, L layers, E experts, k
+#         of a token; of latent attention, as in `latent_attention`
 
 from __future__ import annotations
 
@@ -29,6 +30,9 @@ class Rows(NamedTuple):
         attended_TNH: what the attention returns.
         gate_up_TF2, gated_TF: inside the MLP.
         cos_TH, sin_TH: of the tokens' angles, as `rope` wants them.
+        query_down_TQ ... value_TNV: inside latent attention; empty where there is none, as `qkv_THn` is where there is.
+        router_TE ... shared_TD: inside a mixture of experts, likewise; `router_TE` and `weight_Tk` are float32,
+            `expert_Tk` and `place_Tk` int32.
     """
 
     hidden_TD: Tensor
@@ -40,6 +44,33 @@ class Rows(NamedTuple):
     gated_TF: Tensor
     cos_TH: Tensor
     sin_TH: Tensor
+    query_down_TQ: Tensor
+    query_nope_TNI: Tensor
+    query_rope_TNR: Tensor
+    latent_TC: Tensor
+    key_rope_T1R: Tensor
+    query_TNH: Tensor
+    value_TNV: Tensor
+    router_TE: Tensor
+    weight_Tk: Tensor
+    expert_Tk: Tensor
+    place_Tk: Tensor
+    expert_rows_TkD: Tensor
+    expert_gate_up_TkF2: Tensor
+    expert_gated_TkF: Tensor
+    shared_gate_up_TF2: Tensor
+    shared_gated_TF: Tensor
+    shared_TD: Tensor
+
+
+class _Row(NamedTuple):
+    """What one token has in a field of `Rows`; dtype None is the model's."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+_NONE = _Row((0,))
 
 
 class Workspace:
@@ -48,6 +79,8 @@ class Workspace:
     Attributes:
         num_allocations: how often it grew.
         num_bytes: what it holds now.
+        expert_rows_LE: int64, how many rows each expert of each layer had in the last step; 0 in layers without.
+        counts_experts: whether somebody reads it.
         is_fixed: whether somebody counts on its addresses; it may then grow no more.
     """
 
@@ -55,14 +88,7 @@ class Workspace:
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
     ) -> None:
         """Args: `shard` says which part of a model `config` is; None: all of it."""
-        N, K, H, D, F = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.hidden_size,
-            config.intermediate_size,
-        )
-        self._shapes = ((D,), (D,), (D,), (N + 2 * K, H), (N, H), (2 * F,), (F,), (H,), (H,))
+        self._a_token = _a_token(config)
         self._vocab_size, self._dtype, self._device = config.vocab_size, dtype, device
         self._num_ranks = 0 if shard is None else shard.size
         self._part_rows = 0 if shard is None else shard.vocabulary(config.vocab_size).rows
@@ -71,21 +97,24 @@ class Workspace:
         self._logits_RV = torch.empty((0, self._vocab_size), device=device)
         self._parts = torch.empty(0, device=device)
         self._cut = self._rows
+        num_experts = config.mixture.routing.num_experts if config.mixture else 0
+        self.expert_rows_LE = torch.zeros((config.num_layers, num_experts), dtype=torch.int64, device=device)
+        self.counts_experts = False
         self.num_allocations = 0
         self.is_fixed = False
 
     @property
     def num_bytes(self) -> int:
-        held = (*self._rows, self._own_T, self._logits_RV, self._parts)
+        held = (*self._rows, self._own_T, self._logits_RV, self._parts, self.expert_rows_LE)
         return sum(t.numel() * t.element_size() for t in held)
 
     def bytes_for(self, *, tokens: int, logits: int) -> int:
         """What it holds at least once so much is reserved."""
-        a_token = sum(math.prod(shape) for shape in self._shapes) * self._dtype.itemsize
+        a_token = sum(math.prod(shape) * (dtype or self._dtype).itemsize for shape, dtype in self._a_token)
         a_token += self._own_T.element_size() * bool(self._num_ranks)
         a_row = (self._vocab_size + self._parts_width) * self._logits_RV.element_size()
         most_tokens, most_logits = max(tokens, len(self._rows.hidden_TD)), max(logits, len(self._logits_RV))
-        return most_tokens * a_token + most_logits * a_row
+        return most_tokens * a_token + most_logits * a_row + self.expert_rows_LE.nbytes
 
     def reserve(self, *, tokens: int, logits: int) -> None:
         """Makes room for a step of that many tokens and rows of logits."""
@@ -105,7 +134,7 @@ class Workspace:
         """Views for a step of that many tokens; what they hold is the last step's."""
         self.reserve(tokens=tokens, logits=0)
         if len(self._cut.hidden_TD) != tokens:
-            self._cut = Rows(*(t[:tokens] for t in self._rows))
+            self._cut = Rows(*(t[:tokens] if t.numel() else t for t in self._rows))
         return self._cut
 
     def logits(self, rows: int) -> Tensor:
@@ -130,7 +159,31 @@ class Workspace:
 
     def _allocate(self, tokens: int) -> Rows:
         # Zeros: rows that only pad a step may never be written, and are read.
-        return Rows(*(torch.zeros((tokens, *s), dtype=self._dtype, device=self._device) for s in self._shapes))
+        made = ((shape, dtype or self._dtype) for shape, dtype in self._a_token)
+        return Rows(*(torch.zeros((tokens, *shape), dtype=dtype, device=self._device) for shape, dtype in made))
+
+
+def _a_token(config: ModelConfig) -> list[_Row]:
+    """What each field has of one token, in the order of `Rows`."""
+    N, K, H, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rope_dim
+    D, F = config.hidden_size, config.intermediate_size
+    if config.mixture is not None and len(config.mixture.layers) == config.num_layers:
+        F = 0
+    dense = [(D,), (D,), (D,), (N + 2 * K, H), (N, H), (2 * F,), (F,), (R,), (R,)]
+    of_latents, of_experts = [_NONE] * 7, [_NONE] * 10
+    if (latent := config.latent) is not None:
+        dense[3] = (0,)
+        C, nope = latent.rank, latent.nope_dim
+        shapes = ((latent.query_rank,), (N, nope), (N, R), (C,), (1, R), (N, H), (N, latent.value_dim))
+        of_latents = [_Row(shape) for shape in shapes]
+    if (mixture := config.mixture) is not None:
+        (E, k, *_), F, S = mixture.routing, mixture.intermediate_size, mixture.shared_size
+        of_experts = [
+            *(_Row((E,), torch.float32), _Row((k,), torch.float32), _Row((k,), torch.int32), _Row((k,), torch.int32)),
+            *(_Row((k, D)), _Row((k, 2 * F)), _Row((k, F))),
+            *(_Row((2 * S,)), _Row((S,)), _Row((D if S else 0,))),
+        ]
+    return [*(_Row(shape) for shape in dense), *of_latents, *of_experts]
 
 
 def most_logits(config: InstanceConfig) -> int:

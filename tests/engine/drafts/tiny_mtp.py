@@ -23,6 +23,22 @@ _MODELS: dict[str, dict[str, Any]] = {
     "mimo": {"model_type": "mimo", "num_nextn_predict_layers": 1},
     "deepseek": {"model_type": "llama", "num_nextn_predict_layers": 1, "tie_word_embeddings": True},
     "qwen": {"model_type": "qwen3", "head_dim": 16},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+    },
 }
 
 
@@ -49,11 +65,11 @@ def write_mtp_checkpoint(folder: Path, style: str, **extra: Tensor) -> MtpCheckp
 
 
 def _module(config: ModelConfig, style: str) -> dict[str, Tensor]:
-    names, D, first = NAMES[style], config.hidden_size, "model.layers.0."
+    names, D, last = NAMES[style], config.hidden_size, f"model.layers.{config.num_layers - 1}."
     shapes: dict[str, tuple[int, ...]] = {
-        names.prefix + names.layer + name.removeprefix(first): shape
+        names.prefix + names.layer + name.removeprefix(last): shape
         for name, shape in expected_shapes(config).items()
-        if name.startswith(first)
+        if name.startswith(last)
     }
     shapes[f"{names.prefix}{names.projection}.weight"] = (D, 2 * D)
     for norm in (names.token_norm, names.hidden_norm, names.norm):

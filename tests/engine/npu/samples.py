@@ -54,6 +54,7 @@ def paged(dtype: torch.dtype = torch.bfloat16) -> calls.PagedQuery:
         cumulated_S=[1, 4, 9],
         kv_len_S=[7, 130, 5],
         table_SM=integers([[3, 0], [5, 1], [2, 0]], torch.int32),
+        scale=H**-0.5,
     )
 
 

@@ -39,9 +39,9 @@ def describe() -> str:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """On Linux, pages that the system zeroes all at once, for two thirds of what touching each of them takes."""
-    if not hasattr(mmap, "MAP_POPULATE"):
-        return torch.zeros(shape, dtype=dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes or not hasattr(mmap, "MAP_POPULATE"):
+        return torch.zeros(shape, dtype=dtype)
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 

@@ -50,6 +50,7 @@ class PagedBatch:
         kv_lens: for each sequence, its tokens in the pool, counting those of this step.
         block_table_SM: block ids, int32, padded with 0; the first ceil(kv_len / P) of a row are its own.
         starts_S1, kv_len_S: the two lists as int32 tensors.
+        num_tokens_1: how many of T are a sequence's, int32, on the device; None: all are.
         num_padding: sequences of one token behind those of the lists, which only fill up a graph; each has one token
             in the pool, in a block that its row of the table names.
     """
@@ -60,6 +61,7 @@ class PagedBatch:
     block_table_SM: Tensor
     starts_S1: Tensor
     kv_len_S: Tensor
+    num_tokens_1: Tensor | None = None
     num_padding: int = 0
     _gathers: list[Gather] = field(default_factory=list)
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xllm_lab.engine.ops import reference
+from xllm_lab.engine.ops import experts, latent, reference
 from xllm_lab.engine.ops.batch import paged_batch
-from xllm_lab.engine.ops.table import Ops
+from xllm_lab.engine.ops.experts import Routes, loop_linear
+from xllm_lab.engine.ops.table import ExpertOps, ExpertShape, LatentOps, Ops
 
 _EPS = 1e-5
 # (tokens computed now, tokens in the pool before): a prompt, a chunk of one, decodes at and beside a block's edge.
@@ -21,6 +22,10 @@ _SEQUENCES = ((37, 0), (16, 128), (1, 0), (1, 127), (1, 128), (1, 300))
 # Largest error that rounding explains, in units of the results' standard deviation: a few roundings of the operator's
 # inputs and of its result, 2^-24 or 2^-9 each, and in a sum of many products the square root of their number.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
+
+
+_EXACT = ("argmax", "permute", "cache_latent")  # nothing is computed, or nothing is rounded
+_MOST_EXPERTS = 5  # whose weights are drawn
 
 
 class OperatorCheck(NamedTuple):
@@ -41,13 +46,18 @@ class OperatorCheck(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a model."""
+    """Of a model.
+
+    Attributes:
+        expert_shape: of its experts, if it has some.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
     block_size: int
+    expert_shape: ExpertShape | None = None
 
 
 def check_operators(ops: Ops, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[OperatorCheck]:
@@ -66,10 +76,14 @@ def check_operators(ops: Ops, sizes: Sizes, dtype: torch.dtype, device: torch.de
         "paged_attention": _attention,
         "argmax": _argmax,
     }
+    if ops.experts is not None:
+        checks |= {"route": _route, "permute": _permute, "grouped_matmul": _grouped_matmul, "unpermute": _unpermute}
+    if ops.latents is not None:
+        checks |= {"latent_query": _latent_query, "cache_latent": _cache_latent, "head_linear": _head_linear}
     for op, check in checks.items():
         found, expected = check(ops, sizes, _Drawn(dtype, device))
         error = float((found.cpu().float() - expected).abs().max() / expected.std())
-        yield OperatorCheck(op, ops.served[op].by, error, 0.0 if op == "argmax" else TOLERANCES[dtype])
+        yield OperatorCheck(op, ops.served[op].by, error, 0.0 if op in _EXACT else TOLERANCES[dtype])
 
 
 class _Drawn:
@@ -158,3 +172,102 @@ def _attention(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
 def _argmax(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
     logits_RV, logits = drawn(9, 4 * sizes.hidden_size)
     return torch.tensor(ops.argmax(logits_RV.float())), logits.argmax(-1).float()
+
+
+def _with_experts(ops: Ops, sizes: Sizes) -> tuple[ExpertOps, ExpertShape]:
+    assert ops.experts is not None, "a model without experts"
+    assert sizes.expert_shape is not None, "sizes of a model without experts"
+    return ops.experts, sizes.expert_shape
+
+
+def _routes(rows: int, top_k: int, device: torch.device) -> Routes:
+    return Routes(torch.empty(rows, top_k, device=device), torch.empty(rows, top_k, dtype=torch.int32, device=device))
+
+
+def _route(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    """As a weight for each expert: the chosen ones come in no order."""
+    of_experts, (routing, *_) = _with_experts(ops, sizes)
+    logits_TE, logits = drawn(33, routing.num_experts)
+    bias_E, bias = drawn(routing.num_experts)
+    biases = (bias_E.float(), bias) if routing.is_sigmoid else (None, None)
+    made = of_experts.route(logits_TE.float(), biases[0], routing, None, _routes(33, routing.top_k, logits_TE.device))
+    expected = experts.route(logits, biases[1], routing, None, _routes(33, routing.top_k, logits.device))
+    found, wanted = (
+        torch.zeros(33, routing.num_experts).scatter_(1, r.expert_Tk.cpu().long(), r.weight_Tk.cpu().float())
+        for r in (made, expected)
+    )
+    return found, wanted
+
+
+def _chosen(num_experts: int, top_k: int) -> Tensor:
+    """Of 33 tokens different experts each, unevenly."""
+    first = torch.arange(33, dtype=torch.int32) ** 2 % num_experts
+    return (first.unsqueeze(1) + torch.arange(top_k, dtype=torch.int32)) % num_experts
+
+
+def _permute(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    """Rows, and how many each expert has."""
+    of_experts, (routing, *_) = _with_experts(ops, sizes)
+    (x_TD, x), chosen_Tk, made = drawn(33, sizes.hidden_size), _chosen(routing.num_experts, routing.top_k), []
+    for permute, rows_TD in ((of_experts.permute, x_TD), (experts.permute, x)):
+        rows, device = 33 * routing.top_k, rows_TD.device
+        place_X = torch.empty(rows, dtype=torch.int32, device=device)
+        count_E = torch.empty(routing.num_experts, dtype=torch.int64, device=device)
+        out = permute(rows_TD, chosen_Tk.to(device), rows_TD.new_empty(rows, sizes.hidden_size), place_X, count_E)
+        made.append(torch.cat([out.rows_XD.cpu().float().flatten(), out.count_E.cpu().float()]))
+    return made[0], made[1]
+
+
+def _grouped_matmul(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    """One expert among them gets no row."""
+    of_experts, shape = _with_experts(ops, sizes)
+    E, outputs = min(shape.routing.num_experts, _MOST_EXPERTS), 2 * shape.intermediate_size
+    weight_EOI, weight = drawn(E, outputs, shape.hidden_size)
+    count_E = torch.arange(E) ** 2
+    x_XI, x = drawn(int(count_E.sum()), shape.hidden_size)
+    expected = loop_linear(weight)(x, count_E, torch.empty(len(x), outputs))
+    layer = of_experts.grouped_matmul(weight_EOI)
+    return layer(x_XI, count_E.to(x_XI.device), drawn.like(expected)), expected
+
+
+def _unpermute(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    of_experts, (routing, *_) = _with_experts(ops, sizes)
+    rows, D = 33 * routing.top_k, sizes.hidden_size
+    (x_XD, x), (weight_Tk, weight), (shared_TD, shared) = drawn(rows, D), drawn(33, routing.top_k), drawn(33, D)
+    place = torch.randperm(rows, generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    expected = experts.unpermute(x, place, weight, shared, torch.empty(33, D))
+    place_X, out_TD = place.to(x_XD.device), drawn.like(expected)
+    return of_experts.unpermute(x_XD, place_X, weight_Tk.float(), shared_TD, out_TD), expected
+
+
+def _with_latents(ops: Ops) -> LatentOps:
+    assert ops.latents is not None, "a model of another attention"
+    return ops.latents
+
+
+def _latent_query(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    N, H = sizes.num_heads, sizes.head_dim
+    R = H // 4
+    (nope_TNI, nope), (rope_TNR, rope), (up_NIC, up) = drawn(33, N, 16), drawn(33, N, R), drawn(N, 16, H - R)
+    expected = torch.empty(33, N, H)
+    latent.latent_query(nope, rope, up, expected)
+    query_TNH = drawn.like(expected)
+    _with_latents(ops).latent_query(nope_TNI, rope_TNR, up_NIC, query_TNH)
+    return query_TNH, expected
+
+
+def _cache_latent(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    P, H = sizes.block_size, sizes.head_dim
+    R = H // 4
+    (kv_BP1H, pool), (c_TC, c), (r_T1R, r) = drawn(3, P, 1, H), drawn(5, H - R), drawn(5, 1, R)
+    latent.cache_latent(c, r, pool, paged_batch([3, 2], [P, 0], [[2, 0], [1]], pool))
+    _with_latents(ops).cache_latent(c_TC, r_T1R, kv_BP1H, paged_batch([3, 2], [P, 0], [[2, 0], [1]], kv_BP1H))
+    return kv_BP1H, pool
+
+
+def _head_linear(ops: Ops, sizes: Sizes, drawn: _Drawn) -> _Pair:
+    (x_TNI, x), (weight_NIO, weight) = drawn(33, sizes.num_heads, 24), drawn(sizes.num_heads, 24, 16)
+    expected = torch.einsum("tni,nio->tno", x, weight)
+    out_TNO = drawn.like(expected)
+    _with_latents(ops).head_linear(x_TNI, weight_NIO, out_TNO)
+    return out_TNO, expected

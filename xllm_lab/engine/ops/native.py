@@ -148,7 +148,14 @@ class NativeOps:
         )
 
     def paged_attention(
-        self, q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, out_TNH: Tensor
+        self,
+        q_TNH: Tensor,
+        k_BPKH: Tensor,
+        v_BPKH: Tensor,
+        batch: PagedBatch,
+        out_TNH: Tensor,
+        *,
+        scale: float | None = None,
     ) -> None:
         """As `reference.paged_attention`."""
         _, P, K, H = k_BPKH.shape
@@ -156,7 +163,7 @@ class NativeOps:
         self._paged_attention(
             *(q_TNH.data_ptr(), q_TNH.stride(0), k_BPKH.data_ptr(), v_BPKH.data_ptr()),
             *(batch.block_table_SM.data_ptr(), width, batch.starts_S1.data_ptr(), batch.kv_len_S.data_ptr()),
-            *(sequences, q_TNH.shape[1], K, H, P, H**-0.5, out_TNH.data_ptr(), self._threads),
+            *(sequences, q_TNH.shape[1], K, H, P, scale or H**-0.5, out_TNH.data_ptr(), self._threads),
         )
 
     def argmax(self, logits_RV: Tensor) -> list[int]:

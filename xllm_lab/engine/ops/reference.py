@@ -72,8 +72,16 @@ def reshape_and_cache(k_TKH: Tensor, v_TKH: Tensor, k_BPKH: Tensor, v_BPKH: Tens
     v_BPKH.view(-1, *v_BPKH.shape[2:]).index_copy_(0, batch.slot_T, v_TKH)
 
 
-def paged_attention(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, out_TNH: Tensor) -> None:
-    """Causal softmax attention of each sequence's new tokens over its own KV; scores are scaled by H^-0.5.
+def paged_attention(
+    q_TNH: Tensor,
+    k_BPKH: Tensor,
+    v_BPKH: Tensor,
+    batch: PagedBatch,
+    out_TNH: Tensor,
+    *,
+    scale: float | None = None,
+) -> None:
+    """Causal softmax attention of each sequence's new tokens over its own KV; scores are scaled by H^-0.5 or `scale`.
 
     The attention of torch once a sequence: anything that pads to the longest sequence loses to it on a CPU from 64
     sequences on, and a call costs only some 10 us. Tokens of q may be strided.
@@ -81,12 +89,15 @@ def paged_attention(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedB
     for gather, (start, end) in zip(batch.gathers(k_BPKH), itertools.pairwise(batch.query_starts), strict=True):
         if gather.lies_in is None:
             torch.index_select(k_BPKH, 0, gather.block_ids, out=gather.k_blocks)
-            torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
             k_1KLH, v_1KLH = gather.k_1KLH, gather.v_1KLH
+            if v_BPKH is k_BPKH:  # latent attention
+                v_1KLH = k_1KLH
+            else:
+                torch.index_select(v_BPKH, 0, gather.block_ids, out=gather.v_blocks)
         else:
             k_1KLH, v_1KLH = (pool[gather.lies_in, : gather.kv_len].transpose(0, 1)[None] for pool in (k_BPKH, v_BPKH))
         attend = _decode if end - start == 1 else _chunk
-        out_TNH[start:end] = attend(q_TNH[start:end], k_1KLH, v_1KLH, gather.mask_TL)
+        out_TNH[start:end] = attend(q_TNH[start:end], k_1KLH, v_1KLH, gather.mask_TL, scale)
 
 
 def argmax(logits_RV: Tensor) -> list[int]:
@@ -102,19 +113,20 @@ def all_reduce(x_TD: Tensor, group: Group) -> None:
     torch.sum(parts_nTD, 0, out=x_TD)
 
 
-def _decode(q_1NH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, _: Tensor | None) -> Tensor:
+def _decode(q_1NH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, _: Tensor | None, scale: float | None) -> Tensor:
     # The query heads of a KV head become rows of one query: repeating K and V for them costs 1.3 to 2.5 times.
     q_1KGH = q_1NH.reshape(1, k_1KLH.shape[1], -1, q_1NH.shape[-1])
-    return F.scaled_dot_product_attention(q_1KGH, k_1KLH, v_1KLH).view(q_1NH.shape)
+    return F.scaled_dot_product_attention(q_1KGH, k_1KLH, v_1KLH, scale=scale).view(q_1NH.shape)
 
 
-def _chunk(q_TNH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, mask_TL: Tensor | None) -> Tensor:
+def _chunk(q_TNH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, mask_TL: Tensor | None, scale: float | None) -> Tensor:
     out_1NTH = F.scaled_dot_product_attention(
         q_TNH.transpose(0, 1).unsqueeze(0),
         k_1KLH,
         v_1KLH,
         attn_mask=mask_TL,
         is_causal=mask_TL is None,
+        scale=scale,
         enable_gqa=True,
     )
     return out_1NTH[0].transpose(0, 1)

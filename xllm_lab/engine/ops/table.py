@@ -11,15 +11,25 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from xllm_lab.engine.ops import native, reference
+from xllm_lab.engine.ops import experts, latent, native, reference
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.collectives import Group
+from xllm_lab.engine.ops.experts import (
+    EachLinear,
+    GroupedLinear,
+    GroupedMmLinear,
+    Permuted,
+    Routes,
+    Routing,
+    grouped_mm_fails,
+    loop_linear,
+)
 from xllm_lab.engine.ops.gpu import serving as gpu
 from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn_fails
 from xllm_lab.engine.ops.npu import operators as npu_operators
@@ -29,6 +39,7 @@ from xllm_lab.errors import ConfigError
 
 _PLAIN = {"cpu": ("native", "torch"), "cuda": ("torch",), "npu": ("torch_npu",)}
 _ROWWISE = {**_PLAIN, "cuda": ("triton", "torch")}
+_TORCH = {"cpu": ("torch",), "cuda": ("torch",), "npu": ("torch",)}
 TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear": {"cpu": ("native", "onednn", "torch"), "cuda": ("torch",), "npu": ("torch",)},
     "paged_attention": {**_ROWWISE, "npu": ("torch_npu", "torch")},
@@ -41,7 +52,20 @@ TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "swiglu": _ROWWISE,
     "argmax": _PLAIN,
     "all_reduce": {"cpu": ("gloo", "torch"), "cuda": ("nccl", "torch"), "npu": ("hccl", "torch")},
+    "route": {**_TORCH, "npu": ("torch_npu", "torch")},
+    "permute": {**_TORCH, "npu": ("torch_npu", "torch")},
+    "grouped_matmul": {
+        "cpu": ("native", "grouped_mm", "torch"),
+        "cuda": ("grouped_mm", "torch"),
+        "npu": ("torch_npu", "torch"),
+    },
+    "unpermute": {**_TORCH, "npu": ("torch_npu", "torch")},
+    "latent_query": _TORCH,
+    "cache_latent": _TORCH,
+    "head_linear": _TORCH,
 }
+OF_EXPERTS = ("route", "permute", "grouped_matmul", "unpermute")
+OF_LATENTS = ("latent_query", "cache_latent", "head_linear")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +81,65 @@ class Served:
     instead_of: Mapping[str, str] = field(default_factory=dict)
 
 
+class PagedAttention(Protocol):
+    """See `reference.paged_attention`."""
+
+    def __call__(
+        self,
+        q_TNH: Tensor,
+        k_BPKH: Tensor,
+        v_BPKH: Tensor,
+        batch: PagedBatch,
+        out_TNH: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> None: ...
+
+
+class ExpertOps(NamedTuple):
+    """See `experts`; `grouped_matmul` makes a layer over weights [E, O, I].
+
+    Attributes:
+        skips_padding: tokens that only pad may be nobody's; else they are routed like any other, and do no harm.
+    """
+
+    route: Callable[[Tensor, Tensor | None, Routing, Tensor | None, Routes], Routes]
+    permute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Permuted]
+    grouped_matmul: Callable[[Tensor], GroupedLinear]
+    unpermute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+    count_rows: Callable[[Tensor, Tensor | None, Tensor], None]
+    skips_padding: bool
+
+
+class LatentOps(NamedTuple):
+    """See `latent`."""
+
+    latent_query: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    cache_latent: Callable[[Tensor, Tensor, Tensor, PagedBatch], None]
+    head_linear: Callable[[Tensor, Tensor, Tensor], None]
+
+
+class ExpertShape(NamedTuple):
+    """Of a layer's experts.
+
+    Attributes:
+        routing: how tokens find them.
+        hidden_size, intermediate_size: of each.
+    """
+
+    routing: Routing
+    hidden_size: int
+    intermediate_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
     """The operators of one device and dtype; what each does is told in `reference`. A rank that is alone has nobody to
     reduce with: its `all_reduce` does nothing, and nobody serves it.
 
     Attributes:
+        experts: those of `experts`, if the model has some.
+        latents: those of `latent`, if its attention is.
         served: which implementation each one is.
     """
 
@@ -73,9 +150,11 @@ class Ops:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, Tensor], None]
+    paged_attention: PagedAttention
     argmax: Callable[[Tensor], list[int]]
     all_reduce: Callable[[Tensor], None]
+    experts: ExpertOps | None
+    latents: LatentOps | None
     served: Mapping[str, Served]
     _dtype: torch.dtype
     _device: str
@@ -102,6 +181,8 @@ def choose(
     *,
     head_dim: int,
     hidden_size: int,
+    expert_shape: ExpertShape | None = None,
+    is_latent: bool = False,
     without: Sequence[str] = (),
     group: Group | None = None,
 ) -> Ops:
@@ -109,6 +190,8 @@ def choose(
 
     Args:
         head_dim, hidden_size: of the model; some implementations take multiples of a vector's length only.
+        expert_shape: of its experts; None: it has none.
+        is_latent: whether its KV holds compressed vectors.
         without: implementations not to use, e.g. "native".
         group: who shares the model; None: nobody.
 
@@ -120,21 +203,37 @@ def choose(
     for op in TABLE:
         if op == "all_reduce" and group is None:
             continue
+        if (op in OF_EXPERTS and expert_shape is None) or (op in OF_LATENTS and not is_latent):
+            continue
         if op == "linear":
             served[op] = _pick(op, device.type, _linear_fails(dtype, hidden_size, left_out))
+        elif op == "grouped_matmul":
+            assert expert_shape is not None
+            served[op] = _pick(op, device.type, _grouped_fails(device, dtype, expert_shape, left_out))
         else:
-            served[op] = _pick(op, device.type, _op_fails(op, device, dtype, head_dim, left_out))
+            routing = None if expert_shape is None else expert_shape.routing
+            served[op] = _pick(
+                op, device.type, _op_fails(op, device, dtype, head_dim=head_dim, routing=routing, without=left_out)
+            )
     makers: dict[str, Callable[[], object]] = {
         "native": lambda: native.NativeOps(native.load(), dtype, torch.get_num_threads()),
         "torch_npu": lambda: npu.NpuOps(device),
         "triton": lambda: gpu.operators(device),
         "torch": _References,
     }
-    chosen = {op: s.by for op, s in served.items() if op not in ("linear", "all_reduce")}
+    chosen = {op: s.by for op, s in served.items() if op not in ("linear", "all_reduce", "grouped_matmul")}
     made = {by: makers[by]() for by in set(chosen.values())}
     functions = {op: getattr(made[by], op) for op, by in chosen.items()}
     functions["all_reduce"] = _nothing if group is None else _all_reduce(served["all_reduce"].by, group)
-    return Ops(**functions, served=served, _dtype=dtype, _device=device.type, _without=left_out)
+    latents = LatentOps(*(functions.pop(op) for op in OF_LATENTS)) if is_latent else None
+    of_experts = None
+    if expert_shape is not None:
+        functions["grouped_matmul"] = _GROUPED[served["grouped_matmul"].by]
+        skips_padding = all(served[op].by != "torch_npu" for op in OF_EXPERTS)
+        parts_of_experts: dict[str, Any] = {op: functions.pop(op) for op in OF_EXPERTS}
+        of_experts = ExpertOps(**parts_of_experts, count_rows=taped(experts.count_rows), skips_padding=skips_padding)
+    parts: dict[str, Any] = {**functions, "experts": of_experts, "latents": latents}
+    return Ops(**parts, served=served, _dtype=dtype, _device=device.type, _without=left_out)
 
 
 def check_calls(device: torch.device, *, on: bool) -> None:
@@ -154,7 +253,8 @@ def check_calls(device: torch.device, *, on: bool) -> None:
 
 class _References:
     def __getattr__(self, op: str) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(reference, op)
+        module = experts if op in OF_EXPERTS else latent if op in OF_LATENTS else reference
+        function: Callable[..., Any] = getattr(module, op)
         if op == "argmax":  # reads a step's result, and is no part of it
             return function
         return reads_host(function) if op == "paged_attention" else taped(function)
@@ -191,9 +291,52 @@ def _linear_fails(dtype: torch.dtype, inputs: int, without: frozenset[str]) -> C
     return fails
 
 
-def _op_fails(
-    op: str, device: torch.device, dtype: torch.dtype, head_dim: int, without: frozenset[str]
+def _native_grouped(weight_EOI: Tensor) -> GroupedLinear:
+    library, threads = native.load(), torch.get_num_threads()
+    return EachLinear([native.NativeLinear(library, threads, weight_OI) for weight_OI in weight_EOI], "native")
+
+
+_GROUPED: Mapping[str, Callable[[Tensor], GroupedLinear]] = {
+    "native": _native_grouped,
+    "torch": loop_linear,
+    "grouped_mm": GroupedMmLinear,
+    "torch_npu": npu.NpuGroupedLinear,
+}
+
+
+def _grouped_fails(
+    device: torch.device, dtype: torch.dtype, shape: ExpertShape, without: frozenset[str]
 ) -> Callable[[str], str | None]:
+    def fails(name: str) -> str | None:
+        if name in without:
+            return "left out on request"
+        if name == "native":
+            reason = _native_fails(dtype)
+            for inputs in (shape.hidden_size, shape.intermediate_size):
+                reason = reason or native.linear_fails(native.load(), dtype, inputs)
+            return reason
+        if name == "grouped_mm":
+            up, down = (shape.hidden_size, 2 * shape.intermediate_size), (shape.intermediate_size, shape.hidden_size)
+            return grouped_mm_fails(device, dtype, *up) or grouped_mm_fails(device, dtype, *down)
+        return None
+
+    return fails
+
+
+def _op_fails(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    routing: Routing | None,
+    without: frozenset[str],
+) -> Callable[[str], str | None]:
+    def npu_fails() -> str | None:
+        if op == "paged_attention":
+            return npu.attention_fails(dtype, head_dim)
+        return npu.route_fails(routing) if op == "route" and routing is not None else None
+
     def fails(name: str) -> str | None:
         if name in without:
             return "left out on request"
@@ -205,9 +348,7 @@ def _op_fails(
         if name == "triton":
             reason = gpu.fails(device, dtype)
             return gpu.attention_fails(head_dim) if reason is None and op == "paged_attention" else reason
-        if name == "torch_npu" and op == "paged_attention":
-            return npu.attention_fails(dtype, head_dim)
-        return None
+        return npu_fails() if name == "torch_npu" else None
 
     return fails
 

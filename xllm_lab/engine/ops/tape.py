@@ -129,6 +129,15 @@ def recording(tape: Tape) -> Iterator[None]:
         _here.tape = None
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    tape, _here.tape = _here.tape, None
+    try:
+        yield
+    finally:
+        _here.tape = tape
+
+
 class Program:
     """A tape for kernels on a CPU, and what comes of it.
 
@@ -158,7 +167,8 @@ class Program:
     def call(self, call: Callable[[], R]) -> R:
         self._close_piece()
         self._pieces.append(call)
-        return call()
+        with _unseen():  # kernels that it calls are its own affair, now and in each replay
+            return call()
 
     host_call = call
 

@@ -138,7 +138,14 @@ class TritonOps:
 
     @taped
     def paged_attention(
-        self, q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, out_TNH: Tensor
+        self,
+        q_TNH: Tensor,
+        k_BPKH: Tensor,
+        v_BPKH: Tensor,
+        batch: PagedBatch,
+        out_TNH: Tensor,
+        *,
+        scale: float | None = None,
     ) -> None:
         """As `reference.paged_attention`. Sequences that pad a graph are attended to like any other."""
         N, H = q_TNH.shape[1:]
@@ -154,7 +161,13 @@ class TritonOps:
             tiles.grid,
             *(q_TNH, k_BPKH, v_BPKH, partial, partial_lse),
             *(batch.block_table_SM, batch.starts_S1, batch.kv_len_S),
-            *(H**-0.5 * math.log2(math.e), _token_stride(q_TNH), batch.block_table_SM.stride(0), sequences, splits),
+            *(
+                (scale or H**-0.5) * math.log2(math.e),
+                _token_stride(q_TNH),
+                batch.block_table_SM.stride(0),
+                sequences,
+                splits,
+            ),
             KV_HEADS=K,
             GROUP=N // K,
             HEAD_DIM=H,

@@ -32,6 +32,7 @@ class PagedQuery(NamedTuple):
         cumulated_S: tokens of this and all sequences before it; the last is T.
         kv_len_S: tokens in the pool, those of this step included.
         table_SM: int32.
+        scale: of the scores.
     """
 
     q_TNH: Tensor
@@ -41,9 +42,10 @@ class PagedQuery(NamedTuple):
     cumulated_S: Sequence[int]
     kv_len_S: Sequence[int]
     table_SM: Tensor
+    scale: float
 
     def named(self) -> dict[str, Any]:
-        """Packed (TND), causal and aligned at the right end (sparse mode 3), scaled by H^-0.5."""
+        """Packed (TND), causal and aligned at the right end (sparse mode 3)."""
         _, N, H = self.q_TNH.shape
         return {
             "atten_mask": self.mask,
@@ -51,7 +53,7 @@ class PagedQuery(NamedTuple):
             "actual_seq_lengths_kv": self.kv_len_S,
             "block_table": self.table_SM,
             "num_heads": N,
-            "scale": H**-0.5,
+            "scale": self.scale,
             "input_layout": "TND",
             "num_key_value_heads": self.k_BPF.shape[2] // H,
             "sparse_mode": 3,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xllm_lab.engine.ops import reference
 from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.experts import Permuted, Routes, Routing
 from xllm_lab.engine.ops.npu import calls, limits
 from xllm_lab.engine.ops.tape import is_captured, reads_host
 
@@ -31,6 +32,13 @@ def attention_fails(dtype: torch.dtype, head_dim: int) -> str | None:
         return f"no fused attention for {str(dtype).removeprefix('torch.')}"
     if head_dim % 16 or head_dim > limits.MAX_HEAD_DIM:
         return f"no fused attention for a head dim of {head_dim}"
+    return None
+
+
+def route_fails(routing: Routing) -> str | None:
+    """Why the fused gate cannot be had for this routing."""
+    if routing.is_sigmoid or routing.top_groups < routing.num_groups:
+        return "the fused gate is a softmax over all experts"
     return None
 
 
@@ -86,7 +94,14 @@ class NpuOps:
         calls.scatter_kv(k_TKH.contiguous(), v_TKH.contiguous(), k_BPKH, v_BPKH, batch.slot_T)
 
     def paged_attention(
-        self, q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, out_TNH: Tensor
+        self,
+        q_TNH: Tensor,
+        k_BPKH: Tensor,
+        v_BPKH: Tensor,
+        batch: PagedBatch,
+        out_TNH: Tensor,
+        *,
+        scale: float | None = None,
     ) -> None:
         """As `reference.paged_attention`. Sequences that pad a graph are attended to like any other.
 
@@ -94,22 +109,65 @@ class NpuOps:
         for each replay, and that call may neither allocate nor launch anything else.
         """
         if not is_captured():
-            _attend(q_TNH.contiguous(), k_BPKH, v_BPKH, batch, self._mask, out_TNH, q_TNH.new_empty(1), None)
+            _attend(q_TNH.contiguous(), k_BPKH, v_BPKH, batch, self._mask, out_TNH, q_TNH.new_empty(1), None, scale)
             return
         if len(q_TNH) not in self._captured:
             q_copy_TNH = q_TNH.new_empty(q_TNH.shape)
-            paged = _paged(q_copy_TNH, k_BPKH, v_BPKH, batch, self._mask)
+            paged = _paged(q_copy_TNH, k_BPKH, v_BPKH, batch, self._mask, scale)
             self._captured[len(q_TNH)] = _Captured(q_copy_TNH, q_TNH.new_empty(1), calls.attention_workspace(paged))
         own = self._captured[len(q_TNH)]
         own.q_TNH.copy_(q_TNH)
-        _attend(own.q_TNH, k_BPKH, v_BPKH, batch, self._mask, out_TNH, own.lse, own.workspace)
+        _attend(own.q_TNH, k_BPKH, v_BPKH, batch, self._mask, out_TNH, own.lse, own.workspace, scale)
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        routing: Routing,
+        num_tokens_1: Tensor | None,
+        out: Routes,
+    ) -> Routes:
+        """As `experts.route`, but tokens that only pad are routed like any other: the way back wants every row.
+
+        Weights of a softmax come as they are, and are divided by their sum here.
+        """
+        assert route_fails(routing) is None, f"no fused gate for {routing}"
+        weights_Tk, experts_Tk = calls.gate(logits_TE, routing.top_k)
+        if routing.is_normalized:
+            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+        return Routes(weights_Tk * routing.scale, experts_Tk)
+
+    def permute(self, x_TD: Tensor, expert_Tk: Tensor, rows_XD: Tensor, place_X: Tensor, count_E: Tensor) -> Permuted:
+        """As `experts.permute`."""
+        return Permuted(*calls.sort_by_expert(x_TD, expert_Tk, len(count_E)))
+
+    def unpermute(
+        self, rows_XD: Tensor, place_X: Tensor, weight_Tk: Tensor, shared_TD: Tensor | None, out_TD: Tensor
+    ) -> Tensor:
+        """As `experts.unpermute`."""
+        summed_TD = calls.sum_over_experts(rows_XD, place_X, weight_Tk.to(rows_XD.dtype))
+        return summed_TD if shared_TD is None else summed_TD.add_(shared_TD)
 
     def argmax(self, logits_RV: Tensor) -> list[int]:
         """As `reference.argmax`."""
         return reference.argmax(logits_RV)
 
 
-def _paged(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, mask: Tensor) -> calls.PagedQuery:
+class NpuGroupedLinear:
+    """As `experts.loop_linear`, in one kernel."""
+
+    kind = "torch_npu"
+
+    def __init__(self, weight_EOI: Tensor) -> None:
+        self._weight_EIO = weight_EOI.transpose(1, 2).contiguous()
+
+    def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
+        return calls.experts_matmul(x_XI, self._weight_EIO, count_E)
+
+
+def _paged(
+    q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, mask: Tensor, scale: float | None
+) -> calls.PagedQuery:
     cumulated_S, kv_len_S = batch.padded_lengths()
     used = cumulated_S[-1]
     return calls.PagedQuery(
@@ -120,6 +178,7 @@ def _paged(q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, mas
         cumulated_S=cumulated_S,
         kv_len_S=kv_len_S,
         table_SM=batch.block_table_SM[: len(kv_len_S)],
+        scale=scale or q_TNH.shape[2] ** -0.5,
     )
 
 
@@ -133,6 +192,7 @@ def _attend(
     out_TNH: Tensor,
     lse: Tensor,
     workspace: Tensor | None,
+    scale: float | None,
 ) -> None:
-    paged = _paged(q_TNH, k_BPKH, v_BPKH, batch, mask)
+    paged = _paged(q_TNH, k_BPKH, v_BPKH, batch, mask, scale)
     calls.attend(paged, workspace, out_TNH[: len(paged.q_TNH)], lse)

@@ -22,6 +22,7 @@ from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.outages import Outage
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.cache.lru import Lru
 from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import InstanceId
@@ -143,6 +144,14 @@ def test_a_link_takes_its_time_in_lockstep(in_lockstep: EngineFleet) -> None:
     waited = [r.first_scheduled_us - r.arrival_us for r in records.requests if r.first_scheduled_us is not None]
     assert len(waited) == 6
     assert min(waited) >= 5000
+
+
+def test_tiers_are_not_served(in_lockstep: EngineFleet) -> None:
+    """Before anything is sent; the fleet serves on."""
+    with pytest.raises(ConfigError, match=r"cache policy lru is not served here: .* accepted: device-only"):
+        in_lockstep.serve(crowd(2), fleet(), config(), Policies(Fcfs(), cache=Lru()), Records())
+    records, _ = serve(in_lockstep, crowd(2), fleet(), config())
+    assert len(records.requests) == 2
 
 
 def test_real_links_are_not_configured(in_real_time: EngineFleet) -> None:

@@ -25,6 +25,7 @@ from xllm_lab.engine.engine import EngineOptions, refuse_unknown_tokens
 from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name, values_of
 from xllm_lab.policies.draft.off import Off
 from xllm_lab.policies.of_instance import Policies
@@ -238,6 +239,10 @@ class EngineFleet:
                 f"async_scheduling is {config.async_scheduling!r}: a fleet in lockstep cannot tell host from device "
                 "on wall time; accepted: timer 'cpu', clock 'wall', or async_scheduling 'off'"
             )
+        if not isinstance(policies.cache, DeviceOnly):
+            name = policy_name(policies.cache)
+            told = "is not served here: engines of a fleet copy nothing"
+            raise ConfigError(f"cache policy {name} {told}; accepted: device-only")
         for decides, policy in policies:
             if step_time is None and getattr(policy, "needs_step_time", False):
                 name = policy_name(policy)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
 
 from tests.policies import cache_sins
 from tests.policies.tiers_by_hand import TiersByHand
-from tests.small_runs import HandDriven, instance_config, request
-from xllm_lab.errors import PolicyError
+from tests.small_runs import COPY_TIME, STEP_TIME, HandCopier, HandDriven, instance_config, request
+from tests.tuning.searches import CALIBRATION
+from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.cache import CachePlan, CachePolicy, CacheView
 from xllm_lab.policies.cache.lru import Lru
-from xllm_lab.policies.catalog import policy_name
-from xllm_lab.tiering import Tiering
+from xllm_lab.policies.catalog import make_policy, policies, policy_name
+from xllm_lab.policies.of_instance import Policies
+from xllm_lab.sim.machine import fitted_machine, with_host_link
+from xllm_lab.tiering import Tiering, tiering_of
 
 SINS: dict[str, CachePolicy] = {
     r"offloads blocks \[\d+\], which are not idle, not cached, or in the host": cache_sins.OffloadsWhatIsUsed(),
@@ -143,3 +146,32 @@ def test_a_block_that_a_copy_reads_is_not_given_up() -> None:
             tiers.tiering.plan([], 0, 0)
         assert picture(tiers.tiering) == before
     assert copy.slots == (0,)
+
+
+@pytest.mark.parametrize("name", [name for name in policies("cache") if name != "device-only"])
+def test_tiers_are_refused_where_nothing_can_be_copied(name: str) -> None:
+    """By every policy that copies, with what is accepted."""
+    policy = make_policy("cache", name)
+    known: dict[str, Any] = {"step_time": STEP_TIME, "copy_time": COPY_TIME}
+    for changes, told in (
+        ({"kv_layout": "virtual"}, "kv_layout is 'virtual', whose pages are not copied; accepted: 'paged'"),
+        ({"enable_prefix_cache": False}, "enable_prefix_cache is false; accepted: true"),
+        ({}, "is not served here; accepted: device-only"),
+    ):
+        with pytest.raises(ConfigError, match=f"^cache policy {name}.* {told}"):
+            tiering_of(policy, instance_config(**changes), None, **known)
+    assert tiering_of(policy, instance_config(), HandCopier(4), **known) is not None
+
+
+def test_a_machine_that_never_copied_does_not_simulate_copies() -> None:
+    """Its calibration knows steps alone; a link's rate is enough, where it is known how large a token's KV is."""
+    machine, with_tiers = fitted_machine(CALIBRATION), Policies(Fcfs(), cache=Lru())
+    with pytest.raises(
+        ConfigError, match="cache is 'lru', and what a copy to the host and back takes is not known; acc"
+    ):
+        machine.refuse_if_not_priced(with_tiers, instance_config())
+    sized = replace(machine, model={**machine.model, "kv_bytes_per_token": 1000})
+    with_host_link(sized, 1e9).refuse_if_not_priced(with_tiers, instance_config())
+    with pytest.raises(ConfigError, match="does not say how many bytes of KV a token takes"):
+        with_host_link(replace(machine, model={}), 1e9)
+    machine.refuse_if_not_priced(Policies(Fcfs()), instance_config())

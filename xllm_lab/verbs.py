@@ -310,6 +310,7 @@ def verify(
                 repeats=repeats,
                 step_time=fitted.step_time_with_host(),
                 draft_time=fitted.draft_time,
+                copy_time=fitted.copy_time or None,
                 make_records=lambda: type(records)(bar=records.bar),
             )
 

@@ -11,6 +11,7 @@ from typing import Any
 from scipy import stats
 
 from xllm_lab.candidate import Candidate, candidate
+from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
 from xllm_lab.engine.engine import Engine
 from xllm_lab.errors import ConfigError, RunError
@@ -102,9 +103,14 @@ def verify(
     repeats: int = MIN_REPEATS,
     step_time: StepTime | None = None,
     draft_time: DraftTime | None = None,
+    copy_time: CopyTime | None = None,
     make_records: Callable[[], Records] = Records,
 ) -> Verification:
     """Replay default, tuned, default, tuned, ... and write the runs and verification.json into a new folder.
+
+    Args:
+        step_time, draft_time, copy_time: what policies are told, each time the same; else the engine measures what they
+            need before each run.
 
     Raises:
         ConfigError: fewer than three repeats.
@@ -123,6 +129,7 @@ def verify(
                     out=folder / f"{name}-{repeat}",
                     step_time=step_time,
                     draft_time=draft_time,
+                    copy_time=copy_time,
                     recorder=make_records(),
                 )
                 goodput[name].append(summarize(run.records).goodput_per_s)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.engine.test_engine_serving import config, crowd, served
 from tests.laws import fleet_obeys_the_laws
+from tests.small_runs import STEP_TIME
 from tests.tiny_models import VOCAB_SIZE
 from xllm_lab.decisions import DECISION_SCHEMA, DECISIONS_FILE, Delivery, decision_table, decisions_from
 from xllm_lab.engine.cluster.fleet import EngineFleet, Served
@@ -23,6 +24,7 @@ from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.outages import Outage
 from xllm_lab.policies.batch.fcfs import Fcfs
+from xllm_lab.policies.cache.cost_aware import CostAware
 from xllm_lab.policies.catalog import make_policy, policies
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import InstanceId
@@ -144,6 +146,15 @@ def test_a_link_takes_its_time_in_lockstep(in_lockstep: EngineFleet) -> None:
     waited = [r.first_scheduled_us - r.arrival_us for r in records.requests if r.first_scheduled_us is not None]
     assert len(waited) == 6
     assert min(waited) >= 5000
+
+
+def test_a_policy_without_its_times_is_refused(in_lockstep: EngineFleet) -> None:
+    """Before anything is sent; the fleet serves on."""
+    with pytest.raises(ConfigError, match=r"cache policy cost-aware needs copy times; accepted: a machine's"):
+        policies = Policies(Fcfs(), cache=CostAware())
+        in_lockstep.serve(crowd(2), fleet(), config(), policies, Records(), step_time=STEP_TIME)
+    records, _ = serve(in_lockstep, crowd(2), fleet(), config())
+    assert len(records.requests) == 2
 
 
 def test_real_links_are_not_configured(in_real_time: EngineFleet) -> None:

@@ -149,7 +149,7 @@ class EngineFleet:
             PolicyError: a policy planned something illegal, or starves a request.
             InstanceError: an engine process does not come up.
         """
-        self._refuse(workload, fleet, config, policies, step_time)
+        self._refuse(workload, fleet, config, policies, step_time=step_time, copy_time=copy_time)
         by_method = {} if draft_time is None else draft_time.weights
         by_kind = {} if copy_time is None else copy_time.weights
         opening = {
@@ -247,7 +247,9 @@ class EngineFleet:
         fleet: FleetConfig,
         config: InstanceConfig,
         policies: Policies,
+        *,
         step_time: StepTime | None,
+        copy_time: CopyTime | None,
     ) -> None:
         options, num = self.options, len(self.processes.instances)
         if fleet.num_instances != num:
@@ -259,6 +261,10 @@ class EngineFleet:
                 f"async_scheduling is {config.async_scheduling!r}: a fleet in lockstep cannot tell host from device "
                 "on wall time; accepted: timer 'cpu', clock 'wall', or async_scheduling 'off'"
             )
+        if options.store is not None and isinstance(policies.cache, DeviceOnly):
+            raise ConfigError(
+                f"store is {options.store!r}, and cache policy device-only never uses it; accepted: another policy"
+            )
         if not isinstance(policies.cache, DeviceOnly) and options.clock == "virtual" and options.timer == "wall":
             raise ConfigError(
                 f"cache policy {policy_name(policies.cache)}: a fleet in lockstep cannot tell copies beside steps from "
@@ -268,4 +274,7 @@ class EngineFleet:
             if step_time is None and getattr(policy, "needs_step_time", False):
                 name = policy_name(policy)
                 raise ConfigError(f"{decides} policy {name} needs step times; accepted: a machine's calibration")
+            if not copy_time and getattr(policy, "needs_copy_time", False):
+                name = policy_name(policy)
+                raise ConfigError(f"{decides} policy {name} needs copy times; accepted: a machine's calibration")
         refuse_unknown_tokens(workload, self.model["vocab_size"])

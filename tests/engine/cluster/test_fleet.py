@@ -150,8 +150,8 @@ def test_a_link_takes_its_time_in_lockstep(in_lockstep: EngineFleet) -> None:
 
 def test_a_policy_without_its_times_is_refused(in_lockstep: EngineFleet) -> None:
     """Before anything is sent; the fleet serves on."""
+    policies = Policies(Fcfs(), cache=CostAware())
     with pytest.raises(ConfigError, match=r"cache policy cost-aware needs copy times; accepted: a machine's"):
-        policies = Policies(Fcfs(), cache=CostAware())
         in_lockstep.serve(crowd(2), fleet(), config(), policies, Records(), step_time=STEP_TIME)
     records, _ = serve(in_lockstep, crowd(2), fleet(), config())
     assert len(records.requests) == 2

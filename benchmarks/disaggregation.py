@@ -143,7 +143,7 @@ def fleet(point: Point, policy: RolesPolicy, work: Workload) -> FleetConfig:
     """Heartbeats and decisions on roles as often as a load of this pace needs: of the time it lasts, a 200th."""
     lasts_us = max(1000, work.requests[-1].arrival_us)
     if isinstance(policy, SloFlip):
-        policy = replace(policy, min_dwell_us=max(1, lasts_us // 20))
+        policy = replace(policy, min_dwell_us=max(1, lasts_us // 20), min_return_us=max(1, lasts_us // 4))
     return FleetConfig(
         num_instances=point.num_instances,
         heartbeat_us=max(1, lasts_us // 1000),

@@ -10,13 +10,16 @@ their TTFT and TPOT, colocated, with every static split, and with instances that
 an idle instance takes. The crossover is the shape from which on the best split serves more than equal
 instances do, at each load.
 
-The engine serves in lockstep on processor time, on its own copy of the workload; the simulator is calibrated on runs of
-another seed, colocated and split. Alone, the simulator sweeps a machine of figures: --hardware, --model-config.
+KV goes ahead of who is handed over, by a store: on the engine a directory in shared memory; --no-store has prompts
+computed again. The engine serves in lockstep on processor time, on its own copy of the workload; the simulator is
+calibrated on runs of another seed, colocated and split. Alone, the simulator sweeps a machine of figures: --hardware,
+--model-config, --store-rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -39,7 +42,7 @@ from xllm_lab.policies.roles.slo_flip import SloFlip
 from xllm_lab.policies.roles.static import Static
 from xllm_lab.runs import Run
 from xllm_lab.sim.cost import Batch, CostModel
-from xllm_lab.sim.machine import Deployment, Machine, fitted_machine, model_of, roofline_machine
+from xllm_lab.sim.machine import Deployment, Machine, fitted_machine, model_of, roofline_machine, with_host_link
 from xllm_lab.sim.parity import parity
 from xllm_lab.step_time import Chunk
 from xllm_lab.summary_of_run import summarize_run
@@ -143,7 +146,7 @@ def fleet(point: Point, policy: RolesPolicy, work: Workload) -> FleetConfig:
     """Heartbeats and decisions on roles as often as a load of this pace needs: of the time it lasts, a 200th."""
     lasts_us = max(1000, work.requests[-1].arrival_us)
     if isinstance(policy, SloFlip):
-        policy = replace(policy, min_dwell_us=max(1, lasts_us // 20))
+        policy = replace(policy, min_dwell_us=max(1, lasts_us // 20), min_return_us=max(1, lasts_us // 4))
     return FleetConfig(
         num_instances=point.num_instances,
         heartbeat_us=max(1, lasts_us // 1000),
@@ -188,12 +191,15 @@ def points(o: argparse.Namespace) -> Iterator[Point]:
 def sweep(o: argparse.Namespace) -> None:
     """Every point in the simulator, on a machine of figures."""
     machine = roofline_machine(hardware(o.hardware), model_of(o.model_config), Deployment())
+    if not o.no_store:
+        machine = with_host_link(machine, o.store_rate)
     with tempfile.TemporaryDirectory() as scratch:
         for point in points(o):
             work = workload(point, SCALES["figures"], machine.cost)
             for name, policy in roles(point.num_instances):
                 out = Path(scratch) / "run"
-                run = _simulated(machine, work, fleet(point, policy, work), "figures", out)
+                store = None if o.no_store else f"sim:?bytes_per_s={o.store_rate:g}&latency_us=500"
+                run = _simulated(machine, work, fleet(point, policy, work), "figures", out, store=store)
                 _print(row(run, "simulator", name, point, work))
                 _forget(out)
 
@@ -201,9 +207,19 @@ def sweep(o: argparse.Namespace) -> None:
 def measure(o: argparse.Namespace) -> None:
     """Every point on engine processes, and in a simulator that was calibrated on others."""
     scale = SCALES.get(o.model, SCALES["tiny"])
-    options = EngineOptions(model=o.model, device="cpu", dtype="float32", clock="virtual", timer="cpu")
     for num_instances in o.instances:
-        with tempfile.TemporaryDirectory() as scratch, EngineFleet(options, num_instances) as engines:
+        with contextlib.ExitStack() as stack:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            shared = None if o.no_store else stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+            options = EngineOptions(
+                model=o.model,
+                device="cpu",
+                dtype="float32",
+                clock="virtual",
+                timer="cpu",
+                store=None if shared is None else f"dir:{shared}?bytes=4GiB",
+            )
+            engines = stack.enter_context(EngineFleet(options, num_instances))
             machine = _calibrated(
                 engines, scale, Path(scratch), [p for p in points(o) if p.num_instances == num_instances]
             )
@@ -216,7 +232,9 @@ def measure(o: argparse.Namespace) -> None:
                     assert found.is_identical, found
                     _print(row(run, "engine", name, point, work))
                     _forget(out)
-                    _print(row(_simulated(machine, work, whole, o.model, out), "simulator", name, point, work))
+                    store = None if o.no_store else "sim:"
+                    again = _simulated(machine, work, whole, o.model, out, store=store)
+                    _print(row(again, "simulator", name, point, work))
                     _forget(out)
 
 
@@ -246,13 +264,27 @@ def _first_guess(engines: EngineFleet, scale: Scale, scratch: Path) -> Machine:
 
 def _served(engines: EngineFleet, work: Workload, whole: FleetConfig, scale: Scale, out: Path) -> Run:
     settings = {**scale.settings, "max_model_len": min(2 * scale.total_tokens, engines.model["max_model_len"])}
-    return verbs.replay(work, out=out, engine=engines, fleet=whole, settings=settings, progress=False)
+    cache, knobs = _pushed_ahead(engines.options.store)
+    return verbs.replay(
+        work, out=out, engine=engines, fleet=whole, settings={**settings, **knobs}, progress=False, cache=cache
+    )
 
 
-def _simulated(machine: Machine, work: Workload, whole: FleetConfig, model: str, out: Path) -> Run:
+def _simulated(
+    machine: Machine, work: Workload, whole: FleetConfig, model: str, out: Path, *, store: str | None
+) -> Run:
     scale = SCALES.get(model, SCALES["tiny"])
     settings = {**scale.settings, "max_model_len": 2 * scale.total_tokens}
-    return verbs.simulate(work, machine, out=out, fleet=whole, settings=settings, keep_steps=False)
+    cache, knobs = _pushed_ahead(store)
+    settings |= knobs
+    return verbs.simulate(
+        work, machine, out=out, fleet=whole, settings=settings, keep_steps=False, store=store, cache=cache
+    )
+
+
+def _pushed_ahead(store: str | None) -> tuple[str | None, dict[str, int]]:
+    """The store has what is pushed, and nothing else: no prompt comes twice here."""
+    return (None, {}) if store is None else ("lru", {"cache.max_saving_blocks": 0, "cache.max_offloading_blocks": 1})
 
 
 def _forget(out: Path) -> None:
@@ -319,6 +351,7 @@ def main() -> None:
         one.add_argument("--instances", type=int, nargs="+", default=[2, 3, 4] if name == "simulate" else [2])
         one.add_argument("--loads", type=float, nargs="+", default=loads)
         one.add_argument("--ratios", type=float, nargs="+", default=ratios)
+        one.add_argument("--no-store", action="store_true", help="KV does not go ahead: prompts are computed again")
         one.add_argument("--seeds", type=int, nargs="+", default=[0])
         one.add_argument("--ttft-slack", type=float, default=8.0, metavar="X", help="times an idle instance's TTFT")
         # Where decodes are bound by memory many cost hardly more than one; on a CPU they do.
@@ -327,6 +360,9 @@ def main() -> None:
         if name == "simulate":
             one.add_argument("--hardware", default="ascend-910b3")
             one.add_argument("--model-config", default="qwen3-8b")
+            one.add_argument(
+                "--store-rate", type=float, default=25e9, metavar="BYTES_PER_S", help="and of the host's link"
+            )
         else:
             one.add_argument("--model", default="smollm2-135m", help="or the folder of a model")
     verb.add_parser("table").add_argument("rows", type=Path)

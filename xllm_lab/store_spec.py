@@ -51,7 +51,7 @@ def number_of(spec: str, options: Options, name: str, default: float | None) -> 
         return default
     told = options.pop(name)
     try:
-        number = float(told)
+        number = float(told.replace(" ", "+"))  # as 2e+9 comes through
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):

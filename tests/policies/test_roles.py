@@ -104,6 +104,15 @@ def test_nobody_goes_over(roles: str, told: DrawnHeard, now_us: int) -> None:
     assert changed(SloFlip().decide(view(roles, told, now_us=now_us))) == {}
 
 
+def test_going_back_takes_longer_than_going_on() -> None:
+    """Instance 1 went over last: another may follow it soon, and none come back."""
+    late, slow = heard(in_time=0.5), heard(steady=0.5)
+    for now_s, told, goes in ((6, late, True), (6, slow, False), (31, slow, True), (4, late, False)):
+        fleet = view("PPDD", told, now_us=now_s * SECOND_US)
+        fleet.instances[1].since_us = 1
+        assert bool(changed(SloFlip().decide(fleet))) == goes
+
+
 def test_first_tokens_that_are_overdue_count_as_late() -> None:
     """Nothing has to be heard of them: a queue that does not move is the worst."""
     assert changed(SloFlip().decide(view("PPDD", heard(num=20, overdue=0)))) == {}

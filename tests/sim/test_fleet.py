@@ -121,7 +121,7 @@ class WildRoles:
 
 def roles() -> st.SearchStrategy[RolesPolicy]:
     """Whatever there is, with short memories, and a wild one."""
-    flips = SloFlip(min_dwell_us=20, min_requests=1)
+    flips = SloFlip(min_dwell_us=20, min_return_us=60, min_requests=1)
     return st.sampled_from((Colocated(), Colocated(), Static(), Static(num_prefill=2), flips, WildRoles()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,7 +42,7 @@ from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.machine import Deployment, Machine, model_of, roofline_machine
 from xllm_lab.sim.simulator import simulate
 from xllm_lab.timeline_file import write_timeline
-from xllm_lab.workload import ClosedLoop, Request, Slo, Workload
+from xllm_lab.workload import ClosedLoop, Request, Slo, Workload, stream
 
 SECOND_US = 1_000_000
 
@@ -217,11 +218,12 @@ def kept_frac(records: Records, start_us: int, end_us: int) -> float:
     return sum(int(meets_slo(columns).sum()) for columns in columns_of(came)) / len(came)
 
 
-def through_the_shift(machine: Machine, role: RolesPolicy) -> tuple[Records, list[RoleChange]]:
+def through(work: Workload, machine: Machine, role: RolesPolicy) -> tuple[Records, list[RoleChange]]:
+    """Four instances serve it."""
     records, changes = Records(), list[RoleChange]()
     fleet = FleetConfig(num_instances=4, route=make_policy("route", "least-loaded"), roles=role)
     Fleet(
-        *(shifting(), fleet, ROOMY, Policies(DecodeFirst()), machine.predicts(ROOMY, fast_forward=True)),
+        *(work, fleet, ROOMY, Policies(DecodeFirst()), machine.predicts(ROOMY, fast_forward=True)),
         recorder=records,
         vocab_size=machine.model["vocab_size"],
         on_role=changes.append,
@@ -241,13 +243,41 @@ def test_roles_follow_a_load_that_shifts(machine: Machine) -> None:
     }
     flips: dict[str, list[tuple[bool, str]]] = {}
     for name, role in policies.items():
-        records, changes = through_the_shift(machine, role)
+        records, changes = through(shifting(), machine, role)
         kept[name] = [kept_frac(records, end - last_us, end) for end in ends]
         flips[name] = [(c.us > SHIFT_US, c.role) for c in changes if c.us]
     assert flips == {"flip": [(False, "prefill"), (True, "decode"), (True, "decode")], "prompts": [], "tokens": []}
     assert min(kept["flip"]) > 0.95
     assert kept["prompts"][0] > 0.95
     assert max(kept["prompts"][1], kept["tokens"][0]) < 0.2
+
+
+def constant(prompt: int, output: int, rate_per_s: int) -> Workload:
+    """Ninety seconds of it."""
+    gaps = stream(3, "constant load").exponential(SECOND_US / rate_per_s, size=90 * rate_per_s)
+    return Workload(requests=tuple(_one(k, int(us), prompt, output) for k, us in enumerate(gaps.cumsum())))
+
+
+@pytest.mark.parametrize(("prompt", "output", "rate_per_s"), [(1000, 100, 10), (2000, 1, 18), (200, 300, 30)])
+def test_under_a_load_that_can_be_served_nobody_goes_back(
+    machine: Machine, prompt: int, output: int, rate_per_s: int
+) -> None:
+    """Who flips, flips one way, and then promises are kept."""
+    records, changes = through(constant(prompt, output, rate_per_s), machine, SloFlip())
+    assert len({c.role for c in changes if c.us}) <= 1
+    assert kept_frac(records, 45 * SECOND_US, 90 * SECOND_US) > 0.95
+
+
+def test_under_a_load_that_cannot_be_served_roles_do_not_flutter(machine: Machine) -> None:
+    """The starved side looks as if it could give, whichever it is; and yet nobody goes back so soon."""
+    work = constant(1000, 100, 30)
+    fluttering, calm = (
+        [c for c in through(work, machine, policy)[1] if c.us]
+        for policy in (SloFlip(min_dwell_us=SECOND_US, min_return_us=0), SloFlip())
+    )
+    assert len(fluttering) > len(calm) > 1
+    turns = [b.us - a.us for a, b in pairwise(calm) if a.role != b.role]
+    assert all(us >= SloFlip().min_return_us for us in turns)
 
 
 def test_a_run_keeps_its_roles_and_shows_them(machine: Machine, tmp_path: Path) -> None:

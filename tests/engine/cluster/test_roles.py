@@ -38,7 +38,7 @@ def disaggregated(num_prefill: int = 1, **changes: Any) -> FleetConfig:
 
 def restless(**changes: Any) -> FleetConfig:
     """Roles that change as fast as they may."""
-    flips = SloFlip(low_frac=0.85, high_frac=0.85, min_dwell_us=3000, min_requests=1)
+    flips = SloFlip(low_frac=0.85, high_frac=0.85, min_dwell_us=3000, min_return_us=6000, min_requests=1)
     return fleet("least-loaded", **{"roles": flips, **OFTEN, **changes})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -54,7 +55,8 @@ def parse_configuration(text: str, path: str) -> Configuration:
     if text.lstrip().startswith("{"):
         return _of_json(text, path)
     document = _yaml(text)
-    if isinstance(document, dict):
+    # A command line with JSON in it is YAML, too: a table with a strange key.
+    if isinstance(document, dict) and not any(re.search(r"\s-|^-", str(key)) for key in document):
         return _of_yaml(text, path, document)
     entries, form, kind = flag_entries(text, path)
     if not entries and any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
@@ -118,7 +120,7 @@ def _of_yaml(text: str, path: str, document: Mapping[Any, Any], form: Form = For
     said = {str(name).replace("-", "_") for name in document}
     if len(said & every_name()) > len(said & vllm_options().keys()):
         raise ConfigError(f"{path}: holds xLLM's flags as YAML, which xLLM does not read; {ACCEPTED}")
-    unpacked, packed = _unpacked(document, path)
+    unpacked, packed = _unpacked(document)
     lines, doubled = _yaml_lines(text, path)
     entries = list(_flattened(unpacked, path, lines))
     earlier = tuple(Entry(name, None, line) for name, line in doubled)
@@ -146,7 +148,7 @@ def _of_vllm_flags(text: str, path: str, form: Form, entries: list[Entry]) -> Co
             name, value = name[3:], False
         typed.append(entry._replace(name=name, value=_typed(value)))
         document[name] = typed[-1].value
-    unpacked, packed = _unpacked(document, path)
+    unpacked, packed = _unpacked(document)
     lines = {entry.name: entry.line for entry in typed}
     flat = list(_flattened(unpacked, path, lines))
     spans = {entry.name: entry for entry in typed}
@@ -214,18 +216,19 @@ def _kind(names: Iterable[str]) -> Kind:
     return Kind.VLLM if sum(n in vllm for n in said) > sum(n in xllm for n in said) else Kind.XLLM
 
 
-def _unpacked(document: Mapping[Any, Any], path: str) -> tuple[dict[str, Any], frozenset[str]]:
+def _unpacked(document: Mapping[Any, Any]) -> tuple[dict[str, Any], frozenset[str]]:
     """The document with vLLM's names, and with nested tables that were texts of JSON as tables."""
     found: dict[str, Any] = {}
     packed = set()
     for key, told in document.items():
         name, value = str(key).replace("-", "_"), told
         if name in SECTIONS and isinstance(value, str) and "$" not in value:
-            try:
+            with contextlib.suppress(*_UNREADABLE):  # a text that is no JSON is of the wrong type
                 value = json.loads(value)
-            except _UNREADABLE as error:
-                raise ConfigError(f"{path}: {key} is no JSON ({error}); an object is accepted") from None
-            packed.add(name)
+            if isinstance(value, dict):
+                packed.add(name)
+            else:
+                value = told
         found[name] = value
     return found, frozenset(packed)
 

@@ -296,13 +296,18 @@ def verify(
             )
 
 
-def export(verification: Verification | PathLike, *, to: str) -> Export:
-    """What production reads, for the winner of a verification: the default unless the tuned one measured better."""
+def export(verification: Verification | PathLike, *, to: str, version: str | None = None) -> Export:
+    """What production reads, for the winner of a verification: the default unless the tuned one measured better.
+
+    Args:
+        to: a name of `tuning.export.targets()`.
+        version: of the target; None is the latest that is known.
+    """
     from xllm_lab.tuning.export import export as translate
     from xllm_lab.tuning.verify import Verification, read_verification
 
     done = verification if isinstance(verification, Verification) else read_verification(Path(verification))
-    return translate(done.winner, to, kv_bytes_per_token=done.model["kv_bytes_per_token"])
+    return translate(done.winner, to, kv_bytes_per_token=done.model["kv_bytes_per_token"], version=version)
 
 
 def report(

@@ -26,7 +26,7 @@ from xllm_lab.cli.options import (
 )
 from xllm_lab.errors import ConfigError
 from xllm_lab.progress import tell
-from xllm_lab.runs import Run, new_file, read_run, write_json
+from xllm_lab.runs import Run, new_file, read_run
 from xllm_lab.summary_of_run import summarize_run
 from xllm_lab.text import (
     comparison_table,
@@ -223,17 +223,18 @@ def _verify(o: argparse.Namespace) -> int:
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("verification", type=Path)
-    parser.add_argument("--to", required=True, help="target: xllm")
+    parser.add_argument("--to", required=True, help="target: xllm, xllm_flagfile or vllm")
+    parser.add_argument("--engine-version", metavar="V", help="of xLLM: a release or a commit; else the latest known")
     parser.add_argument("--out", type=Path, help="file; else stdout")
 
 
 def _export(o: argparse.Namespace) -> int:
-    made = verbs.export(o.verification, to=o.to)
-    text = json.dumps(made.config, indent=2, sort_keys=True)
+    made = verbs.export(o.verification, to=o.to, version=o.engine_version)
+    text = made.text.rstrip("\n")
     value: dict[str, Any] = made.config
     if o.out is not None:
         with new_file(o.out) as file:
-            write_json(file, made.config)
+            file.write_text(made.text, encoding="utf-8")
         value, text = {"out": str(o.out), "config": made.config}, str(o.out)
     if made.left_out:
         tell(f"xllm-lab: {left_out_line(o.to, made.left_out)}")

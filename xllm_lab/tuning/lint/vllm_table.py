@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from xllm_lab.errors import ConfigError
 
 OPTIONS_FILE = Path(__file__).with_name("ascend_options.csv")
 COLUMNS = ("name", "type", "default", "least", "most", "choices", "source")
@@ -93,6 +96,16 @@ def vllm_options() -> dict[str, VllmOption]:
                 source=row["source"],
             )
     return found
+
+
+def refuse_unsayable(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless every argument is in the table, of its type and accepted."""
+    for name, value in config.items():
+        option = vllm_options().get(name)
+        if option is None:
+            raise ConfigError(f"{name} is no argument of vLLM as far as is known here")
+        if not option.is_of_type(value) or not option.is_within(value):
+            raise ConfigError(f"{name} is {value!r}; {option.accepted} are accepted ({option.source})")
 
 
 def _default(kind: str, told: str) -> Any:

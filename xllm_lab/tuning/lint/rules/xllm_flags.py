@@ -177,7 +177,7 @@ def _not_in_json(settings: Settings) -> Iterator[Found]:
     if settings.config.form is Form.JSON and settings.situation.version in _WITH_JSON:
         for name in settings.config.entries:
             flag = _flags(settings).get(name)
-            if flag is not None and not flag.is_in_json:
+            if flag is not None and not flag.is_in_json and name not in _LAUNCHED:
                 says = f"{name} is read from the command line only; in the file it does nothing"
                 yield Found(says, (name,), Repair(removed=(name,)), flag.source)
 
@@ -189,6 +189,8 @@ def _json_too_early(settings: Settings) -> Iterator[Found]:
         yield Found(says, (first,))
 
 
+# The launcher reads it from the file and puts it on the command line (xllm/launch_server.py:232 at 3906f5a91).
+_LAUNCHED = ("port",)
 _WITH_JSON = tuple(versions_with("config_json_file"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import yaml
@@ -31,7 +32,7 @@ from xllm_lab.tuning.lint.vllm_table import vllm_options
 
 EXPORTABLE = [name for name, cls in policies("batch").items() if hasattr(cls, "xllm_flags")]
 _FIXED = [Fixed(method=m, num_speculative_tokens=k) for m in ("suffix", "mtp", "ngram") for k in (1, 4)]
-DRAFTS = st.sampled_from([OFF, *_FIXED, AdaptivePruning(method="mtp")])
+DRAFTS: st.SearchStrategy[Any] = st.sampled_from([OFF, *_FIXED, AdaptivePruning(method="mtp")])
 
 
 @st.composite
@@ -96,7 +97,7 @@ def test_a_flagfile_says_what_the_json_does(candidate: Candidate) -> None:
     assert {one.rule for one in found.findings if one.severity != "note"} <= {"draft-model-missing"}
 
 
-def xllm(**beside: object) -> Candidate:
+def xllm(**beside: Any) -> Candidate:
     return Candidate(
         instance=replace(default().instance, **beside), policies=Policies(make_policy("batch", "prefill-first"))
     )

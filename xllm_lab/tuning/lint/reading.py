@@ -172,7 +172,7 @@ def _typed(value: Any) -> Any:
     """What a word of a command line means: a number, a boolean, or itself."""
     if not isinstance(value, str) or value.lstrip().startswith("{"):
         return value
-    if re.fullmatch(r"[+-]?\d{1,18}", value):
+    if re.fullmatch(r"[+-]?\d{1,30}", value):
         return int(value)
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d{1,3})?", value):
         return float(value)

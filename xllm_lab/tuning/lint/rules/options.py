@@ -122,7 +122,7 @@ def _typed(option: VllmOption, value: Any) -> Repair:
         except ValueError:
             return Repair(removed=(option.name,))
         if math.isfinite(number):
-            return Repair(put={option.name: option.nearest(number) if option.type == "float" else int(number)})
+            return Repair(put={option.name: option.nearest(number)})
     if option.type == "string" and isinstance(value, bool | int | float):
         return Repair(put={option.name: told_value(value)})
     return Repair(removed=(option.name,))

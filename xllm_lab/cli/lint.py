@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_lab.errors import ConfigError
-from xllm_lab.model_spec import PRECISIONS
+from xllm_lab.known_models import known_model
+from xllm_lab.model_spec import PRECISIONS, ModelSpec, read_model_spec
 
 if TYPE_CHECKING:
     from xllm_lab.tuning.lint.finding import Finding
@@ -39,7 +40,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 def situation(o: argparse.Namespace) -> Situation:
     """What the options say beside the file. ConfigError or ModelError for names that nobody knows."""
     from xllm_lab.hardware import hardware
-    from xllm_lab.sim.machine import model_of
     from xllm_lab.tuning.lint.flag_table import LATEST, version_named
     from xllm_lab.tuning.lint.settings import Platform, Situation
 
@@ -56,11 +56,18 @@ def situation(o: argparse.Namespace) -> Situation:
         platform=Platform[platform],
         concurrency=o.concurrency,
         request_tokens=o.request_tokens,
-        model=None if o.model is None else model_of(o.model),
+        model=None if o.model is None else _model(o.model),
         device=None if o.hardware is None else hardware(o.hardware),
         num_devices=o.devices,
         precision=PRECISIONS[o.precision],
     )
+
+
+def _model(name_or_path: str) -> ModelSpec:
+    """As `sim.machine.model_of`, which needs SimPy."""
+    if name_or_path.endswith(".json") or Path(name_or_path).is_dir():
+        return read_model_spec(name_or_path)
+    return known_model(name_or_path)
 
 
 def refuse_unclear(o: argparse.Namespace) -> None:

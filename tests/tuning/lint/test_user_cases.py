@@ -5,6 +5,8 @@ Flags are those that the threads give, on the version they give; the rest of eac
 
 from __future__ import annotations
 
+import json
+
 from tests.tuning.lint.configurations import looked_at, serious
 from xllm_lab.tuning.lint.linter import repair
 
@@ -47,6 +49,18 @@ done
 CRASH = "xllm --model /models/m --enable_schedule_overlap=true --enable_graph=true\n"
 # https://github.com/xLLM-AI/xllm/issues/376: is disaggregation on, and why does the log say ttft: 0.0ms?
 IS_IT_ON = "xllm --model /models/m --enable_disagg_pd=PD --instance_role=DECODE --etcd_addr=127.0.0.1:12379\n"
+
+# What xLLM ships for Qwen3: xllm/auto_config/qwen3.json at 3906f5a.
+SHIPPED: dict[str, object] = {
+    "nnodes": 1,
+    "port": 8010,
+    "block_size": 128,
+    "max_memory_utilization": 0.9,
+    "enable_prefix_cache": True,
+}
+SHIPPED |= {"max_tokens_per_batch": 8192, "max_seqs_per_batch": 256, "enable_schedule_overlap": True}
+SHIPPED |= {"enable_chunked_prefill": True, "max_tokens_per_chunk_for_prefill": 2048, "npu_kernel_backend": "ATB"}
+SHIPPED |= {"enable_graph": True, "max_tokens_for_graph_mode": 2048}
 
 
 def said(text: str, rule: str, **known: object) -> str:
@@ -128,3 +142,11 @@ def test_376_it_is_on_and_the_zero_is_no_time() -> None:
 def test_376_a_role_alone_is_not_enough() -> None:
     """Without the switch the instance serves as if there were no roles."""
     assert serious(looked_at(IS_IT_ON.replace("PD", "false"), version="0.7.0")) == {"role-without-pd"}
+
+
+def test_what_xllm_ships_is_clean() -> None:
+    """But for a decode batch above the limit of its graphs, which its concurrency decides."""
+    text = json.dumps(SHIPPED)
+    assert [one.rule for one in looked_at(text).findings] == ["graph-limit-unsaid"]
+    assert looked_at(text, concurrency=16).findings == ()
+    assert serious(looked_at(text, concurrency=17)) == {"graph-limit"}

@@ -148,7 +148,18 @@ def says_on(settings: Settings, name: str) -> bool:
 
 def every_rule() -> tuple[Rule, ...]:
     """All rules, in the order of the manual."""
-    from xllm_lab.tuning.lint.rules import ascend, drafts, graphs, kv, memory, options, parallel, scheduling, xllm_flags
+    from xllm_lab.tuning.lint.rules import (
+        ascend,
+        ascend_schedulers,
+        drafts,
+        graphs,
+        kv,
+        memory,
+        options,
+        parallel,
+        scheduling,
+        xllm_flags,
+    )
 
     of_xllm = (xllm_flags, scheduling, graphs, kv, parallel, drafts)
-    return tuple(rule for module in (*of_xllm, options, ascend, memory) for rule in module.RULES)
+    return tuple(rule for module in (*of_xllm, options, ascend_schedulers, ascend, memory) for rule in module.RULES)

@@ -197,7 +197,7 @@ RULES = (
         ("host_blocks_factor", "enable_kvcache_store"),
         when=lambda s: 0 < s["host_blocks_factor"] <= 1 and not s["enable_kvcache_store"],
         says="host_blocks_factor={host_blocks_factor} does nothing; more than 1 turns blocks on the host on",
-        source=f"{_HOST}:512",
+        source=f"{_HOST}:513",
         what="a host tier too small to be turned on",
         example="--host_blocks_factor=0.5",
         removed=("host_blocks_factor",),

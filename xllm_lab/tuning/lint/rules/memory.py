@@ -236,7 +236,7 @@ def _rule(name: str, kind: Kind, severity: Severity, **more: Any) -> Rule:
 
 _KV = "xllm@3906f5a91 xllm/core/framework/kv_cache/kv_cache_estimation.cpp:598"
 _XLLM_ENGINE = "xllm@3906f5a91 xllm/core/distributed_runtime/llm_engine.cpp"
-_VLLM_KV = "vllm@0.27.1 vllm/v1/core/kv_cache_utils.py (check_enough_kv_cache_memory)"
+_VLLM_KV = "vllm@0.19 vllm/v1/core/kv_cache_utils.py (_check_enough_kv_cache_memory)"
 
 RULES = (
     _rule(
@@ -275,7 +275,7 @@ RULES = (
         Kind.VLLM,
         Severity.ERROR,
         what="heads or experts that the workers cannot share",
-        source="vllm@0.27.1 vllm/config/model.py (verify_with_parallel_config)",
+        source="vllm@0.19 vllm/config/model.py (verify_with_parallel_config)",
         finds=_indivisible,
         example="max_num_seqs: 64\ntensor_parallel_size: 3",
         example_situation={"model": "qwen3-14b"},
@@ -306,7 +306,7 @@ RULES = (
         Kind.VLLM,
         Severity.WARNING,
         what="requests whose KV does not fit together",
-        source="vllm@0.27.1 vllm/v1/core/sched/scheduler.py (schedule)",
+        source="vllm@0.19 vllm/v1/core/sched/scheduler.py (schedule)",
         finds=_requests,
         example="max_num_seqs: 64\ngpu_memory_utilization: 0.9\nmax_model_len: 4096",
         example_situation={**_SMALL, "concurrency": 40, "request_tokens": 4096},

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         compare,
         export,
         import_profile,
+        lint,
         parity,
         replay,
         report,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 # Loaded when asked for: the simulator must not pull in torch, nor the engine SimPy or Optuna.
 _HOME = {
     **dict.fromkeys(("calibrate", "compare", "export", "parity", "replay", "report", "simulate", "timeline"), "verbs"),
-    **dict.fromkeys(("tune", "validate_measured", "validate_npu", "verify"), "verbs"),
+    **dict.fromkeys(("lint", "tune", "validate_measured", "validate_npu", "verify"), "verbs"),
     "import_profile": "verbs",
     "read_profile": "profiles",
     "read_run": "runs",
@@ -61,6 +62,7 @@ __all__ = [
     "compare",
     "export",
     "import_profile",
+    "lint",
     "parity",
     "read_profile",
     "read_run",

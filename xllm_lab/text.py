@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from xllm_lab.sim.compare import Row
     from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate.published import PublishedValidation
+    from xllm_lab.tuning.lint.rules import Rule
     from xllm_lab.tuning.verify import Gain
 
 
@@ -150,3 +151,44 @@ def policies_page(catalogue: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> s
             ]
             lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join(lines)
+
+
+def rules_page(rules: Sequence[Rule]) -> str:
+    """Every rule of `lint` in Markdown, for `docs/lint.md`."""
+    lines = ["# Rules of `xllm-lab lint`", "", "Written by `xllm-lab lint --rules`; a test keeps this page so.", ""]
+    lines += [
+        "Each example breaks its rule and no other, up to notes. `fix` marks rules whose example `--fix` repairs."
+    ]
+    for kind in dict.fromkeys(rule.kind for rule in rules):
+        lines += [
+            "",
+            f"## {kind}",
+            "",
+            "| rule | | what it finds | xLLM | for example | rests on |",
+            "|---|---|---|---|---|---|",
+        ]
+        for rule in rules:
+            if rule.kind == kind:
+                cells = (
+                    f"`{rule.id}`",
+                    f"{rule.severity}, fix" if rule.is_repaired else str(rule.severity),
+                    rule.what,
+                    _versions_cell(rule),
+                    _example_cell(rule),
+                    rule.source,
+                )
+                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _versions_cell(rule: Rule) -> str:
+    first, last = rule.versions[0], rule.versions[-1]
+    if str(rule.kind) != "xLLM" or len(rule.versions) > len(rule.every_version) - 1:
+        return ""
+    return first if first == last else f"{first} on" if last == rule.every_version[-1] else f"{first} to {last}"
+
+
+def _example_cell(rule: Rule) -> str:
+    told = "<br>".join(f"`{line}`" for line in rule.example.splitlines())
+    beside = {k: v for k, v in rule.example_situation.items() if k != "version"}
+    return told + (f" with {', '.join(f'{k} {v}' for k, v in beside.items())}" if beside else "")

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate.published import PublishedValidation
     from xllm_lab.tuning.export import Export
+    from xllm_lab.tuning.lint.linter import Lint
+    from xllm_lab.tuning.lint.rules import Rule
+    from xllm_lab.tuning.lint.settings import Situation
     from xllm_lab.tuning.study import Study
     from xllm_lab.tuning.verify import Verification
 
@@ -315,13 +318,18 @@ def verify(
             )
 
 
-def export(verification: Verification | PathLike, *, to: str) -> Export:
-    """What production reads, for the winner of a verification: the default unless the tuned one measured better."""
+def export(verification: Verification | PathLike, *, to: str, version: str | None = None) -> Export:
+    """What production reads, for the winner of a verification: the default unless the tuned one measured better.
+
+    Args:
+        to: a name of `tuning.export.targets()`.
+        version: of the target; None is the latest that is known.
+    """
     from xllm_lab.tuning.export import export as translate
     from xllm_lab.tuning.verify import Verification, read_verification
 
     done = verification if isinstance(verification, Verification) else read_verification(Path(verification))
-    return translate(done.winner, to, kv_bytes_per_token=done.model["kv_bytes_per_token"])
+    return translate(done.winner, to, kv_bytes_per_token=done.model["kv_bytes_per_token"], version=version)
 
 
 def report(
@@ -525,3 +533,28 @@ def validate_mtp() -> PublishedValidation:
     from xllm_lab.sim.validate.mtp import validate_mtp as validate
 
     return validate()
+
+
+def lint(config: PathLike, situation: Situation | None = None, *, fix: bool = False) -> Lint:
+    """What is wrong with a configuration of xLLM or vLLM-Ascend, see `tuning.lint`.
+
+    Args:
+        situation: version, platform, model and device, as far as they are known.
+        fix: repair what can be repaired; the result's text is in `config.text`, and the file stays as it is.
+
+    Raises:
+        ConfigError: no configuration can be read there.
+    """
+    from xllm_lab.tuning.lint.linter import lint as look
+    from xllm_lab.tuning.lint.linter import repair
+    from xllm_lab.tuning.lint.reading import read_configuration
+
+    found = look(read_configuration(config), situation)
+    return repair(found) if fix else found
+
+
+def lint_rules() -> tuple[Rule, ...]:
+    """Every rule of `lint`."""
+    from xllm_lab.tuning.lint.rules import every_rule
+
+    return every_rule()

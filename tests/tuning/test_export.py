@@ -202,6 +202,6 @@ def test_a_policy_that_xllm_does_not_have_is_refused() -> None:
 
 def test_an_unknown_target_is_refused() -> None:
     """With those there are."""
-    assert targets() == ["xllm"]
-    with pytest.raises(ConfigError, match="unknown target 'vllm'; accepted: xllm"):
-        export(candidate("decode-first"), "vllm", kv_bytes_per_token=1)
+    assert targets() == ["vllm", "xllm", "xllm_flagfile"]
+    with pytest.raises(ConfigError, match="unknown target 'sglang'; accepted: vllm, xllm"):
+        export(candidate("decode-first"), "sglang", kv_bytes_per_token=1)

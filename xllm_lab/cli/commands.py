@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_lab import verbs
-from xllm_lab.cli import accept, imports, profile
+from xllm_lab.cli import accept, imports, lint, profile
 from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options, page_time
 from xllm_lab.cli.options import (
     configuration,
@@ -26,7 +26,7 @@ from xllm_lab.cli.options import (
 )
 from xllm_lab.errors import ConfigError
 from xllm_lab.progress import tell
-from xllm_lab.runs import Run, new_file, read_run, write_json
+from xllm_lab.runs import Run, new_file, read_run
 from xllm_lab.summary_of_run import summarize_run
 from xllm_lab.text import (
     comparison_table,
@@ -35,6 +35,7 @@ from xllm_lab.text import (
     measured_validation_table,
     policies_page,
     published_table,
+    rules_page,
     summary_table,
 )
 
@@ -223,17 +224,18 @@ def _verify(o: argparse.Namespace) -> int:
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("verification", type=Path)
-    parser.add_argument("--to", required=True, help="target: xllm")
+    parser.add_argument("--to", required=True, help="target: xllm, xllm_flagfile or vllm")
+    parser.add_argument("--engine-version", metavar="V", help="of xLLM: a release or a commit; else the latest known")
     parser.add_argument("--out", type=Path, help="file; else stdout")
 
 
 def _export(o: argparse.Namespace) -> int:
-    made = verbs.export(o.verification, to=o.to)
-    text = json.dumps(made.config, indent=2, sort_keys=True)
+    made = verbs.export(o.verification, to=o.to, version=o.engine_version)
+    text = made.text.rstrip("\n")
     value: dict[str, Any] = made.config
     if o.out is not None:
         with new_file(o.out) as file:
-            write_json(file, made.config)
+            file.write_text(made.text, encoding="utf-8")
         value, text = {"out": str(o.out), "config": made.config}, str(o.out)
     if made.left_out:
         tell(f"xllm-lab: {left_out_line(o.to, made.left_out)}")
@@ -361,6 +363,25 @@ def _accept(o: argparse.Namespace) -> int:
     return 0 if found.passed else 1
 
 
+def _lint(o: argparse.Namespace) -> int:
+    o.json = o.json or o.format == "json"
+    if o.rules:
+        rules = verbs.lint_rules()
+        return _print(o, [{"id": r.id, "what": r.what, "source": r.source} for r in rules], rules_page(rules))
+    lint.refuse_unclear(o)
+    found = verbs.lint(o.config, lint.situation(o), fix=o.fix)
+    if o.fix and not (o.out or o.in_place or o.json):
+        tell(lint.as_text(found))
+        print(found.config.text, end="", flush=True)  # noqa: T201
+    else:
+        if (path := o.config if o.in_place else o.out) is not None:
+            with new_file(path) as file:
+                file.write_text(found.config.text, encoding="utf-8")
+        value = {**lint.as_dict(found), **({"text": found.config.text} if o.fix else {})}
+        _print(o, value, lint.as_text(found))
+    return 0 if found.is_clean else 1
+
+
 def _validate_measured_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="holds profile/ and vllm/")
     parser.add_argument("--model-config", type=Path, help="the model's config.json, if it is not a well-known one")
@@ -418,5 +439,6 @@ COMMANDS = {
     "profile": Command("what a profiler recorded, or this machine's operators, measured", profile.options, _profile),
     "import": Command("keep what a profiler or a server wrote down, for `calibrate`", imports.options, _import),
     "accept": Command("does this machine serve as it must? exit status 1 if not", accept.options, _accept),
+    "lint": Command("what is wrong with a configuration of xLLM or vLLM? exit status 1 if so", lint.options, _lint),
     "demo": Command("the whole loop on the embedded model", _demo_options, _demo),
 }

@@ -14,12 +14,15 @@ class Export(Protocol):
     """A configuration for one target.
 
     Attributes:
-        config: the file's content.
+        config: names and values.
+        text: the file that says so.
         left_out: fields of ours that the target has no word for, with their values.
     """
 
     @property
     def config(self) -> dict[str, Any]: ...
+    @property
+    def text(self) -> str: ...
     @property
     def left_out(self) -> dict[str, Any]: ...
 
@@ -29,16 +32,17 @@ def targets() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def export(candidate: Candidate, to: str, *, kv_bytes_per_token: int) -> Export:
-    """Translate a configuration.
+def export(candidate: Candidate, to: str, *, kv_bytes_per_token: int, version: str | None = None) -> Export:
+    """Translate a configuration. What is written is in the target's own table, and `lint` finds nothing wrong with it.
 
     Args:
         kv_bytes_per_token: of the served model, to turn KV tokens into bytes.
+        version: of the target, where several are known; None is the latest.
 
     Raises:
-        ConfigError: an unknown target, or a policy that the target cannot express.
+        ConfigError: an unknown target or version, a policy that the target cannot express, or a value that it refuses.
     """
     if to not in targets():
         raise ConfigError(f"unknown target {to!r}; accepted: {', '.join(targets())}")
-    made: Export = importlib.import_module(f"{__name__}.{to}").export(candidate, kv_bytes_per_token)
+    made: Export = importlib.import_module(f"{__name__}.{to}").export(candidate, kv_bytes_per_token, version)
     return made

@@ -1,11 +1,12 @@
 """The JSON that xLLM reads with `--config_json_file`: flag names and values, one flat object.
 
 Names and meanings are those of xLLM at 3906f5a (xllm/core/framework/config/*.cpp). In that version a flag on the
-command line wins over the file.
+command line wins over the file. `xllm serve --enable-auto-tuning-gflags` writes the same, as `<model_type>.tuned.json`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,11 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.api import Flag
 from xllm_lab.policies.catalog import flags, policies, policy_name, values_of
+from xllm_lab.tuning.lint.finding import Severity
+from xllm_lab.tuning.lint.flag_table import LATEST, refuse_unsayable, version_named
+from xllm_lab.tuning.lint.linter import lint, repair
+from xllm_lab.tuning.lint.reading import parse_configuration
+from xllm_lab.tuning.lint.settings import Situation
 
 # Fields that are switches in xLLM, with what is off and what is on there: its overlap is ours that foresees no end.
 _SWITCHES = {"async_scheduling": ("off", "on"), "kv_layout": ("paged", "virtual")}
@@ -31,9 +37,32 @@ class XllmConfig(NamedTuple):
     config: dict[str, Any]
     left_out: dict[str, Any]
 
+    @property
+    def text(self) -> str:
+        return json.dumps(self.config, indent=2, sort_keys=True) + "\n"
 
-def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
-    """Flags for a configuration. ConfigError if xLLM has no scheduler like the batch policy."""
+
+def export(candidate: Candidate, kv_bytes_per_token: int, version: str | None) -> XllmConfig:
+    """Flags for a configuration, in a file.
+
+    Raises:
+        ConfigError: as `told_in_flags`, or a version that reads no such file.
+    """
+    name = version_named(version or LATEST).name
+    told = told_in_flags(candidate, kv_bytes_per_token, name)
+    found = lint(parse_configuration(told.text, "the export"), Situation(version=name))
+    wrong = [one.says for one in found.findings if one.severity is Severity.ERROR]
+    if wrong:
+        raise ConfigError(f"{wrong[0]}; accepted: a later version, or --to xllm_flagfile")
+    return told
+
+
+def told_in_flags(candidate: Candidate, kv_bytes_per_token: int, version: str) -> XllmConfig:
+    """Flags for a configuration.
+
+    Raises:
+        ConfigError: xLLM has no scheduler like the batch policy, or this version not a flag, or not the value.
+    """
     config: dict[str, Any] = {"max_cache_size": candidate.instance.num_kv_tokens * kv_bytes_per_token}
     left_out: dict[str, Any] = {}
     # The pool's size is in max_cache_size; the context is the model's own.
@@ -65,7 +94,16 @@ def export(candidate: Candidate, kv_bytes_per_token: int) -> XllmConfig:
     config |= fixed
     if config["enable_xtensor"]:
         left_out |= _XTENSOR_LACKS
-    return XllmConfig(config, left_out | _drafts_need(config))
+    refuse_unsayable(config, version)
+    return _without_contradictions(XllmConfig(config, left_out | _drafts_need(config)), version)
+
+
+def _without_contradictions(made: XllmConfig, version: str) -> XllmConfig:
+    """What `lint` can repair is what xLLM would do without a word: it is told as it will be, and why."""
+    found = lint(parse_configuration(made.text, "the export"), Situation(version=version))
+    mended = repair(found)
+    why = {one.names[0]: one.says for one in mended.repaired if one.severity is not Severity.NOTE}
+    return XllmConfig(json.loads(mended.config.text), why | made.left_out)
 
 
 def _drafts_need(told: Mapping[str, Any]) -> dict[str, str]:

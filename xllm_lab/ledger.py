@@ -199,14 +199,20 @@ class Ledger:
 
     def idle(self) -> Iterator[tuple[int, BlockKey]]:
         """Blocks that nobody uses and their keys, the next to be evicted first."""
-        for block in chain(self._copied, self._idle):
-            key = self._key_of[block]
-            assert key is not None, f"block {block} is idle and has no key"
-            yield block, key
+        return chain(((block, self._name(block)) for block in self._copied), self.uncopied())
 
-    def idle_key(self, block: int) -> BlockKey | None:
-        """The key of a block that nobody uses; None of any other."""
-        return self._key_of[block] if block in self._idle or block in self._copied else None
+    def uncopied(self) -> Iterator[tuple[int, BlockKey]]:
+        """Of these, those that were not copied since somebody used them last."""
+        return ((block, self._name(block)) for block in self._idle)
+
+    def uncopied_key(self, block: int) -> BlockKey | None:
+        """The key of such a block; None of any other."""
+        return self._key_of[block] if block in self._idle else None
+
+    def _name(self, block: int) -> BlockKey:
+        key = self._key_of[block]
+        assert key is not None, f"block {block} is idle and has no key"
+        return key
 
     def pin(self, blocks: Iterable[int]) -> None:
         """Blocks that have a key stay until they are unpinned as often."""

@@ -127,7 +127,7 @@ class TiersView:
         return (self.tiering.described(block, key) for block, key in self.tiering.idle_blocks())
 
     def is_idle(self, block: int) -> bool:
-        key = self.tiering.ledger.idle_key(block)
+        key = self.tiering.ledger.uncopied_key(block)
         return key is not None and key not in self.tiering.host
 
     def is_hosted(self, block: int) -> bool:
@@ -241,7 +241,7 @@ class Tiering:
         plan = self._decided(view)
         # Pinned before anything is reserved, which may evict; copied to the host last, when it is known what of it is
         # read.
-        wanted = [(block, key) for block in plan.offload if (key := self.ledger.idle_key(block)) is not None]
+        wanted = [(block, key) for block in plan.offload if (key := self.ledger.uncopied_key(block)) is not None]
         self.ledger.pin(plan.offload)
         restoring = [(s, self._cached(s), plan.restore[s.id]) for s in asking if s.id in plan.restore]
         if restoring:
@@ -314,8 +314,8 @@ class Tiering:
         return [copy.request]
 
     def idle_blocks(self) -> Iterator[tuple[int, BlockKey]]:
-        """Of the device, that nobody uses and the host lacks."""
-        return ((block, key) for block, key in self.ledger.idle() if key not in self.host)
+        """Of the device, that nobody uses, that were not copied since, and that the host lacks."""
+        return ((block, key) for block, key in self.ledger.uncopied() if key not in self.host)
 
     def described(self, block: int, key: BlockKey) -> CachedBlock:
         use = self._uses.get(key, _NO_USE)  # nobody had yet what was prefetched

@@ -160,7 +160,10 @@ class CacheView(Protocol):
     @property
     def copy_time(self) -> CopyTimeView | None: ...
     def idle(self) -> Iterable[CachedBlock]:
-        """Cached blocks of the device that nobody uses and the host lacks, least recently used first."""
+        """Cached blocks of the device that nobody uses and the host lacks, least recently used first.
+
+        Without those that were copied since they were used last: what the host gave up since is not worth its place.
+        """
         ...
 
     def is_idle(self, block: int) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xllm_lab.engine.device import open_device
-from xllm_lab.engine.ops import experts, table
+from xllm_lab.engine.ops import experts, native, table
 from xllm_lab.engine.ops.experts import (
     GroupedLinear,
     GroupedMmLinear,
@@ -25,6 +25,7 @@ from xllm_lab.engine.ops.experts import (
     loop_linear,
 )
 from xllm_lab.engine.ops.table import OF_EXPERTS, ExpertShape, choose
+from xllm_lab.engine.ops.tape import Program, recording
 
 CPU = open_device("cpu").torch_device
 D, F = 16, 8
@@ -209,3 +210,19 @@ def test_a_grouped_product_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **named: right(*a, **named) + 1)
     assert grouped_mm_fails(CPU, torch.float32, 8, 4) == "grouped_mm differs from a product for each expert"
     grouped_mm_fails.cache_clear()
+
+
+def test_a_captured_product_follows_the_counts_of_each_replay() -> None:
+    """Kernels that a Python call calls are its own: written down beside it, they would run with the first counts."""
+    weight_EOI, x_XI, out_XO = drawn(2, F, D), drawn(5, D, seed=1), torch.empty(5, F)
+    layer, count_E = native_linear(weight_EOI), torch.tensor([4, 1])
+    tape = Program(native.load().replay)
+    with recording(tape):
+        layer(x_XI, count_E, out_XO)
+    replay = tape.close()
+    assert (tape.num_kernels, tape.num_calls) == (0, 1)
+    for counts in ((1, 4), (5, 0), (2, 3)):
+        count_E.copy_(torch.tensor(counts))
+        replay()
+        expected_XO = loop_linear(weight_EOI)(x_XI, count_E, torch.empty(5, F))
+        torch.testing.assert_close(out_XO, expected_XO)

@@ -61,3 +61,11 @@ def test_bad_times_are_refused(make: Callable[[], object], told: str) -> None:
     """With what is accepted."""
     with pytest.raises(ConfigError, match=told):
         make()
+
+
+def test_what_never_came_is_not_priced() -> None:
+    """Misses alone say what a call takes, and nothing of bytes."""
+    missed = [Copied("prefetch", 0, us) for us in (300, 400)]
+    fitted = fit_copy_time([*missed, Copied("save", 0, 200), Copied("save", 64, 900)])
+    assert set(fitted.weights) == {"save"}
+    assert fitted.copy_us("save", 64) == pytest.approx(900, rel=0.01)

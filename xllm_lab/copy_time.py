@@ -82,14 +82,17 @@ def link_copy_time(
 
 
 def fit_copy_time(copied: Iterable[Copied]) -> CopyTime:
-    """Non-negative least squares for each kind, relative to what was measured: short copies count as much as long."""
+    """Non-negative least squares for each kind, relative to what was measured: short copies count as much as long.
+
+    A kind of which nothing was moved, as of a store that never has what it is asked for, is not priced.
+    """
     from scipy.optimize import nnls
 
     seen = list(copied)
     weights: dict[CopyKind, CopyWeights] = {}
     for kind in KINDS:
         mine = [c for c in seen if c.kind == kind]
-        if mine:
+        if any(c.num_tokens for c in mine):
             us = np.maximum([c.us for c in mine], 1.0)
             terms = np.stack([1 / us, [c.num_tokens for c in mine] / us], axis=1)
             scale = terms.max(axis=0)

@@ -264,10 +264,9 @@ def _first_guess(engines: EngineFleet, scale: Scale, scratch: Path) -> Machine:
 
 def _served(engines: EngineFleet, work: Workload, whole: FleetConfig, scale: Scale, out: Path) -> Run:
     settings = {**scale.settings, "max_model_len": min(2 * scale.total_tokens, engines.model["max_model_len"])}
-    cache, knobs = _pushed_ahead(engines.options.store)
-    return verbs.replay(
-        work, out=out, engine=engines, fleet=whole, settings={**settings, **knobs}, progress=False, cache=cache
-    )
+    _empty(engines.options.store)
+    cache = None if engines.options.store is None else "lru"
+    return verbs.replay(work, out=out, engine=engines, fleet=whole, settings=settings, progress=False, cache=cache)
 
 
 def _simulated(
@@ -275,16 +274,17 @@ def _simulated(
 ) -> Run:
     scale = SCALES.get(model, SCALES["tiny"])
     settings = {**scale.settings, "max_model_len": 2 * scale.total_tokens}
-    cache, knobs = _pushed_ahead(store)
-    settings |= knobs
+    cache = None if store is None else "lru"
     return verbs.simulate(
         work, machine, out=out, fleet=whole, settings=settings, keep_steps=False, store=store, cache=cache
     )
 
 
-def _pushed_ahead(store: str | None) -> tuple[str | None, dict[str, int]]:
-    """The store has what is pushed, and nothing else: no prompt comes twice here."""
-    return (None, {}) if store is None else ("lru", {"cache.max_saving_blocks": 0, "cache.max_offloading_blocks": 1})
+def _empty(store: str | None) -> None:
+    """What the run before left there would be found."""
+    if store is not None:
+        for file in Path(store.removeprefix("dir:").partition("?")[0]).rglob("*.kv"):
+            file.unlink()
 
 
 def _forget(out: Path) -> None:

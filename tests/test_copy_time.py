@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_lab.copy_time import KINDS, Copied, CopyTime, CopyWeights, fit_copy_time, link_copy_time
+from xllm_lab.copy_time import HOST_KINDS, Copied, CopyTime, CopyWeights, fit_copy_time, link_copy_time
 from xllm_lab.errors import ConfigError
 
 WEIGHTS = st.builds(CopyWeights, call_us=st.floats(5, 1000), token_us=st.floats(0.5, 50))
@@ -18,10 +18,10 @@ WEIGHTS = st.builds(CopyWeights, call_us=st.floats(5, 1000), token_us=st.floats(
 def test_a_fit_comes_back(offload: CopyWeights, restore: CopyWeights) -> None:
     """From copies of many lengths, each way by itself."""
     made = CopyTime({"offload": offload, "restore": restore})
-    copied = [Copied(kind, n, made.copy_us(kind, n)) for kind in KINDS for n in (16, 64, 256, 1024)]
+    copied = [Copied(kind, n, made.copy_us(kind, n)) for kind in HOST_KINDS for n in (16, 64, 256, 1024)]
     found = fit_copy_time(copied)
     assert found
-    for kind in KINDS:
+    for kind in HOST_KINDS:
         assert found.weights[kind] == pytest.approx(made.weights[kind], rel=1e-6)
 
 
@@ -43,7 +43,7 @@ def test_weights_are_never_negative() -> None:
 def test_a_link_has_its_rate_both_ways() -> None:
     """10 GB/s and 1 kB a token are 10 tokens a microsecond."""
     link = link_copy_time(10e9, 1000, latency_us=7.0)
-    assert [link.copy_us(kind, 200) for kind in KINDS] == [27.0, 27.0]
+    assert [link.copy_us(kind, 200) for kind in HOST_KINDS] == [27.0, 27.0]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.laws import fleet_obeys_the_laws
 from tests.small_runs import STEP_TIME
 from tests.tiny_models import VOCAB_SIZE
 from xllm_lab.engine.cluster.fleet import EngineFleet
+from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
@@ -26,7 +27,7 @@ from xllm_lab.policies.roles.static import Static
 from xllm_lab.records import Records
 from xllm_lab.runs import Run
 from xllm_lab.sim.parity import parity
-from xllm_lab.workload import Workload
+from xllm_lab.workload import Prompt, Request, RequestId, Workload
 
 STORING = Policies(Fcfs(), cache=Lru())
 
@@ -74,3 +75,37 @@ def test_tiers_in_lockstep_need_a_clock_of_each_thread() -> None:
     told = replace(options("virtual"), timer="wall")
     with EngineFleet(told, 1) as engines, pytest.raises(ConfigError, match="lockstep cannot tell copies"):
         engines.serve(crowd(1), fleet(num_instances=1), config(), STORING, Records())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_conversation_with_the_embedded_model_apart(
+    twenty_prompts: list[list[int]], mode: str, tmp_path: Path
+) -> None:
+    """SmolLM2, three turns of four texts: prompts on one process, answers on the other, and little room on both."""
+    work = conversation(twenty_prompts)
+    where = InstanceConfig(
+        max_tokens_per_batch=128, max_seqs_per_batch=8, block_size=16, num_kv_blocks=100, max_model_len=512
+    )
+    alone, apart = Records(), Records()
+    told = EngineOptions(device="cpu", dtype="float32", timer="cpu", store=f"dir:{tmp_path}")
+    Engine(replace(told, store=None)).serve(work, where, Policies(Fcfs()), alone)
+    tight = replace(where, num_kv_blocks=20, async_scheduling=mode)
+    with EngineFleet(told, 2) as engines:
+        how = fleet(num_instances=2, roles=Static(num_prefill=1))
+        engines.serve(work, how, tight, STORING, apart, step_time=STEP_TIME, copy_time=COPY_TIME)
+    assert tokens(apart.sort()) == tokens(alone.sort())
+    assert all(r.handed_over_us is not None for r in apart.requests)
+    brought = sum(c.num_moved_tokens or 0 for c in apart.copies if c.kind == "prefetch")
+    assert brought >= sum(r.prompt_tokens for r in apart.requests) // 3
+
+
+def conversation(texts: list[list[int]]) -> Workload:
+    """Each says a bit more each time, and everybody at once."""
+    said = [(text * 9)[:160] for text in texts[4:8]]
+    requests = []
+    for i in range(12):
+        tokens = tuple(said[i % 4][: 60 + 48 * (i // 4)])
+        prompt = Prompt(num_tokens=len(tokens), token_ids=tokens)
+        requests.append(Request(id=RequestId(i), arrival_us=900_000 * (i // 4), prompt=prompt, output_tokens=12))
+    return Workload(requests=tuple(requests))

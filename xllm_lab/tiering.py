@@ -57,9 +57,6 @@ class _Use:
         self.depth, self.last_used_us, self.num_uses = depth, 0, 0
 
 
-_NO_USE = _Use(0)
-
-
 class _UnderWay(NamedTuple):
     """A copy, and what it holds besides its own blocks: the device's blocks before those that are restored."""
 
@@ -318,7 +315,7 @@ class Tiering:
         return ((block, key) for block, key in self.ledger.uncopied() if key not in self.host)
 
     def described(self, block: int, key: BlockKey) -> CachedBlock:
-        use = self._uses.get(key, _NO_USE)  # nobody had yet what was prefetched
+        use = self._uses[key]
         return CachedBlock(block, use.num_uses, use.last_used_us, use.depth)
 
     def audit(self) -> None:
@@ -402,6 +399,7 @@ class Tiering:
             return False
         state.has_asked_store = True
         self.host.touch(state.reusable_keys())
+        self.used(keys, state.num_blocks + self._num_hosted(state), now_us)
         slots = tuple([self.host.fill(key) for key in keys])
         number, timeout_us = self.num_copies, plan.prefetch_timeout_us
         self._fetched_by |= dict.fromkeys(keys, number)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -71,7 +72,7 @@ SCALES = {
         96, 40, {"block_size": 8, "num_kv_blocks": 400, "max_tokens_per_batch": 128, "max_seqs_per_batch": 16}
     ),
     "smollm2-135m": Scale(
-        256, 24, {"block_size": 16, "num_kv_blocks": 600, "max_tokens_per_batch": 256, "max_seqs_per_batch": 16}
+        128, 30, {"block_size": 16, "num_kv_blocks": 600, "max_tokens_per_batch": 256, "max_seqs_per_batch": 16}
     ),
 }
 
@@ -188,6 +189,10 @@ def points(o: argparse.Namespace) -> Iterator[Point]:
                     yield Point(num_instances, load, ratio, seed, o.ttft_slack, o.tpot_slack)
 
 
+def _chosen(o: argparse.Namespace, num_instances: int) -> list[tuple[str, RolesPolicy]]:
+    return [(name, policy) for name, policy in roles(num_instances) if o.flips or name != "slo-flip"]
+
+
 def sweep(o: argparse.Namespace) -> None:
     """Every point in the simulator, on a machine of figures."""
     machine = roofline_machine(hardware(o.hardware), model_of(o.model_config), Deployment())
@@ -196,7 +201,7 @@ def sweep(o: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for point in points(o):
             work = workload(point, SCALES["figures"], machine.cost)
-            for name, policy in roles(point.num_instances):
+            for name, policy in _chosen(o, point.num_instances):
                 out = Path(scratch) / "run"
                 store = None if o.no_store else f"sim:?bytes_per_s={o.store_rate:g}&latency_us=500"
                 run = _simulated(machine, work, fleet(point, policy, work), "figures", out, store=store)
@@ -225,7 +230,7 @@ def measure(o: argparse.Namespace) -> None:
             )
             for point in (p for p in points(o) if p.num_instances == num_instances):
                 work = workload(point, scale, machine.cost)
-                for name, policy in roles(num_instances):
+                for name, policy in _chosen(o, num_instances):
                     whole, out = fleet(point, policy, work), Path(scratch) / "run"
                     run = _served(engines, work, whole, scale, out)
                     found = parity(run)
@@ -315,7 +320,10 @@ def table(path: Path) -> str:
 
 
 def _gains(rows: Sequence[dict[str, Any]], load: float, ratio: float) -> tuple[float, str, float]:
-    """The best split's and slo-flip's goodput over that of equal instances, means over seeds; and which split it is."""
+    """The best split's and slo-flip's goodput over that of equal instances, means over seeds; and which split it is.
+
+    Who changes sides counts as nan if it was left out.
+    """
     here = [r for r in rows if (r["load"], r["ratio"]) == (load, ratio)]
     mean = {
         name: statistics.mean(r["goodput_per_s"] for r in here if r["roles"] == name)
@@ -323,7 +331,7 @@ def _gains(rows: Sequence[dict[str, Any]], load: float, ratio: float) -> tuple[f
     }
     split = max((name for name in mean if " of " in name), key=lambda name: (mean[name], name))
     equal = mean["colocated"]
-    return (*(_over(mean[split], equal), split), _over(mean["slo-flip"], equal))
+    return (*(_over(mean[split], equal), split), _over(mean.get("slo-flip", math.nan), equal))
 
 
 def _over(one: float, other: float) -> float:
@@ -351,6 +359,7 @@ def main() -> None:
         one.add_argument("--instances", type=int, nargs="+", default=[2, 3, 4] if name == "simulate" else [2])
         one.add_argument("--loads", type=float, nargs="+", default=loads)
         one.add_argument("--ratios", type=float, nargs="+", default=ratios)
+        one.add_argument("--no-flips", dest="flips", action="store_false", help="leave out who changes sides")
         one.add_argument("--no-store", action="store_true", help="KV does not go ahead: prompts are computed again")
         one.add_argument("--seeds", type=int, nargs="+", default=[0])
         one.add_argument("--ttft-slack", type=float, default=8.0, metavar="X", help="times an idle instance's TTFT")

@@ -25,7 +25,7 @@ from tests.small_runs import (
     run_audited,
     tight_configs,
 )
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
@@ -186,3 +186,29 @@ def test_a_token_that_is_there_is_not_lost_with_its_kv(mode: str) -> None:
     assert record.id in taken.admitted
     assert list(record.token_times_us[1:]) == [taken.end_us, taken.end_us + STEP_US]
     obey_the_laws(work, config, records)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToAndFro:
+    """Offloads whatever the host lacks in the place of whatever it has."""
+
+    decides: ClassVar[str] = "cache"
+
+    host_blocks_factor: float = 0.4
+
+    def decide(self, view: CacheView) -> CachePlan:
+        hosted, free = [b.id for b in view.hosted()], view.num_free_host_blocks
+        offload = tuple(b.id for b in view.idle())[: free + len(hosted)]
+        return CachePlan(offload=offload, evict=tuple(hosted[: len(offload) - free]), reason="to and fro")
+
+
+def test_a_cache_policy_that_copies_for_ever_is_refused() -> None:
+    """Of thirteen blocks ten are cached, and five are on their way whenever a step is planned: a prompt of eleven never
+    fits, one of eight does.
+    """
+    config = instance_config(max_tokens_per_batch=64, num_kv_blocks=13)
+    work = Workload(requests=(request(0, prompt=41, output=1), request(1, 30, prompt=42, output=1)))
+    with pytest.raises(PolicyError, match=r"to-and-fro leaves 1 requests .* request 1: from 35 to 1010 us"):
+        run_audited(work, config, DecodeFirst(), cache=ToAndFro())
+    small = Workload(requests=(request(0, prompt=41, output=1), request(1, 30, prompt=32, output=1)))
+    obey_the_laws(small, config, run_audited(small, config, DecodeFirst(), cache=ToAndFro()))

@@ -220,7 +220,7 @@ def without_wasted_rows(config: InstanceConfig, records: Records) -> Records:
             )
         )
     assert max(wasted.values(), default=0) <= 1, f"requests have rows in vain: {wasted}"
-    return Records(records.requests, steps)
+    return Records(records.requests, steps, records.copies)
 
 
 def drafts_are_told_alike(records: Records) -> None:
@@ -461,7 +461,9 @@ def computed_catches_up_with_known(config: InstanceConfig, records: Records, *, 
             _check_blocks(config, step, [o.computed for o in holders], in_copies)
         for request_id, num_tokens in rejected.items():
             live[request_id].computed -= num_tokens
-        rows = _draw(live, ends, step, lost=lost_next, some_draft=some_draft) + sum(step.num_drafted)
+        # With drafts or copies about, the next one may not be planned before this one is over.
+        in_turns = some_draft or any(_is_under_way(c, step) for c in records.copies if c.asked_us <= step.start_us)
+        rows = _draw(live, ends, step, lost=lost_next, in_turns=in_turns) + sum(step.num_drafted)
         assert step.num_logits in (rows, -1), f"step {step.step} has {step.num_logits} rows of logits, of {rows}"
     for request_id, one in live.items():
         times = ends[request_id].token_times_us
@@ -575,9 +577,14 @@ def _check_blocks(config: InstanceConfig, step: StepRecord, computed: list[int],
 
 
 def _draw(
-    live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int], some_draft: bool
+    live: dict[int, _Live], ends: dict[int, RequestRecord], step: StepRecord, *, lost: Sequence[int], in_turns: bool
 ) -> int:
-    """Give every request that reached its known tokens its drafts that are kept, and one more; returns how many did."""
+    """Give every request that reached its known tokens its drafts that are kept, and one more; returns how many did.
+
+    Args:
+        lost: who lost its KV to the next step, and with it the token, if that step was planned while this one ran.
+        in_turns: it may have been planned later.
+    """
     rows = 0
     accepted = dict(zip(step.draft_ids, step.num_accepted, strict=True))
     for request_id in step.ids:
@@ -589,8 +596,7 @@ def _draw(
             continue  # cancelled while the step ran
         times = record.token_times_us
         is_there = one.drawn < len(times) and times[one.drawn] == step.end_us
-        # With drafts about, a step that takes KV away may have been planned when this one was over.
-        if request_id in lost and not (some_draft and is_there):
+        if request_id in lost and not (in_turns and is_there):
             continue
         for _ in range(1 + accepted.get(request_id, 0)):
             who = f"request {request_id}"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.laws import is_repeatable, obey_the_laws
 from tests.small_runs import (
     STEP_TIME,
+    STEP_US,
     TIERED,
     EqualSteps,
     StoppingSteps,
@@ -24,10 +25,11 @@ from tests.small_runs import (
     run_audited,
     tight_configs,
 )
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
+from xllm_lab.policies.batch.unified_slo import UnifiedSlo
 from xllm_lab.policies.cache import CachePlan, CachePolicy, CacheView, Copies
 from xllm_lab.policies.cache.cost_aware import CostAware
 from xllm_lab.policies.cache.lru import Lru
@@ -37,7 +39,7 @@ from xllm_lab.policies.cache.watermark import Watermark
 from xllm_lab.records import Records
 from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.tiering import tiering_of
-from xllm_lab.workload import Request, Workload
+from xllm_lab.workload import Request, Slo, Workload
 
 
 @given(
@@ -162,3 +164,51 @@ def test_a_restore_does_not_evict_what_another_counts_on() -> None:
     records = run_audited(Workload(requests=requests), config, DecodeFirst(), cache=OffloadsEarly(until_us=400))
     assert [(c.request, c.num_tokens) for c in records.copies if c.kind == "restore"] == [(3, 24), (4, 12)]
     assert [r.cached_tokens for r in records.requests[3:]] == [24, 32]
+
+
+@pytest.mark.parametrize("mode", ASYNC_SCHEDULING)
+def test_a_token_that_is_there_is_not_lost_with_its_kv(mode: str) -> None:
+    """A copy holds all that is free: the second request's next step is planned neither ahead nor when its first token
+    is there. Then its KV is taken for a third that is late; the token stays.
+    """
+    config = instance_config(max_tokens_per_batch=64, num_kv_blocks=13, async_scheduling=mode)
+    first = request(0, 0, prompt=41, output=1)  # leaves ten blocks to copy, for 45 us
+    second = request(1, 5, prompt=12, output=3)
+    third = request(2, 40, prompt=16, output=1, slo=Slo(ttft_us=1))
+    work = Workload(requests=(first, second, third))
+    records = run_audited(work, config, UnifiedSlo(), cache=OffloadsEarly(until_us=12))
+    (copy,) = records.copies
+    record = records.requests[1]
+    assert copy.end_us == 55
+    assert record.token_times_us[0] < third.arrival_us < copy.end_us
+    (taken,) = [s for s in records.steps if record.id in s.preempted]
+    assert taken.start_us == copy.end_us
+    assert record.id in taken.admitted
+    assert list(record.token_times_us[1:]) == [taken.end_us, taken.end_us + STEP_US]
+    obey_the_laws(work, config, records)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToAndFro:
+    """Offloads whatever the host lacks in the place of whatever it has."""
+
+    decides: ClassVar[str] = "cache"
+
+    host_blocks_factor: float = 0.4
+
+    def decide(self, view: CacheView) -> CachePlan:
+        hosted, free = [b.id for b in view.hosted()], view.num_free_host_blocks
+        offload = tuple(b.id for b in view.idle())[: free + len(hosted)]
+        return CachePlan(offload=offload, evict=tuple(hosted[: len(offload) - free]), reason="to and fro")
+
+
+def test_a_cache_policy_that_copies_for_ever_is_refused() -> None:
+    """Of thirteen blocks ten are cached, and five are on their way whenever a step is planned: a prompt of eleven never
+    fits, one of eight does.
+    """
+    config = instance_config(max_tokens_per_batch=64, num_kv_blocks=13)
+    work = Workload(requests=(request(0, prompt=41, output=1), request(1, 30, prompt=42, output=1)))
+    with pytest.raises(PolicyError, match=r"to-and-fro leaves 1 requests .* request 1: from 35 to 1010 us"):
+        run_audited(work, config, DecodeFirst(), cache=ToAndFro())
+    small = Workload(requests=(request(0, prompt=41, output=1), request(1, 30, prompt=32, output=1)))
+    obey_the_laws(small, config, run_audited(small, config, DecodeFirst(), cache=ToAndFro()))

@@ -203,7 +203,7 @@ class Scheduler:
         """Decide the next step and allocate its blocks; None if nothing can run.
 
         Raises:
-            PolicyError: the policy returned an illegal plan; nothing was changed.
+            PolicyError: a policy returned an illegal plan; nothing was changed. Or copies leave nobody room, for ever.
         """
         if self._under_way is not None and any(d.token_ids for d in self._under_way.drafts):
             return None
@@ -223,11 +223,15 @@ class Scheduler:
                 step = self._act(plan, preempted, now_us)
                 if self.shapes is not None:
                     self.shapes.place(step)
+                if self.tiering is not None:
+                    self.tiering.stepped()
                 return step
             if not plan.preempt:
                 break
             # What a preemption frees is an estimate: two victims that shared blocks free more together than the policy
             # could count, and a victim's blocks that an admitted prompt takes over free none. It gets another look.
+        if self.tiering is not None and self._under_way is None:
+            self.tiering.refuse_to_starve(self._live, now_us)
         return None
 
     def copied(self, ends: Sequence[CopyEnd]) -> None:

@@ -10,7 +10,7 @@ those are of requests that go on elsewhere, and wait for them.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,9 @@ from xllm_lab.workload import RequestId
 # Nobody waits for what is saved, and who waits for a push could as well compute anew; but a store that hangs must not
 # hold a thread and its blocks for ever.
 SAVE_TIMEOUT_US, PUSH_TIMEOUT_US = 5_000_000, 2_000_000
+# Blocks copied with no step in between, in times of all that both tiers have. A policy that comes to rest needs no more
+# than four: each block once down, up, to the store and from there. Ours need 0.2.
+MOST_TIMES_IN_VAIN = 10
 
 
 class Waiting(NamedTuple):
@@ -178,6 +181,9 @@ class Tiering:
         self._uses: dict[BlockKey, _Use] = {}
         self._seen_version = -1, -1
         self._is_anything_new = False
+        # Since a step was planned: blocks copied, and how often all copies that were under way had ended.
+        self._num_in_vain = self._num_rounds = self._in_vain_since_us = 0
+        self._last_of_round = -1
 
     def num_under_way(self, kind: CopyKind) -> int:
         """Blocks in copies."""
@@ -258,6 +264,32 @@ class Tiering:
             self._offload(wanted, now_us, plan.reason, victims)
         following += [s for s in asking if s.id in plan.prefetch and self._prefetch(s, now_us, plan, victims)]
         return [s.id for s in following]
+
+    def stepped(self) -> None:
+        """A step is planned: nothing was copied in vain."""
+        self._num_in_vain = self._num_rounds = 0
+
+    def refuse_to_starve(self, live: Collection[RequestId], now_us: int) -> None:
+        """No step can be planned, and none is under way.
+
+        Once all copies have ended everything is free, and somebody can run; but the policy is asked first, and may take
+        it all again, for ever.
+
+        Raises:
+            PolicyError: so much was copied that it will. No number proves it.
+        """
+        if not live:
+            self._num_in_vain = self._num_rounds = 0
+        if next(iter(self._under_way), self.num_copies) > self._last_of_round:
+            self._num_rounds, self._last_of_round = self._num_rounds + 1, self.num_copies - 1
+        num_all = self.ledger.num_blocks + self.host.num_slots
+        # Many rounds, as fast copies beside a slow one prove nothing.
+        if min(self._num_rounds, self._num_in_vain // num_all) > MOST_TIMES_IN_VAIN:
+            raise PolicyError(
+                f"cache policy {policy_name(self.policy)} leaves {len(live)} requests waiting for ever, first of them "
+                f"request {min(live)}: from {self._in_vain_since_us} to {now_us} us no step could run, and it copied "
+                f"{self._num_in_vain} blocks, of {num_all} that device and host have"
+            )
 
     def push(self, request: RequestId, blocks: Sequence[int], keys: Sequence[BlockKey], now_us: int) -> None:
         """Give computed blocks of a request to the store, for who goes on with it elsewhere."""
@@ -458,6 +490,9 @@ class Tiering:
             reason=reason,
             instance=self._instance,
         )
+        if not self._num_in_vain:
+            self._in_vain_since_us = copy.asked_us
+        self._num_in_vain += len(copy.keys)
         self._under_way[copy.number] = _UnderWay(copy, record, pinned)
         assert self._recorder is not None, "an instance serves"
         self._recorder.copy(record)

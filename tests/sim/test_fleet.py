@@ -150,22 +150,25 @@ def test_skipping_steps_changes_nothing(
 @given(
     work=busy_workloads(),
     fleet=fleets(),
-    config=tight_configs(),
-    cache=st.sampled_from(TIERED),
+    config=st.builds(
+        *(replace, tight_configs()),
+        async_scheduling=st.sampled_from(ASYNC_SCHEDULING),
+        enable_prefix_cache=st.just(True),
+    ),
+    each=st.builds(Policies, batch_policies(), cache=st.sampled_from(TIERED)),
     room=st.sampled_from((0, 2, None)),
 )
 def test_tiers_are_lost_with_their_instance_and_nothing_else_is(
-    work: Workload, fleet: FleetConfig, config: InstanceConfig, cache: CachePolicy, room: int | None
+    work: Workload, fleet: FleetConfig, config: InstanceConfig, each: Policies, room: int | None
 ) -> None:
     """Copies under way when an instance fails never end, whatever is in the store stays; skipping steps still changes
     nothing."""
-    config = replace(config, enable_prefix_cache=True)
 
     def store() -> SimulatedStore | None:
         return None if room == 0 else SimulatedStore(room)
 
-    stepped, _ = served(work, fleet, config, Fcfs(), fast_forward=False, cache=cache, store=store())
-    skipped, _ = served(work, fleet, config, Fcfs(), cache=cache, store=store())
+    stepped, _ = served(work, fleet, config, each.batch, fast_forward=False, cache=each.cache, store=store())
+    skipped, _ = served(work, fleet, config, each.batch, cache=each.cache, store=store())
     assert skipped.requests == stepped.requests
     assert skipped.steps == stepped.steps
     assert skipped.copies == stepped.copies

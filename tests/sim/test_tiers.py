@@ -26,7 +26,7 @@ from tests.small_runs import (
 from xllm_lab.copies import Copy, CopyEnd, CopyRecord
 from xllm_lab.copy_time import HOST_KINDS, CopyTime, CopyWeights
 from xllm_lab.fleet_config import FleetConfig
-from xllm_lab.instance_config import InstanceConfig
+from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.outages import Outage
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.fcfs import Fcfs
@@ -69,7 +69,11 @@ def served(
 
 @given(
     work=busy_workloads(),
-    config=tight_configs(),
+    config=st.builds(
+        *(replace, tight_configs()),
+        async_scheduling=st.sampled_from(ASYNC_SCHEDULING),
+        enable_prefix_cache=st.just(True),
+    ),
     policy=batch_policies(),
     cache=CACHES,
     copy_time=COPY_TIMES,
@@ -77,12 +81,7 @@ def served(
 def test_a_run_with_tiers_obeys_the_laws(
     work: Workload, config: InstanceConfig, policy: BatchPolicy, cache: CachePolicy, copy_time: CopyTime
 ) -> None:
-    """Blocks are conserved, whatever is on its way how long; and the same run is the same.
-
-    Planning ahead is not part of it: where copies hold all that is free, a request loses its KV behind a step, too, and
-    `_loses` takes its token for lost then.
-    """
-    config = replace(config, enable_prefix_cache=True)
+    """Blocks are conserved, whatever is on its way how long, planned ahead or not; and the same run is the same."""
     run = partial(served, work, config, cache, policy=policy, copy_time=copy_time)
     records = run()
     obey_the_laws(work, config, records)

@@ -217,7 +217,8 @@ class CachePlan:
 class CachePolicy(Protocol):
     """Which cached blocks lie where. It may have `needs_step_time` and `needs_copy_time`.
 
-    One that uses the host has a field `host_blocks_factor`.
+    One that uses the host has a field `host_blocks_factor`. A host refuses one whose copies leave no room for any step,
+    once they have moved all blocks ten times: it has to come to rest while nothing runs.
     """
 
     decides: ClassVar[str]  # "cache"

@@ -36,17 +36,18 @@ from xllm_lab.engine.cluster.fleet import EngineFleet
 from xllm_lab.engine.engine import EngineOptions
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.hardware import hardware
+from xllm_lab.metrics import summarize
 from xllm_lab.policies.catalog import make_policy, policy_name
 from xllm_lab.policies.roles import RolesPolicy
 from xllm_lab.policies.roles.colocated import Colocated
 from xllm_lab.policies.roles.slo_flip import SloFlip
 from xllm_lab.policies.roles.static import Static
+from xllm_lab.records import Records
 from xllm_lab.runs import Run
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.machine import Deployment, Machine, fitted_machine, model_of, roofline_machine, with_host_link
 from xllm_lab.sim.parity import parity
 from xllm_lab.step_time import Chunk
-from xllm_lab.summary_of_run import summarize_run
 from xllm_lab.workload import Prompt, Request, RequestId, Slo, Workload, stream
 
 
@@ -158,9 +159,26 @@ def fleet(point: Point, policy: RolesPolicy, work: Workload) -> FleetConfig:
     )
 
 
-def row(run: Run, host: str, name: str, point: Point, work: Workload) -> dict[str, Any]:
+def _print_rows(slacks: Sequence[float], run: Run, who: tuple[str, str], point: Point, work: Workload) -> None:
+    """Of a run by (host, roles), for each promise: nobody decides by it, so one run tells of all; but who flips does."""
+    one_us = point_tpot_us(work) / point.tpot_slack
+    for slack in slacks if who[1] != "slo-flip" else [point.tpot_slack]:
+        records = run.records
+        for record in records.requests:
+            record.tpot_slo_us = round(slack * one_us)
+        _print(row(records, *who, replace(point, tpot_slack=slack), work))
+
+
+def point_tpot_us(work: Workload) -> int:
+    """Promised to all."""
+    promised = work.requests[0].slo.tpot_us
+    assert promised is not None
+    return promised
+
+
+def row(records: Records, host: str, name: str, point: Point, work: Workload) -> dict[str, Any]:
     """What is compared of a run."""
-    summary, records = summarize_run(run), run.records
+    summary = summarize(records)
     prompt, output = (statistics.mean(n) for n in zip(*_lengths(work), strict=True))
     return {
         "host": host,
@@ -186,7 +204,7 @@ def points(o: argparse.Namespace) -> Iterator[Point]:
         for load in o.loads:
             for ratio in o.ratios:
                 for seed in o.seeds:
-                    yield Point(num_instances, load, ratio, seed, o.ttft_slack, o.tpot_slack)
+                    yield Point(num_instances, load, ratio, seed, o.ttft_slack, o.tpot_slack[0])
 
 
 def _chosen(o: argparse.Namespace, num_instances: int) -> list[tuple[str, RolesPolicy]]:
@@ -205,7 +223,7 @@ def sweep(o: argparse.Namespace) -> None:
                 out = Path(scratch) / "run"
                 store = None if o.no_store else f"sim:?bytes_per_s={o.store_rate:g}&latency_us=500"
                 run = _simulated(machine, work, fleet(point, policy, work), "figures", out, store=store)
-                _print(row(run, "simulator", name, point, work))
+                _print_rows(o.tpot_slack, run, ("simulator", name), point, work)
                 _forget(out)
 
 
@@ -225,21 +243,23 @@ def measure(o: argparse.Namespace) -> None:
                 store=None if shared is None else f"dir:{shared}?bytes=4GiB",
             )
             engines = stack.enter_context(EngineFleet(options, num_instances))
-            machine = _calibrated(
-                engines, scale, Path(scratch), [p for p in points(o) if p.num_instances == num_instances]
-            )
-            for point in (p for p in points(o) if p.num_instances == num_instances):
+            own = [p for p in points(o) if p.num_instances == num_instances]
+            if o.calibrated_on:
+                machine = fitted_machine(verbs.calibrate(o.calibrated_on))
+            else:
+                machine = _calibrated(engines, scale, Path(scratch), own)
+            for point in own:
                 work = workload(point, scale, machine.cost)
                 for name, policy in _chosen(o, num_instances):
                     whole, out = fleet(point, policy, work), Path(scratch) / "run"
                     run = _served(engines, work, whole, scale, out)
                     found = parity(run)
                     assert found.is_identical, found
-                    _print(row(run, "engine", name, point, work))
+                    _print_rows(o.tpot_slack, run, ("engine", name), point, work)
                     _forget(out)
                     store = None if o.no_store else "sim:"
                     again = _simulated(machine, work, whole, o.model, out, store=store)
-                    _print(row(again, "simulator", name, point, work))
+                    _print_rows(o.tpot_slack, again, ("simulator", name), point, work)
                     _forget(out)
 
 
@@ -306,10 +326,11 @@ def table(path: Path) -> str:
     """Of each host and fleet: goodput of the best split over that of equal instances, by ratio and load; crossovers."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines: list[str] = []
-    for host, num in sorted({(r["host"], r["num_instances"]) for r in rows}):
-        own = [r for r in rows if (r["host"], r["num_instances"]) == (host, num)]
+    for host, num, slack in sorted({(r["host"], r["num_instances"], r["tpot_slack"]) for r in rows}):
+        own = [r for r in rows if (r["host"], r["num_instances"], r["tpot_slack"]) == (host, num, slack)]
         ratios, loads = (sorted({r[name] for r in own}) for name in ("ratio", "load"))
-        lines += ["", f"{host}, {num} instances: goodput of the best split, of equal instances' (and of slo-flip)", ""]
+        whose = f"{host}, {num} instances, TPOT within {slack:g} times an idle one's"
+        lines += ["", f"{whose}: goodput of the best split, of equal instances' (and of slo-flip)", ""]
         lines += ["| load | " + " | ".join(f"{ratio:g}:1" for ratio in ratios) + " | crosses at |"]
         lines += ["|---" * (len(ratios) + 2) + "|"]
         for load in loads:
@@ -365,7 +386,9 @@ def main() -> None:
         one.add_argument("--ttft-slack", type=float, default=8.0, metavar="X", help="times an idle instance's TTFT")
         # Where decodes are bound by memory many cost hardly more than one; on a CPU they do.
         tpot = 1.6 if name == "simulate" else 4.0
-        one.add_argument("--tpot-slack", type=float, default=tpot, metavar="X", help="times an idle instance's TPOT")
+        one.add_argument(
+            "--tpot-slack", type=float, nargs="+", default=[tpot], metavar="X", help="times an idle instance's TPOT"
+        )
         if name == "simulate":
             one.add_argument("--hardware", default="ascend-910b3")
             one.add_argument("--model-config", default="qwen3-8b")
@@ -374,6 +397,8 @@ def main() -> None:
             )
         else:
             one.add_argument("--model", default="smollm2-135m", help="or the folder of a model")
+            runs = "engine runs; without them some are made first"
+            one.add_argument("--calibrated-on", type=Path, nargs="*", default=[], metavar="RUN", help=runs)
     verb.add_parser("table").add_argument("rows", type=Path)
     o = parser.parse_args()
     if o.verb == "table":

@@ -257,6 +257,8 @@ def tune(
     seed: int = 0,
     min_slo_attainment_frac: float = 0.0,
     workers: int = 2,
+    host_link_bytes_per_s: float | None = None,
+    store: str | None = None,
     progress: bool = True,
     **beside: str | None,
 ) -> Study:
@@ -264,10 +266,13 @@ def tune(
 
     Args:
         also: further policies to choose from, of any decision.
+        host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
+        store: of KV blocks below the host, see `sim.machine.with_store`; knobs that need one are searched, too.
         beside: policies beside the batch policy, see `configure`; their knobs are searched, too.
     """
     from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
+    from xllm_lab.tuning.tiers import Tiers
 
     space = Space(configure(policy, settings, **beside), also)
     with bar(trials, "tune", show=progress) as drawn:
@@ -280,6 +285,7 @@ def tune(
             out=Path(out),
             min_slo_attainment_frac=min_slo_attainment_frac,
             num_workers=workers,
+            tiers=Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store),
             on_trial=lambda trial: drawn.update(),
         )
 
@@ -293,15 +299,22 @@ def verify(
     engine: Engine | EngineOptions | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace."""
+    """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace.
+
+    Raises:
+        ConfigError: the engine has not the link or the store that the study is of; and as `tuning.verify.verify`.
+    """
     from xllm_lab.sim.calibrate import read_calibration
     from xllm_lab.tuning.study import Study, read_study
+    from xllm_lab.tuning.tiers import tiers_of
     from xllm_lab.tuning.verify import verify as measure
 
     opened = study if isinstance(study, Study) else read_study(Path(study))
     workload = _workload(trace)
-    fitted = read_calibration(opened.path / "calibration.json")
+    tiers, fitted = tiers_of(opened.spec), read_calibration(opened.path / "calibration.json")
+    machine = tiers.machine(fitted, opened.best.candidate.policies)
     with _opened(engine) as host:
+        tiers.refuse_without(host.options)
         records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
         with records.bar:
             return measure(
@@ -311,9 +324,9 @@ def verify(
                 tuned=opened.best.candidate,
                 out=Path(out),
                 repeats=repeats,
-                step_time=fitted.step_time_with_host(),
-                draft_time=fitted.draft_time,
-                copy_time=fitted.copy_time or None,
+                step_time=machine.step_time,
+                draft_time=machine.draft_time,
+                copy_time=machine.copy_time or None,
                 make_records=lambda: type(records)(bar=records.bar),
             )
 

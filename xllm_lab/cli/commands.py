@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_lab import verbs
 from xllm_lab.cli import accept, imports, lint, profile
-from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options, page_time
+from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options, page_time, tier_options
 from xllm_lab.cli.options import (
     configuration,
     configuration_options,
@@ -172,6 +172,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--min-slo-attainment", type=float, default=0.0, metavar="FRAC")
+    tier_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="study folder; an unfinished one is resumed")
 
 
@@ -186,6 +187,8 @@ def _tune(o: argparse.Namespace) -> int:
         seed=o.seed,
         min_slo_attainment_frac=o.min_slo_attainment,
         workers=o.workers,
+        host_link_bytes_per_s=o.host_link,
+        store=o.store,
         progress=not o.quiet,
     )
     value = {

@@ -11,8 +11,8 @@ import optuna
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import KV_LAYOUTS, InstanceConfig
-from xllm_lab.policies.api import Choice, Knob
-from xllm_lab.policies.catalog import knobs, make_policy, policies, policy_class, policy_name, values_of
+from xllm_lab.policies.api import Around, Choice, Knob
+from xllm_lab.policies.catalog import knobs_with_effect, make_policy, policies, policy_class, policy_name, values_of
 from xllm_lab.policies.draft import METHODS
 from xllm_lab.policies.of_instance import DECISIONS, Policies, not_asked
 
@@ -27,6 +27,7 @@ class Space:
         also: further policies to choose from, of any decision; "draft.NAME" where several decisions have that name.
         methods: that drafts can be made by; a choice among methods is one among these.
         layouts: of KV, likewise: those that somebody can price.
+        num_stores: of KV below the host; knobs that need one are searched where there is one.
 
     Attributes:
         names: of the policies to choose from, by decision; the default's own comes first.
@@ -42,8 +43,10 @@ class Space:
         *,
         methods: Sequence[str] = METHODS,
         layouts: Sequence[str] = KV_LAYOUTS,
+        num_stores: int = 0,
     ) -> None:
         self.default, self._also, self._methods, self._layouts = default, also, methods, layouts
+        self._around: dict[Around, int] = {"stores": num_stores}
         further = [_found(name) for name in also]
         self.names = {
             decides: tuple(dict.fromkeys((policy_name(own), *(name for of, name in further if of == decides))))
@@ -51,9 +54,21 @@ class Space:
         }
         self.default_params()  # which refuses a default outside the ranges
 
-    def where(self, *, methods: Sequence[str] | None = None, layouts: Sequence[str] | None = None) -> Space:
-        """The same space where only these are known; ConfigError if the default is another."""
-        return Space(self.default, self._also, methods=methods or self._methods, layouts=layouts or self._layouts)
+    def where(
+        self,
+        *,
+        methods: Sequence[str] | None = None,
+        layouts: Sequence[str] | None = None,
+        num_stores: int | None = None,
+    ) -> Space:
+        """The same space where only these are known, or are there; ConfigError if the default is another."""
+        return Space(
+            self.default,
+            self._also,
+            methods=methods or self._methods,
+            layouts=layouts or self._layouts,
+            num_stores=self._around["stores"] if num_stores is None else num_stores,
+        )
 
     def alternatives(self) -> Iterator[Policies]:
         """The default's policies, and what they are with each one to choose from in its place."""
@@ -119,8 +134,8 @@ class Space:
                 yield name, trial.suggest_float(prefix + name, note.low, note.high, log=note.log)
 
     def _knobs(self, cls: type[Any]) -> dict[str, Knob | Choice]:
-        """Those of the class, less the methods and layouts that nobody here has: they would be trials in vain."""
-        return {name: self._possible(note) for name, note in knobs(cls).items()}
+        """Those that do something here, less the methods and layouts that nobody has: they would be trials in vain."""
+        return {name: self._possible(note) for name, note in knobs_with_effect(cls, self._around).items()}
 
     def _possible(self, note: Knob | Choice) -> Knob | Choice:
         if not isinstance(note, Choice):

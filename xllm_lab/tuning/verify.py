@@ -19,6 +19,7 @@ from xllm_lab.metrics import summarize
 from xllm_lab.records import Records
 from xllm_lab.runs import new_folder, read_json, write_json
 from xllm_lab.step_time import StepTime
+from xllm_lab.tuning.fresh_store import FreshStore
 from xllm_lab.workload import Workload
 
 MIN_REPEATS = 3
@@ -113,15 +114,18 @@ def verify(
             need before each run.
 
     Raises:
-        ConfigError: fewer than three repeats.
+        ConfigError: fewer than three repeats, or a store that is not empty or cannot be emptied before each.
         RunError: the folder exists or cannot be written; and whatever `Engine.replay` raises.
     """
     if repeats < MIN_REPEATS:
         raise ConfigError(f"repeats is {repeats}, at least {MIN_REPEATS} are accepted")
+    store = None if engine.options.store is None else FreshStore(engine.options.store)
     goodput: dict[str, list[float]] = {"default": [], "tuned": []}
     with new_folder(out) as folder:
         for repeat in range(repeats):
             for name, one in (("default", default), ("tuned", tuned)):
+                if store is not None:
+                    store.empty()
                 run = engine.replay(
                     workload,
                     one.instance,

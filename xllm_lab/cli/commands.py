@@ -173,6 +173,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--min-slo-attainment", type=float, default=0.0, metavar="FRAC")
     tier_options(parser)
+    fleet_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="study folder; an unfinished one is resumed")
 
 
@@ -189,6 +190,7 @@ def _tune(o: argparse.Namespace) -> int:
         workers=o.workers,
         host_link_bytes_per_s=o.host_link,
         store=o.store,
+        fleet=fleet(o),
         progress=not o.quiet,
     )
     value = {
@@ -211,6 +213,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path)
     trace_options(parser)
     engine_options(parser)
+    served_fleet_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
 
@@ -219,7 +222,14 @@ def _verify(o: argparse.Namespace) -> int:
     if followed(o):
         return 0
     done = verbs.verify(
-        o.study, workload(o.trace, o), out=o.out, repeats=o.repeats, engine=engine(o), progress=not o.quiet
+        o.study,
+        workload(o.trace, o),
+        out=o.out,
+        repeats=o.repeats,
+        engine=engine(o),
+        registry=o.registry,
+        listen=o.listen,
+        progress=not o.quiet,
     )
     value = {"gain": {**asdict(done.gain), "is_better": done.gain.is_better}, "winner": done.winner.as_dict()}
     return _print(o, value, gain_line(done.gain))

@@ -50,6 +50,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
                 step_time=machine.step_time,
                 draft_time=machine.draft_time,
                 copy_time=machine.copy_time,
+                fleet=chosen.fleet,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

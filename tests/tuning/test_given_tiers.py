@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_models import tiny_model
-from tests.tuning.searches import CALIBRATION, WorkersHere, default, search
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.tuning.searches import CALIBRATION, WorkersHere, default, search, workload
 from tests.tuning.test_tiers import SETTINGS, sessions
-from xllm_lab import verbs
+from xllm_lab import cli, verbs
 from xllm_lab.candidate import Candidate
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.errors import ConfigError
+from xllm_lab.formats import own
+from xllm_lab.policies.api import Knob
 from xllm_lab.policies.cache.lru import Lru
+from xllm_lab.policies.cache.storing import Storing
+from xllm_lab.policies.catalog import knobs
 from xllm_lab.runs import read_run
+from xllm_lab.sim.calibrate import write_calibration
+from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.store.directory import blocks_in
 from xllm_lab.tuning import workers
 from xllm_lab.tuning.objective import evaluate
@@ -59,6 +65,24 @@ def test_a_link_alone_brings_no_knob_of_a_store(tmp_path: Path) -> None:
     assert PREFETCH not in study.spec["space"]["knobs"]
 
 
+@pytest.mark.parametrize("knob", sorted(f.name for f in fields(Storing)))
+def test_a_knob_that_needs_a_store_does_nothing_without_one(knob: str) -> None:
+    """At either end of its range every record is the same; with a store, some copy or its end is another."""
+    note = knobs(Lru)[knob]
+    assert isinstance(note, Knob)
+    tight = replace(storing().instance, num_kv_blocks=40)
+    for tiers, is_searched in ((replace(GIVEN, store=None), False), (GIVEN, True)):
+        found = []
+        for value in (int(note.low), int(note.high)):
+            policies = replace(storing().policies, cache=replace(Lru(), **{knob: value}))
+            machine = tiers.machine(CALIBRATION, policies)
+            told = {"step_time": machine.step_time, "copy_time": machine.copy_time, "vocab_size": VOCAB_SIZE}
+            served = run_simulation(sessions(0), tight, policies, machine.predicts(tight), **told)  # type: ignore[arg-type]
+            assert served.copies
+            found.append(served)
+        assert (found[0] != found[1]) == is_searched
+
+
 @pytest.mark.parametrize("other", [{"store": None}, {"store": "sim:?bytes_per_s=9e9"}, {"host_link_bytes_per_s": 3e6}])
 def test_with_other_tiers_it_is_another_study(other: dict[str, object], tmp_path: Path) -> None:
     """With the same ones it is resumed, trial by trial as if nothing had been."""
@@ -85,6 +109,18 @@ def test_tiers_without_use_or_price_are_refused(tiers: Tiers, space: Space, told
     with pytest.raises(ConfigError, match=told):
         search(tmp_path / "study", space=space, tiers=tiers)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_is_told_of_them(tmp_path: Path) -> None:
+    """As `simulate` is."""
+    own.write(workload(), tmp_path / "trace.jsonl")
+    write_calibration(CALIBRATION, tmp_path / "machine.json")
+    given = ("--host-link", "2e6", "--store", GIVEN.store, "--set", "num_kv_blocks=64", "--set", "prefetch_blocks=7")
+    words = ("tune", tmp_path / "trace.jsonl", "--calibration", tmp_path / "machine.json", "--cache", "lru", *given)
+    assert cli.run([*map(str, words), "--trials", "1", "--quiet", "--out", str(tmp_path / "study")]) == 0
+    study = read_study(tmp_path / "study")
+    assert tiers_of(study.spec) == GIVEN
+    assert study.default.candidate.policies.cache == Lru(prefetch_blocks=7)
 
 
 def test_a_link_may_be_for_one_of_several_policies(tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ COMMANDS = {
     "simulate": Command("serve a trace in simulated time", _simulate_options, _simulate),
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
-    "tune": Command("search the knobs of a policy in the simulator", _tune_options, _tune),
+    "tune": Command("search the knobs of an instance or a fleet in the simulator", _tune_options, _tune),
     "verify": Command("measure a study's best against its default on the engine", _verify_options, _verify),
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),

@@ -67,7 +67,7 @@ def test_a_link_alone_brings_no_knob_of_a_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("knob", sorted(f.name for f in fields(Storing)))
 def test_a_knob_that_needs_a_store_does_nothing_without_one(knob: str) -> None:
-    """At either end of its range every record is the same; with one, which has what a small host gave up, they are not."""
+    """At either end of its range every record is the same; with one, which has what the host gave up, they are not."""
     note = knobs(Lru)[knob]
     assert isinstance(note, Knob)
     tight = replace(storing().instance, num_kv_blocks=40)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,10 @@ class FleetConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, 1 to {LONGEST_US} is accepted")
         refuse_impossible(self.outages, self.num_instances)
         object.__setattr__(self, "outages", in_order(self.outages))
+
+    def decided(self) -> Iterator[tuple[str, Any]]:
+        """Each decision's name with its policy."""
+        return ((decides, getattr(self, decides)) for decides in FLEET_DECISIONS)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `fleet_config` turns it back."""

@@ -6,6 +6,7 @@ A knob that one part alone has goes by its name, `max_tokens_per_batch`; `draft.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from xllm_lab.candidate import Candidate
@@ -36,7 +37,8 @@ def changed(own: Candidate, names: Mapping[str, str | None], settings: Mapping[s
     given = _by_part(now, settings)
     held = {decides: values_of(policy) if now[decides] == was[decides] else {} for decides, policy in own.policies}
     made = {decides: make_policy(decides, now[decides], {**held[decides], **given[decides]}) for decides in DECISIONS}
-    return Candidate(
+    return replace(
+        own,
         instance=configured(InstanceConfig, {**values_of(own.instance), **given[INSTANCE]}),
         policies=Policies(**made),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,6 +258,9 @@ def tune(
     seed: int = 0,
     min_slo_attainment_frac: float = 0.0,
     workers: int = 2,
+    host_link_bytes_per_s: float | None = None,
+    store: str | None = None,
+    fleet: FleetConfig | PathLike | None = None,
     progress: bool = True,
     **beside: str | None,
 ) -> Study:
@@ -264,12 +268,17 @@ def tune(
 
     Args:
         also: further policies to choose from, of any decision.
+        host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
+        store: of KV blocks below the host, see `sim.machine.with_store`; knobs that need one are searched, too.
+        fleet: a fleet, or the cluster file of one, whose policies' knobs are searched, too; None is a single instance.
         beside: policies beside the batch policy, see `configure`; their knobs are searched, too.
     """
     from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
+    from xllm_lab.tuning.tiers import Tiers
 
-    space = Space(configure(policy, settings, **beside), also)
+    default = replace(configure(policy, settings, **beside), fleet=None if fleet is None else _fleet(fleet))
+    space = Space(default, also)
     with bar(trials, "tune", show=progress) as drawn:
         return search(
             [_workload(trace) for trace in traces],
@@ -280,6 +289,7 @@ def tune(
             out=Path(out),
             min_slo_attainment_frac=min_slo_attainment_frac,
             num_workers=workers,
+            tiers=Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store),
             on_trial=lambda trial: drawn.update(),
         )
 
@@ -290,18 +300,37 @@ def verify(
     *,
     out: PathLike,
     repeats: int = 3,
-    engine: Engine | EngineOptions | None = None,
+    engine: Engine | EngineOptions | EngineFleet | None = None,
+    registry: str = "embedded",
+    listen: str = "127.0.0.1",
     progress: bool = True,
 ) -> Verification:
-    """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace."""
+    """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace.
+
+    Args:
+        engine: an open engine, or the options to open one with; of a study of a fleet, one with as many processes.
+        registry, listen: of a fleet, as in `replay`.
+
+    Raises:
+        ConfigError: the engine has not the link or the store that the study is of; and as `tuning.verify.verify`.
+    """
     from xllm_lab.sim.calibrate import read_calibration
     from xllm_lab.tuning.study import Study, read_study
+    from xllm_lab.tuning.tiers import tiers_of
     from xllm_lab.tuning.verify import verify as measure
 
     opened = study if isinstance(study, Study) else read_study(Path(study))
     workload = _workload(trace)
-    fitted = read_calibration(opened.path / "calibration.json")
-    with _opened(engine) as host:
+    tiers, fitted = tiers_of(opened.spec), read_calibration(opened.path / "calibration.json")
+    machine = tiers.machine(fitted, opened.best.candidate.policies)
+    fleet = opened.default.candidate.fleet
+    host: Engine | EngineFleet
+    with contextlib.ExitStack() as closed:
+        if fleet is None:
+            host = closed.enter_context(_opened(engine))
+        else:
+            host = closed.enter_context(_opened_fleet(engine, fleet.num_instances, registry=registry, listen=listen))
+        tiers.refuse_without(host.options)
         records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
         with records.bar:
             return measure(
@@ -311,9 +340,9 @@ def verify(
                 tuned=opened.best.candidate,
                 out=Path(out),
                 repeats=repeats,
-                step_time=fitted.step_time_with_host(),
-                draft_time=fitted.draft_time,
-                copy_time=fitted.copy_time or None,
+                step_time=machine.step_time,
+                draft_time=machine.draft_time,
+                copy_time=machine.copy_time or None,
                 make_records=lambda: type(records)(bar=records.bar),
             )
 

@@ -9,6 +9,7 @@ import argparse
 import ast
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,9 @@ import pytest
 from tests.test_layers import is_within, modules, tree
 from xllm_lab import cli, contract, verbs
 from xllm_lab.candidate import Candidate, candidate, num_changes
+from xllm_lab.cli.machine import fleet, fleet_options
 from xllm_lab.cli.options import configuration, configuration_options
+from xllm_lab.fleet_config import FLEET_DECISIONS, FleetConfig
 from xllm_lab.policies import catalog
 from xllm_lab.policies.catalog import decisions, make_policy, policies, policy_name
 from xllm_lab.policies.of_instance import BESIDE, DECISIONS, policies_from
@@ -61,8 +64,17 @@ class Newcomer(NamedTuple):
         """Before its knob, where several parts are listed together."""
         return "" if self.decides == "batch" else f"{self.decides}."
 
+    def in_a_fleet(self, *settings: str) -> Candidate:
+        """As the command reads it, where a router decides."""
+        parser = argparse.ArgumentParser()
+        fleet_options(parser)
+        knobs = f":{','.join(settings)}" if settings else ""
+        return replace(DEFAULT, fleet=fleet(parser.parse_args(["--instances", "3", self.option, self.name + knobs])))
+
     def chosen(self, *settings: str) -> Candidate:
         """As the command reads it."""
+        if self.decides in FLEET_DECISIONS:
+            return self.in_a_fleet(*settings)
         words = [self.option, self.name, *(word for setting in settings for word in ("--set", setting))]
         parser = argparse.ArgumentParser()
         configuration_options(parser)
@@ -86,6 +98,7 @@ def newcomer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 
 of_any_kind = pytest.mark.parametrize("newcomer", decisions(), indirect=True)
+of_those_that_are_tuned = pytest.mark.parametrize("newcomer", [*DECISIONS, *FLEET_DECISIONS], indirect=True)
 of_an_instance = pytest.mark.parametrize("newcomer", DECISIONS, indirect=True)
 
 
@@ -125,23 +138,34 @@ def test_it_is_kept_and_read_back(newcomer: Newcomer) -> None:
     assert f"{newcomer.prefix}made_up_knob" in configurations(DEFAULT.as_dict(), own.as_dict())
 
 
-@of_an_instance
+@of_those_that_are_tuned
 def test_a_tuner_searches_its_knob(newcomer: Newcomer) -> None:
     """As the default's own policy, and as one to choose from, where only those drawn have their knobs drawn."""
     where = f"{newcomer.decides if newcomer.prefix else newcomer.name}.made_up_knob"
     assert Space(newcomer.chosen()).describe()["knobs"][where] == [1, 9, False]
-    space = Space(DEFAULT, [newcomer.name])
+    default = replace(DEFAULT, fleet=FleetConfig(num_instances=3))
+    space = Space(default, [newcomer.name])
     assert space.describe()["policies"][newcomer.decides][1] == newcomer.name
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     found = set()
     for _ in range(60):
         trial = study.ask()
-        drawn = getattr(space.suggest(trial).policies, newcomer.decides)
+        drawn = dict(space.suggest(trial).decided())[newcomer.decides]
         assert (policy_name(drawn) == newcomer.name) == any("made_up_knob" in name for name in trial.params)
         found.add(getattr(drawn, "made_up_knob", None))
         study.tell(trial, 0.0)
     assert found == {None, *range(1, 10)}
+
+
+@pytest.mark.parametrize("newcomer", FLEET_DECISIONS, indirect=True)
+def test_a_fleets_is_kept_and_read_back(newcomer: Newcomer) -> None:
+    """In studies, and in the table of a report; its knob is one change, and so is another policy."""
+    own = newcomer.chosen("made_up_knob=7")
+    assert candidate(own.as_dict()) == own
+    assert num_changes(own, newcomer.chosen()) == 1
+    assert f"{newcomer.prefix}made_up_knob" in configurations(DEFAULT.as_dict(), own.as_dict())
+    assert export(own, "xllm", kv_bytes_per_token=1).left_out[newcomer.decides] == newcomer.name
 
 
 @of_an_instance
@@ -174,4 +198,18 @@ def test_nobody_who_lists_decisions_names_one() -> None:
         or (isinstance(node, ast.Attribute) and node.attr in BESIDE)
         or (isinstance(node, ast.arg | ast.keyword) and node.arg in BESIDE)
     ]
+    assert named == []
+
+
+def test_nobody_who_tunes_names_a_decision_of_a_fleet() -> None:
+    """Hosts, routers and their files do, and ask for what they need."""
+    tuners = [module for module in modules() if is_within(module, "xllm_lab.tuning", "xllm_lab.candidate")]
+    named = [
+        f"{module}:{node.lineno}"
+        for module in tuners
+        for node in ast.walk(tree(module))
+        if (isinstance(node, ast.Constant) and node.value in FLEET_DECISIONS)
+        or (isinstance(node, ast.Attribute) and node.attr in FLEET_DECISIONS)
+    ]
+    assert tuners
     assert named == []

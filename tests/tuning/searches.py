@@ -17,6 +17,7 @@ from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial
+from xllm_lab.tuning.tiers import Tiers
 from xllm_lab.workload import Slo, Workload
 
 A = TypeVar("A")
@@ -62,6 +63,7 @@ def search(
     on: Workload | None = None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
     min_slo_attainment_frac: float = 0.0,
+    tiers: Tiers | None = None,
 ) -> Study:
     return tune(
         [on or workload()],
@@ -73,6 +75,7 @@ def search(
         num_workers=num_workers,
         on_trial=on_trial,
         min_slo_attainment_frac=min_slo_attainment_frac,
+        tiers=tiers,
     )
 
 

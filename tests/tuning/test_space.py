@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -17,7 +18,9 @@ from xllm_lab.errors import ConfigError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies import catalog
 from xllm_lab.policies.api import Choice
-from xllm_lab.policies.catalog import knobs, make_policy
+from xllm_lab.policies.cache.lru import Lru
+from xllm_lab.policies.cache.storing import Storing
+from xllm_lab.policies.catalog import knobs, make_policy, policies
 from xllm_lab.policies.of_instance import DECISIONS, Policies
 from xllm_lab.policies.pages.next_page import NextPage
 from xllm_lab.policies.pages.on_demand import OnDemand
@@ -200,3 +203,23 @@ def test_the_layout_of_kv_is_searched_where_its_pages_have_a_price() -> None:
         assert isinstance(candidate.policies.pages, NextPage if asked else OnDemand)
     unpriced = space.where(layouts=("paged",))
     assert {candidate.instance.kv_layout for _, candidate in drawn(unpriced)} == {"paged"}
+
+
+def test_knobs_of_a_store_are_searched_where_there_is_one() -> None:
+    """As each cache policy marked them; without a store they do nothing, and are not drawn."""
+    for name, cls in policies("cache").items():
+        marked = {f"cache.{f.name}" for f in dataclasses.fields(Storing) if issubclass(cls, Storing)}
+        start = replace(default(), policies=replace(default().policies, cache=make_policy("cache", name)))
+        without = set(Space(start).describe()["knobs"])
+        space = Space(start).where(num_stores=1)
+        assert set(space.describe()["knobs"]) - without == marked
+        assert not without & marked
+        assert {k for params, _ in drawn(space) for k in params} == without | marked
+        assert space.where(layouts=("paged",)).describe()["knobs"].keys() >= marked
+
+
+def test_without_a_store_its_knobs_keep_the_defaults_values() -> None:
+    """A candidate that is not the default may still be given a store by hand."""
+    start = replace(default(), policies=replace(default().policies, cache=Lru(prefetch_blocks=7)))
+    found = [candidate.policies.cache for _, candidate in drawn(Space(start))]
+    assert {cache.prefetch_blocks for cache in found if isinstance(cache, Lru)} == {7}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xllm_lab import verbs
 from xllm_lab.cli import accept, imports, lint, profile
-from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options, page_time
+from xllm_lab.cli.machine import acceptance, fleet, fleet_options, machine, machine_options, page_time, tier_options
 from xllm_lab.cli.options import (
     configuration,
     configuration_options,
@@ -172,6 +172,8 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--min-slo-attainment", type=float, default=0.0, metavar="FRAC")
+    tier_options(parser)
+    fleet_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="study folder; an unfinished one is resumed")
 
 
@@ -186,6 +188,9 @@ def _tune(o: argparse.Namespace) -> int:
         seed=o.seed,
         min_slo_attainment_frac=o.min_slo_attainment,
         workers=o.workers,
+        host_link_bytes_per_s=o.host_link,
+        store=o.store,
+        fleet=fleet(o),
         progress=not o.quiet,
     )
     value = {
@@ -208,6 +213,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path)
     trace_options(parser)
     engine_options(parser)
+    served_fleet_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
 
@@ -216,7 +222,14 @@ def _verify(o: argparse.Namespace) -> int:
     if followed(o):
         return 0
     done = verbs.verify(
-        o.study, workload(o.trace, o), out=o.out, repeats=o.repeats, engine=engine(o), progress=not o.quiet
+        o.study,
+        workload(o.trace, o),
+        out=o.out,
+        repeats=o.repeats,
+        engine=engine(o),
+        registry=o.registry,
+        listen=o.listen,
+        progress=not o.quiet,
     )
     value = {"gain": {**asdict(done.gain), "is_better": done.gain.is_better}, "winner": done.winner.as_dict()}
     return _print(o, value, gain_line(done.gain))
@@ -429,7 +442,7 @@ COMMANDS = {
     "simulate": Command("serve a trace in simulated time", _simulate_options, _simulate),
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
-    "tune": Command("search the knobs of a policy in the simulator", _tune_options, _tune),
+    "tune": Command("search the knobs of an instance or a fleet in the simulator", _tune_options, _tune),
     "verify": Command("measure a study's best against its default on the engine", _verify_options, _verify),
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),

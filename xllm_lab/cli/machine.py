@@ -32,6 +32,15 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--acceptance", metavar="FRAC[,FRAC...]", help=frac)
     us = "mapping a run of pages of virtual KV, each page in it, unmapping a run, each page; else as calibrated"
     group.add_argument("--page-us", metavar="US[,US...]", help=us)
+    _tier_options(group)
+
+
+def tier_options(parser: argparse.ArgumentParser) -> None:
+    """Of a machine that is calibrated, and needs no other of `machine_options`."""
+    _tier_options(parser.add_argument_group("tiers"))
+
+
+def _tier_options(group: argparse._ArgumentGroup) -> None:
     rate = "of copies of KV to the host and back, each way; else as calibrated"
     group.add_argument("--host-link", type=float, metavar="BYTES_PER_S", help=rate)
     store = "KV below the host: sim:, and any of ?bytes=SIZE&bytes_per_s=RATE&latency_us=TIME; else as calibrated"

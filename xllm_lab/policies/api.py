@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NewType, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NewType, Protocol, TypeVar
 
 from xllm_lab.policies.ordered import ByAdmission, ByArrival
 
 RequestId = NewType("RequestId", int)
+# What there may be around a policy, and how many: stores of KV below the host, instances of the fleet, their outages.
+Around = Literal["stores", "instances", "outages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,21 @@ class Choice:
 
     def __init__(self, *values: Any) -> None:
         object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """A field without effect where fewer than `at_least` of these are around its policy: no tuner searches it there."""
+
+    around: Around
+    at_least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FewerThan:
+    """A count, of which more than one fewer than these are around its policy is no different from that."""
+
+    around: Around
 
 
 @dataclass(frozen=True, slots=True)

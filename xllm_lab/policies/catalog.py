@@ -21,7 +21,7 @@ from typing import Any
 
 import xllm_lab.policies as package
 from xllm_lab.errors import ConfigError
-from xllm_lab.policies.api import Choice, Flag, Knob
+from xllm_lab.policies.api import Around, Choice, FewerThan, Flag, Knob, Needs
 
 ENTRY_POINT_GROUP = "xllm_lab.policies"
 
@@ -86,6 +86,17 @@ def fields_of(cls: type[Any]) -> tuple[str, ...]:
 def knobs(cls: type[Any]) -> dict[str, Knob | Choice]:
     """The searchable fields of a dataclass, in order of definition."""
     return {name: note for name, note in _notes(cls) if isinstance(note, Knob | Choice)}
+
+
+def knobs_with_effect(cls: type[Any], around: Mapping[Around, int]) -> dict[str, Knob | Choice]:
+    """Of the knobs, those that do something among so many of each, and as far as they do: see `Needs`, `FewerThan`."""
+    found = knobs(cls)
+    for name, note in _notes(cls):
+        if isinstance(note, Needs) and around.get(note.around, 0) < note.at_least:
+            found.pop(name, None)
+        elif isinstance(note, FewerThan) and isinstance(knob := found.get(name), Knob):
+            found[name] = dataclasses.replace(knob, high=min(knob.high, around.get(note.around, 0) - 1))
+    return {name: knob for name, knob in found.items() if isinstance(knob, Choice) or knob.low < knob.high}
 
 
 def flags(cls: type[Any]) -> dict[str, Flag]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from xllm_lab.fleet_config import FLEET_DECISIONS
 from xllm_lab.metrics import metric_value, summarize
 from xllm_lab.runs import Manifest, Run
 from xllm_lab.sim.calibrate import Calibration
@@ -32,6 +33,11 @@ def _labelled(side: Mapping[str, Any]) -> dict[str, Any]:
     for decides, values in side["policies"].items():
         what, prefix = ("policy", "") if decides == "batch" else (decides, f"{decides}.")
         labelled |= {what if name == "name" else prefix + name: value for name, value in values.items()}
+    for name, value in side.get("fleet", {}).items():
+        if name in FLEET_DECISIONS:
+            labelled |= {name if knob == "policy" else f"{name}.{knob}": of for knob, of in value.items()}
+        else:
+            labelled[f"fleet.{name}"] = value
     return labelled
 
 

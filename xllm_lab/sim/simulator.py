@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simpy
@@ -46,24 +47,25 @@ def run_simulation(
     step_time: StepTime | None = None,
     draft_time: DraftTime | None = None,
     copy_time: CopyTime | None = None,
+    fleet: FleetConfig | None = None,
 ) -> Records:
-    """Records of one instance that serves `workload`, in memory.
+    """Records of one instance that serves `workload`, or of a fleet of them, in memory.
 
     Raises:
         as `serve_alone`.
     """
     records = Records()
-    serve_alone(
-        workload,
-        config,
-        policies,
-        timing,
-        recorder=records,
-        vocab_size=vocab_size,
-        step_time=step_time,
-        draft_time=draft_time,
-        copy_time=copy_time,
-    )
+    known: dict[str, Any] = {
+        "recorder": records,
+        "vocab_size": vocab_size,
+        "step_time": step_time,
+        "draft_time": draft_time,
+        "copy_time": copy_time,
+    }
+    if fleet is None:
+        serve_alone(workload, config, policies, timing, **known)
+    else:
+        Fleet(workload, fleet, config, policies, timing, **known).run()
     return records.sort()
 
 

@@ -34,6 +34,11 @@ _USAGE: Final = struct.Struct("<q")
 _UNKNOWN: Final = 1 << 62  # more than any capacity: a count is due
 
 
+def blocks_in(path: Path) -> list[Path]:
+    """Blocks of every identity that are whole, in order of name; none of a directory that is not there."""
+    return sorted(path.glob(f"*/*{BLOCK}"))
+
+
 class _File(NamedTuple):
     used_ns: int
     name: str

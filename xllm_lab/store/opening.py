@@ -53,13 +53,22 @@ def open_store(spec: str, identity: BlockIdentity, block_bytes: int) -> BlockSto
     return BlockStore(shelf, identity, block_bytes, batch_blocks=batch_blocks, num_lanes=num_lanes)
 
 
-def _open_directory(spec: str, options: Options) -> Shelf:
-    path = unquote(spec.partition(":")[2].partition("?")[0])
-    if not path:
+def directory_of(spec: str) -> Path | None:
+    """Where the blocks of the store lie that `spec` names, if they are files; ConfigError for a directory unnamed."""
+    scheme, _, rest = spec.partition(":")
+    if scheme != "dir":
+        return None
+    if not (path := unquote(rest.partition("?")[0])):
         raise ConfigError(f"{spec!r} has no path; accepted is dir:/PATH?bytes=20GiB")
+    return Path(path)
+
+
+def _open_directory(spec: str, options: Options) -> Shelf:
+    path = directory_of(spec)
+    assert path is not None, "the scheme was looked at"
     capacity_bytes = size_of(spec, options, "bytes", 10 << 30)
     _expect_all_known(spec, options, ("bytes", "batch_blocks", "lanes"))
-    return DirectoryShelf(Path(path), capacity_bytes)
+    return DirectoryShelf(path, capacity_bytes)
 
 
 def _open_mooncake(spec: str, options: Options) -> Shelf:

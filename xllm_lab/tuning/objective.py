@@ -11,8 +11,8 @@ from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError
 from xllm_lab.formats import read_trace
 from xllm_lab.metrics import summarize
 from xllm_lab.sim.calibrate import Calibration, read_calibration
-from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import run_simulation
+from xllm_lab.tuning.tiers import tiers_of
 from xllm_lab.workload import Workload
 
 # A configuration that cannot run violates by this much, so that a sampler learns to stay away from it.
@@ -23,17 +23,18 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
     """Simulate a candidate on every workload of the specification.
 
     Args:
-        spec: {"workloads": [paths], "calibration": path, "min_slo_attainment_frac": float, "candidate": ...}.
+        spec: {"workloads": [paths], "calibration": path, "min_slo_attainment_frac": float, "candidate": ...}, and
+            fields of `Tiers`.
 
     Returns:
         {"goodput_per_s": mean over workloads, "constraints": {name: at most 0 is kept}, "extrapolated_frac": largest,
         "summaries": one per workload, "failure": None or why it cannot run}.
     """
     chosen = candidate(spec["candidate"])
-    machine = fitted_machine(_calibration(spec["calibration"]))
     summaries: list[dict[str, Any]] = []
     extrapolated = 0.0
     try:
+        machine = tiers_of(spec).machine(_calibration(spec["calibration"]), chosen.policies)
         machine.refuse_if_not_priced(chosen.policies, chosen.instance)
         for path in spec["workloads"]:
             workload = _workload(path)
@@ -49,6 +50,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
                 step_time=machine.step_time,
                 draft_time=machine.draft_time,
                 copy_time=machine.copy_time,
+                fleet=chosen.fleet,
             )
             summaries.append(summarize(records).as_dict())
             extrapolated = max(extrapolated, predicted.extrapolated_frac)

@@ -20,11 +20,12 @@ from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.runs import new_folder, read_json, write_json
 from xllm_lab.sim.calibrate import Calibration, write_calibration
-from xllm_lab.sim.machine import fitted_machine
+from xllm_lab.tiering import refuse_link_without_copies
 from xllm_lab.tuning.journal import open_journal, sole_writer
 from xllm_lab.tuning.objective import evaluate
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial, pick, write_study
+from xllm_lab.tuning.tiers import Tiers
 from xllm_lab.tuning.workers import worker_pool
 from xllm_lab.workload import Workload
 
@@ -39,6 +40,7 @@ def tune(
     out: Path,
     min_slo_attainment_frac: float = 0.0,
     num_workers: int = 2,
+    tiers: Tiers | None = None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Study:
     """Search for the candidate with the most goodput; resumes an unfinished study of the same specification in `out`.
@@ -50,11 +52,12 @@ def tune(
         num_trials: in all, the default configuration (the first trial) and those of an interrupted study included.
         num_workers: processes, and trials proposed before the results of any of them are known.
         min_slo_attainment_frac: candidates below it are infeasible.
+        tiers: of each candidate, beside what was calibrated.
         on_trial: told of each trial as it ends, resumed ones included.
 
     Raises:
-        ConfigError: `out` holds a study of something else, a number is out of range, or steps are to run in graphs and
-            none of those calibrated on did.
+        ConfigError: `out` holds a study of something else, a number is out of range, steps are to run in graphs and
+            none of those calibrated on did, or tiers are given that a policy would never use.
         RunError: `out` is finished already, is being searched by another process, or cannot be written.
     """
     for name, value, least in (("trials", num_trials, 1), ("workers", num_workers, 1), ("seed", seed, 0)):
@@ -62,14 +65,8 @@ def tune(
             raise ConfigError(f"{name} is {value}, at least {least} is accepted")
     if not 0 <= min_slo_attainment_frac <= 1:
         raise ConfigError(f"min_slo_attainment_frac is {min_slo_attainment_frac}, from 0 to 1 is accepted")
-    machine = fitted_machine(calibration)
-    if machine.acceptance is not None:
-        space = space.where(methods=machine.acceptance.methods)
-    if machine.page_time is None:
-        space = space.where(layouts=("paged",))
-    for policies in space.alternatives():
-        machine.refuse_if_not_priced(policies, space.default.instance)
-    spec = _open(out, workloads, calibration, space, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
+    space = _priced(space, calibration, tiers := tiers or Tiers())
+    spec = _open(out, workloads, calibration, space, tiers, seed=seed, min_slo_attainment_frac=min_slo_attainment_frac)
     journal = out / "trials.journal"
     # The last third asks which changes of the best candidate are needed at all, one knob at a time.
     num_to_simplify = num_trials // 3
@@ -93,11 +90,38 @@ def tune(
     return write_study(out, spec, trials)
 
 
+def _priced(space: Space, calibration: Calibration, tiers: Tiers) -> Space:
+    """The space as far as the machine knows what things cost there; ConfigError if it does not know enough."""
+    _refuse_unused_link(tiers, space)
+    if calibration.acceptance is not None:
+        space = space.where(methods=calibration.acceptance.methods)
+    if calibration.page_time is None:
+        space = space.where(layouts=("paged",))
+    if tiers.store is not None:
+        space = space.where(num_stores=1)
+    for policies in space.alternatives():
+        tiers.machine(calibration, policies).refuse_if_not_priced(policies, space.default.instance)
+    return space
+
+
+def _refuse_unused_link(tiers: Tiers, space: Space) -> None:
+    """ConfigError for a link over which none of the policies copies anything."""
+    refusal: ConfigError | None = None
+    for policies in space.alternatives():
+        try:
+            return refuse_link_without_copies(tiers.host_link_bytes_per_s, policies)
+        except ConfigError as error:
+            refusal = error
+    assert refusal is not None, "the default is one of them"
+    raise refusal
+
+
 def _open(
     out: Path,
     workloads: Sequence[Workload],
     calibration: Calibration,
     space: Space,
+    tiers: Tiers,
     *,
     seed: int,
     min_slo_attainment_frac: float,
@@ -116,6 +140,7 @@ def _open(
         "acceptance": None if calibration.acceptance is None else asdict(calibration.acceptance),
         "draft_time": calibration.draft_time.weights,
         "copy_time": calibration.copy_time.weights,
+        **asdict(tiers),
     }
     if (out / "study.json").exists():
         raise RunError(f"{out}: is a finished study; accepted: a new folder, or an unfinished study to resume")
@@ -140,7 +165,7 @@ def _job(out: Path, spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "workloads": [str(out / f"workload-{k}.jsonl") for k in range(len(spec["workloads"]))],
         "calibration": str(out / "calibration.json"),
-        "min_slo_attainment_frac": spec["min_slo_attainment_frac"],
+        **{name: spec[name] for name in ("min_slo_attainment_frac", "host_link_bytes_per_s", "store")},
     }
 
 

@@ -13,12 +13,14 @@ from scipy import stats
 from xllm_lab.candidate import Candidate, candidate
 from xllm_lab.copy_time import CopyTime
 from xllm_lab.draft_time import DraftTime
+from xllm_lab.engine.cluster.fleet import EngineFleet
 from xllm_lab.engine.engine import Engine
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.metrics import summarize
 from xllm_lab.records import Records
-from xllm_lab.runs import new_folder, read_json, write_json
+from xllm_lab.runs import Run, new_folder, read_json, write_json
 from xllm_lab.step_time import StepTime
+from xllm_lab.tuning.fresh_store import FreshStore
 from xllm_lab.workload import Workload
 
 MIN_REPEATS = 3
@@ -94,7 +96,7 @@ def paired_gain(default_per_s: Sequence[float], tuned_per_s: Sequence[float]) ->
 
 
 def verify(
-    engine: Engine,
+    engine: Engine | EngineFleet,
     workload: Workload,
     *,
     default: Candidate,
@@ -109,23 +111,25 @@ def verify(
     """Replay default, tuned, default, tuned, ... and write the runs and verification.json into a new folder.
 
     Args:
+        engine: a fleet, if the candidates are fleets'.
         step_time, draft_time, copy_time: what policies are told, each time the same; else the engine measures what they
             need before each run.
 
     Raises:
-        ConfigError: fewer than three repeats.
+        ConfigError: fewer than three repeats, or a store that is not empty or cannot be emptied before each.
         RunError: the folder exists or cannot be written; and whatever `Engine.replay` raises.
     """
     if repeats < MIN_REPEATS:
         raise ConfigError(f"repeats is {repeats}, at least {MIN_REPEATS} are accepted")
+    store = None if engine.options.store is None else FreshStore(engine.options.store)
     goodput: dict[str, list[float]] = {"default": [], "tuned": []}
     with new_folder(out) as folder:
         for repeat in range(repeats):
             for name, one in (("default", default), ("tuned", tuned)):
-                run = engine.replay(
-                    workload,
-                    one.instance,
-                    one.policies,
+                if store is not None:
+                    store.empty()
+                run = _replayed(
+                    *(engine, workload, one),
                     out=folder / f"{name}-{repeat}",
                     step_time=step_time,
                     draft_time=draft_time,
@@ -137,10 +141,20 @@ def verify(
             default=default,
             tuned=tuned,
             gain=paired_gain(goodput["default"], goodput["tuned"]),
-            model=engine.describe(),
+            model=engine.model if isinstance(engine, EngineFleet) else engine.describe(),
         )
         write_json(folder / "verification.json", _as_dict(done))
     return done
+
+
+def _replayed(engine: Engine | EngineFleet, workload: Workload, one: Candidate, **known: Any) -> Run:
+    if isinstance(engine, EngineFleet):
+        if one.fleet is None:
+            raise ConfigError("a configuration of one instance, and an engine fleet; accepted: a single engine")
+        return engine.replay(workload, one.fleet, one.instance, one.policies, **known)
+    if one.fleet is not None:
+        raise ConfigError(f"a fleet of {one.fleet.num_instances}, and a single engine; accepted: an engine fleet")
+    return engine.replay(workload, one.instance, one.policies, **known)
 
 
 def read_verification(path: Path) -> Verification:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
 
-from xllm_lab.policies.api import Knob, refuse_below
+from xllm_lab.policies.api import Knob, Needs, refuse_below
 from xllm_lab.policies.cache import CacheView, Copies, WaitingView, waiting_key
 
 # Of a request's blocks that nobody here has, for how many to ask.
@@ -29,9 +29,9 @@ class Storing:
         prefetch_timeout_us: how long a request waits for them at most.
     """
 
-    max_saving_blocks: Annotated[int, Knob(1, 256, log=True)] = 64
-    prefetch_blocks: Annotated[int, Knob(1, 4096, log=True)] = 1024
-    prefetch_timeout_us: Annotated[int, Knob(1_000, 10_000_000, log=True)] = 1_000_000
+    max_saving_blocks: Annotated[int, Knob(1, 256, log=True), Needs("stores")] = 64
+    prefetch_blocks: Annotated[int, Knob(1, 4096, log=True), Needs("stores")] = 1024
+    prefetch_timeout_us: Annotated[int, Knob(1_000, 10_000_000, log=True), Needs("stores")] = 1_000_000
 
     def __post_init__(self) -> None:
         refuse_below(0, max_saving_blocks=self.max_saving_blocks, prefetch_blocks=self.prefetch_blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Choice, Knob
+from xllm_lab.policies.api import Choice, Knob, Needs
 from xllm_lab.policies.failover import FailoverPlan, FailoverView
 
 
@@ -21,8 +21,8 @@ class Requeue:
 
     decides: ClassVar[str] = "failover"
 
-    max_failovers: Annotated[int, Knob(0, 8)] = 3
-    waits_for_repair: Annotated[bool, Choice(False, True)] = True
+    max_failovers: Annotated[int, Knob(0, 8), Needs("outages")] = 3
+    waits_for_repair: Annotated[bool, Choice(False, True), Needs("outages")] = True
 
     def __post_init__(self) -> None:
         if self.max_failovers < 0:

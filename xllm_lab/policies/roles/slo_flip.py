@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Knob, refuse_below
+from xllm_lab.policies.api import Knob, Needs, refuse_below
 from xllm_lab.policies.roles import Heard, Role, RoleInstance, RolesPlan, RolesView, changes, first_split
 from xllm_lab.policies.routing import num_outstanding
+
+# One stays on each side.
+_CAN_FLIP = Needs("instances", 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +42,11 @@ class SloFlip:
 
     decides: ClassVar[str] = "roles"
 
-    low_frac: Annotated[float, Knob(0.5, 0.85)] = 0.8
-    high_frac: Annotated[float, Knob(0.85, 1.0)] = 0.95
-    min_dwell_us: Annotated[int, Knob(1_000_000, 60_000_000, log=True)] = 5_000_000
-    min_return_us: Annotated[int, Knob(1_000_000, 600_000_000, log=True)] = 30_000_000
-    min_requests: Annotated[int, Knob(1, 64, log=True)] = 8
+    low_frac: Annotated[float, Knob(0.5, 0.85), _CAN_FLIP] = 0.8
+    high_frac: Annotated[float, Knob(0.85, 1.0), _CAN_FLIP] = 0.95
+    min_dwell_us: Annotated[int, Knob(1_000_000, 60_000_000, log=True), _CAN_FLIP] = 5_000_000
+    min_return_us: Annotated[int, Knob(1_000_000, 600_000_000, log=True), _CAN_FLIP] = 30_000_000
+    min_requests: Annotated[int, Knob(1, 64, log=True), _CAN_FLIP] = 8
 
     def __post_init__(self) -> None:
         refuse_below(0, low_frac=self.low_frac, min_dwell_us=self.min_dwell_us, min_return_us=self.min_return_us)

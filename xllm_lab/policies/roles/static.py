@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Knob, refuse_below
+from xllm_lab.policies.api import FewerThan, Knob, refuse_below
 from xllm_lab.policies.roles import RolesPlan, RolesView, changes, first_split
 
 
@@ -19,7 +19,7 @@ class Static:
 
     decides: ClassVar[str] = "roles"
 
-    num_prefill: Annotated[int, Knob(1, 16)] = 1
+    num_prefill: Annotated[int, Knob(1, 16), FewerThan("instances")] = 1
 
     def __post_init__(self) -> None:
         refuse_below(1, num_prefill=self.num_prefill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Knob
+from xllm_lab.policies.api import Knob, Needs
 from xllm_lab.policies.routing import InstanceView, RoutePlan, RouteView, in_turn
 
 
@@ -31,9 +31,9 @@ class CacheAwareCorrected:
 
     decides: ClassVar[str] = "route"
 
-    match_weight: Annotated[float, Knob(0.0, 4.0)] = 1.0
-    usage_weight: Annotated[float, Knob(0.0, 4.0)] = 1.0
-    waiting_weight: Annotated[float, Knob(0.0, 16.0)] = 1.0
+    match_weight: Annotated[float, Knob(0.0, 4.0), Needs("instances", 2)] = 1.0
+    usage_weight: Annotated[float, Knob(0.0, 4.0), Needs("instances", 2)] = 1.0
+    waiting_weight: Annotated[float, Knob(0.0, 16.0), Needs("instances", 2)] = 1.0
 
     def __post_init__(self) -> None:
         for name in ("match_weight", "usage_weight", "waiting_weight"):

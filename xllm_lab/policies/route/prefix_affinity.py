@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xllm_lab.policies.api import Knob
+from xllm_lab.policies.api import Knob, Needs
 from xllm_lab.policies.routing import RoutePlan, RouteView, in_turn, num_outstanding
 
 
@@ -23,7 +23,7 @@ class PrefixAffinity:
 
     decides: ClassVar[str] = "route"
 
-    max_load_factor: Annotated[float, Knob(1.0, 8.0, log=True)] = 1.5
+    max_load_factor: Annotated[float, Knob(1.0, 8.0, log=True), Needs("instances", 2)] = 1.5
 
     def __post_init__(self) -> None:
         if not self.max_load_factor >= 1:

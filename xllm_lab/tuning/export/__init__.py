@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
+from xllm_lab.policies.catalog import policy_name
 
 
 class Export(Protocol):
@@ -45,4 +46,7 @@ def export(candidate: Candidate, to: str, *, kv_bytes_per_token: int, version: s
     if to not in targets():
         raise ConfigError(f"unknown target {to!r}; accepted: {', '.join(targets())}")
     made: Export = importlib.import_module(f"{__name__}.{to}").export(candidate, kv_bytes_per_token, version)
+    if candidate.fleet is not None:  # a target serves one instance
+        made.left_out["num_instances"] = candidate.fleet.num_instances
+        made.left_out.update((decides, policy_name(policy)) for decides, policy in candidate.fleet.decided())
     return made

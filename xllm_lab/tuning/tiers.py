@@ -1,0 +1,58 @@
+"""What the instances of a study have below the device, where it is not all in the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xllm_lab.errors import ConfigError
+from xllm_lab.policies.of_instance import Policies
+from xllm_lab.sim.calibrate import Calibration
+from xllm_lab.sim.machine import Machine, fitted_machine, with_host_link, with_store
+
+if TYPE_CHECKING:
+    from xllm_lab.engine.engine import EngineOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    """A link to the host, and a store below it.
+
+    Attributes:
+        host_link_bytes_per_s: each way; None: as calibrated.
+        store: as `sim.machine.with_store` takes it; None: there is none.
+    """
+
+    host_link_bytes_per_s: float | None = None
+    store: str | None = None
+
+    def machine(self, calibration: Calibration, policies: Policies) -> Machine:
+        """The calibrated machine with them.
+
+        Raises:
+            ConfigError: as `with_host_link` and `with_store`; policies that would never use the store.
+        """
+        machine = fitted_machine(calibration)
+        if self.host_link_bytes_per_s is not None:
+            machine = with_host_link(machine, self.host_link_bytes_per_s)
+        return machine if self.store is None else with_store(machine, self.store, policies)
+
+    def refuse_without(self, options: EngineOptions) -> None:
+        """ConfigError for an engine that has not what was searched with: another is measured there."""
+        rate, own = self.host_link_bytes_per_s, options.host_link_bytes_per_s
+        if rate is not None and own != rate:
+            has = "none" if own is None else f"one of {own:g}"
+            raise ConfigError(
+                f"the study is of a link to the host of {rate:g} bytes/s, and the engine has {has}; "
+                f"accepted: --host-link {rate:g}"
+            )
+        if self.store is not None and options.store is None:
+            raise ConfigError(
+                f"the study is of store {self.store!r}, and the engine has none; accepted: with --store dir:/PATH"
+            )
+
+
+def tiers_of(spec: Mapping[str, Any]) -> Tiers:
+    """Those of a study, by its specification; earlier ones had none."""
+    return Tiers(host_link_bytes_per_s=spec.get("host_link_bytes_per_s"), store=spec.get("store"))

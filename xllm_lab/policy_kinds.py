@@ -12,6 +12,7 @@ from typing import Any
 
 from xllm_lab.drawn_cache_views import DrawnCacheView, drawn_cache_view
 from xllm_lab.drawn_draft_views import DrawnDraftView, drawn_draft_view
+from xllm_lab.drawn_experts_views import DrawnExpertsView, drawn_experts_view
 from xllm_lab.drawn_fleet_views import (
     DrawnFailoverView,
     DrawnRolesView,
@@ -35,6 +36,8 @@ from xllm_lab.policies.cache_checks import cache_violations
 from xllm_lab.policies.checks import batch_violations
 from xllm_lab.policies.draft import DraftPlan
 from xllm_lab.policies.draft_checks import draft_violations
+from xllm_lab.policies.experts import ExpertsPlan
+from xllm_lab.policies.experts_checks import experts_violations
 from xllm_lab.policies.failover import FailoverPlan
 from xllm_lab.policies.fleet_checks import failover_violations, roles_violations, route_violations
 from xllm_lab.policies.ordered import ByAdmission, ByArrival
@@ -265,6 +268,29 @@ def _renamed_pages(answer: _PagesAnswer, rename: Rename) -> _PagesAnswer:
     return num_ahead, tuple((rename(slot), kept) for slot, kept in reclaim), holds_for
 
 
+# Nobody asks in which order layers change. Experts and devices are places, not ids.
+_ExpertsAnswer = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def _experts_answer(view: DrawnExpertsView, plan: ExpertsPlan) -> _ExpertsAnswer:
+    return tuple(sorted(plan.slots.items()))
+
+
+def _relisted_experts(view: DrawnExpertsView) -> list[DrawnExpertsView]:
+    shuffled = replace(view, layers=view.layers[::-1])
+    random.Random(view.number).shuffle(shuffled.layers)
+    return [shuffled]
+
+
+def _rename_experts(view: DrawnExpertsView, rename: Rename) -> None:
+    for layer in view.layers:
+        layer.id = rename(layer.id)
+
+
+def _renamed_experts(answer: _ExpertsAnswer, rename: Rename) -> _ExpertsAnswer:
+    return tuple((rename(layer), slots) for layer, slots in answer)
+
+
 KINDS = {
     "batch": Kind(
         drawn_view=drawn_view,
@@ -289,6 +315,14 @@ KINDS = {
         relisted=_relisted_draft,
         rename=_rename_draft,
         renamed=_renamed_draft,
+    ),
+    "experts": Kind(
+        drawn_view=drawn_experts_view,
+        violations=experts_violations,
+        answer=_experts_answer,
+        relisted=_relisted_experts,
+        rename=_rename_experts,
+        renamed=_renamed_experts,
     ),
     "failover": Kind(
         drawn_view=drawn_failover_view,

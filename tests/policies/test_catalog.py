@@ -13,7 +13,7 @@ from xllm_lab.policies.catalog import (
 )
 from xllm_lab.policies.route.least_loaded import LeastLoaded
 
-KINDS = ("batch", "cache", "draft", "failover", "pages", "roles", "route", "shapes")
+KINDS = ("batch", "cache", "draft", "experts", "failover", "pages", "roles", "route", "shapes")
 
 
 def test_a_policy_belongs_to_one_decision() -> None:

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.policies import cache_sins, clock_sins, draft_sins, fleet_sins, shape_sins, sins
+from tests.policies import cache_sins, clock_sins, draft_sins, experts_sins, fleet_sins, shape_sins, sins
 from xllm_lab import contract
 from xllm_lab.contract import Policy, check_policy
 from xllm_lab.drawn_cache_views import DrawnCacheView, drawn_cache_view
 from xllm_lab.drawn_draft_views import drawn_draft_view
+from xllm_lab.drawn_experts_views import drawn_experts_view
 from xllm_lab.drawn_fleet_views import DrawnRouteView, drawn_failover_view, drawn_roles_view, drawn_route_view
 from xllm_lab.drawn_shape_views import drawn_shape_view
 from xllm_lab.drawn_views import DrawnView, drawn_view
@@ -26,6 +27,7 @@ from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.cache import recency
 from xllm_lab.policies.catalog import decisions, knobs, make_policy, policies
 from xllm_lab.policies.draft import RECENT_VERIFICATIONS
+from xllm_lab.policies.experts.placement import by_device, num_copies
 from xllm_lab.policies.roles import TAKE_OVER, TAKE_PROMPTS
 from xllm_lab.policy_kinds import KINDS
 
@@ -76,7 +78,7 @@ SINS: dict[str, tuple[Policy, ...]] = {
         *(cache_sins.OffloadsWithoutRoom(), cache_sins.EvictsForNothing(), cache_sins.EvictsTooMuch()),
         *(cache_sins.EvictsTheUnknown(), cache_sins.EvictsTwice(), cache_sins.RestoresMoreThanThereIs()),
         *(cache_sins.RestoresForNobody(), cache_sins.RestoresNothing(), cache_sins.TakesMoreThanIsFree()),
-        cache_sins.DividesByTheLink(),
+        *(cache_sins.DividesByTheLink(), experts_sins.LosesTheColdest(), experts_sins.RunsIntoMissingWindows()),
     ),
     "repeatable": (
         *(sins.Remembers(), sins.SetOfObjects()),
@@ -87,18 +89,19 @@ SINS: dict[str, tuple[Policy, ...]] = {
     "order-free": (
         *(sins.NoTieBreak(), fleet_sins.NoTieBreak(), fleet_sins.FirstListedPrefills()),
         *(draft_sins.FirstListedFirst(), draft_sins.FirstListedMethod()),
-        *(cache_sins.FirstListedFirst(), cache_sins.NoTieBreak()),
+        *(cache_sins.FirstListedFirst(), cache_sins.NoTieBreak(), experts_sins.FirstListedLayerOnly()),
     ),
     "identity-free": (
         *(sins.EvenIdsFirst(), draft_sins.TriesEveryThirdId(), cache_sins.EvenBlocksOnly()),
         *(fleet_sins.IdsByRemainder(), fleet_sins.RequestsByRemainder(), fleet_sins.EvenIds()),
-        fleet_sins.OddIdsDoBoth(),
+        *(fleet_sins.OddIdsDoBoth(), experts_sins.SwapsOddLayers()),
     ),
     "pure": (
         *(sins.SortsTheView(), sins.MarksRequests()),
         *(fleet_sins.SortsTheView(), fleet_sins.CountsWhatItSends(), fleet_sins.CountsFailovers()),
         fleet_sins.WritesRoles(),
         *(shape_sins.PadsTheView(), draft_sins.ResetsTheCounts(), cache_sins.SortsTheView()),
+        experts_sins.SwapsInPlace(),
     ),
     "clockless": (
         *(clock_sins.ReadsTheClock(), clock_sins.ThrowsDice(), clock_sins.ThrowsNumpyDice()),
@@ -159,7 +162,7 @@ def test_a_decision_that_nobody_knows_is_refused() -> None:
 
     with pytest.raises(ConfigError) as refused:
         check_policy(Seer())
-    known = "batch, cache, draft, failover, pages, roles, route, shapes"
+    known = "batch, cache, draft, experts, failover, pages, roles, route, shapes"
     assert str(refused.value).endswith(f"Seer decides 'weather', accepted: {known}")
 
 
@@ -315,6 +318,29 @@ def test_drawn_drafts_are_what_a_host_could_show_and_unkind() -> None:
     assert sum(r.num_tokens % v.block_size == 0 for v in views if v.block_size > 1 for r in v.decoding) > 100
     assert sum(not r.tally("ngram").drafted for r in requests) > 100
     assert sum(r.tally("ngram").accepted[:1] == (RECENT_VERIFICATIONS,) for r in requests) > 50
+
+
+def test_drawn_experts_are_what_a_host_could_show_and_unkind() -> None:
+    """Legal placements whose slots add up; nothing counted, nothing since a change, copies everywhere, no token."""
+    views = [drawn_experts_view(number) for number in range(500)]
+    for view in views:
+        assert view.num_devices % view.num_nodes == view.num_experts % view.num_groups == 0
+        for layer in view.layers:
+            assert min(num_copies(layer.slots, view.num_experts)) >= 1
+            assert all(len(set(own)) == len(own) for own in by_device(layer.slots, view.num_devices))
+            for window in layer.windows:
+                assert len(window.expert_tokens) == view.num_experts
+                assert len(window.slot_tokens) in (0, len(layer.slots))
+                assert not window.slot_tokens or sum(window.slot_tokens) == sum(window.expert_tokens)
+    layers = [layer for view in views for layer in view.layers]
+    assert sum(not view.layers for view in views) > 50
+    assert sum(not layer.windows for layer in layers) > 50
+    assert sum(bool(layer.windows) and not layer.windows[0].slot_tokens for layer in layers) > 50
+    assert sum(len(v.layers) > 0 and len(v.layers[0].slots) == v.num_devices * v.num_experts for v in views) > 20
+    assert sum(max(w.expert_tokens) == 0 for layer in layers for w in layer.windows) > 5
+    for name in policies("experts"):
+        if name != "static":
+            assert sum(bool(make_policy("experts", name).decide(v).slots) for v in views) > 50
 
 
 def test_drawn_tiers_are_what_an_instance_could_show() -> None:

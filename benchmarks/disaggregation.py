@@ -160,7 +160,7 @@ def fleet(point: Point, policy: RolesPolicy, work: Workload) -> FleetConfig:
 
 
 def _print_rows(slacks: Sequence[float], run: Run, who: tuple[str, str], point: Point, work: Workload) -> None:
-    """Of a run by (host, roles), for each promise: nobody decides by it, so one run tells of all; but who flips does."""
+    """Of a run by (host, roles), for each promise: nobody decides by it, so one run tells of all; who flips does."""
     one_us = point_tpot_us(work) / point.tpot_slack
     for slack in slacks if who[1] != "slo-flip" else [point.tpot_slack]:
         records = run.records

@@ -1,6 +1,6 @@
 """Do interval, redundant experts and gate that were chosen on one trace of loads beat xLLM's defaults on another?
 
-    python benchmarks/expert_balancing.py tune
+    python benchmarks/expert_balancing.py tune --drift-hours 4
     python benchmarks/expert_balancing.py scale
 
 The loads are drawn (Zipf with drift and bursts), since no trace of a production router is public. `tune` tries every
@@ -18,6 +18,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,6 @@ PROCESS = ZipfLoads(
     steps_per_tick=200,
     tick_us=10_000_000,
     exponent=0.8,
-    drift_ticks=1440.0,
     burst_frac=0.0002,
     burst_ticks=30,
 )
@@ -81,9 +81,9 @@ def told(run: Balanced, static: Balanced) -> str:
     )
 
 
-def tune(name: str) -> None:
+def tune(name: str, process: ZipfLoads) -> None:
     """Choose on seed 0, compare on the others."""
-    recorded = PROCESS.drawn(TICKS, seed=0)
+    recorded = process.drawn(TICKS, seed=0)
     static = balance(STATIC, recorded, DEVICES, PRICE)
     print(f"{name}: recorded, static {static.total_us / 1e6:.0f} s, peak/mean {static.peak_to_mean.mean():.3f}")
     print(f"  defaults                {told(run(name, DEFAULTS, recorded), static)}")
@@ -95,7 +95,7 @@ def tune(name: str) -> None:
     for what, knobs in chosen.items():
         gains, noise = [], []
         for seed in HELD_OUT:
-            loads = PROCESS.drawn(TICKS, seed=seed)
+            loads = process.drawn(TICKS, seed=seed)
             default, tuned = (run(name, k, loads).total_us for k in (DEFAULTS, knobs))
             gains.append(1 - tuned / default)
             noise.append(balance(STATIC, loads, DEVICES, PRICE).total_us)
@@ -126,9 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "scale"))
     parser.add_argument("--policy", default="xllm-balanced")
+    parser.add_argument("--drift-hours", type=float, default=4.0, help="after which standings are correlated by 1/e")
     arguments = parser.parse_args()
     if arguments.what == "tune":
-        tune(arguments.policy)
+        tune(arguments.policy, replace(PROCESS, drift_ticks=arguments.drift_hours * 360))
     else:
         scale()
 

@@ -25,13 +25,16 @@ class Placement:
         self.num_devices = num_devices
         num_layers, num_slots = self.slots_LP.shape
         assert num_slots % num_devices == 0, f"{num_slots} slots on {num_devices} devices"
-        is_of_LPE = self.slots_LP[:, :, None] == np.arange(num_experts)
-        self._copies_LE = is_of_LPE.sum(axis=1)
-        assert self._copies_LE.min() >= 1, "an expert that is nowhere"
-        # Which copy of its expert each slot has, from 0 on.
-        place = is_of_LPE.cumsum(axis=1)[np.arange(num_layers)[:, None], np.arange(num_slots), self.slots_LP]
-        self._copy_LP = place - 1
         self._layer_L1 = np.arange(num_layers)[:, None]
+        experts = (self.slots_LP + num_experts * self._layer_L1).ravel()
+        copies = np.bincount(experts, minlength=num_layers * num_experts)
+        assert copies.min() >= 1, "an expert that is nowhere"
+        self._copies_LE = copies.reshape(num_layers, num_experts)
+        # Which copy of its expert each slot has, from 0 on: slots by expert, counted from each expert's first.
+        by_expert = np.argsort(experts, kind="stable")
+        copy = np.empty_like(experts)
+        copy[by_expert] = np.arange(len(experts)) - (copies.cumsum() - copies)[experts[by_expert]]
+        self._copy_LP = copy.reshape(num_layers, num_slots)
 
     def slot_tokens(self, tokens_TLE: Counts) -> Counts:
         """Tokens of each slot, [T, L, P]. Copies share evenly; the first ones have what is over, so none is lost."""

@@ -63,7 +63,7 @@ def configurations(redundant: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     for interval_s, gate, slots in itertools.product(INTERVALS_S, GATES, redundant):
         yield {
             "interval_us": interval_s * 1_000_000,
-            "min_peak_improvement_frac": gate,
+            "min_peak_gain_frac": gate,
             "num_redundant_experts": slots,
         }
 

@@ -49,7 +49,7 @@ def scenes(draw: st.DrawFn) -> DrawnExpertsView:
 @given(view=scenes(), gate=st.sampled_from((0.0, 0.05, 0.3)))
 def test_no_placement_loses_or_doubles_an_expert(name: str, view: DrawnExpertsView, gate: float) -> None:
     """Nor exceeds slots, nor differs when asked again; what it publishes has a lower peak than what was."""
-    policy = make_policy("experts", name, {} if name == "static" else {"min_peak_improvement_frac": gate})
+    policy = make_policy("experts", name, {} if name == "static" else {"min_peak_gain_frac": gate})
     plan = policy.decide(view)
     assert experts_violations(view, plan) == []
     assert policy.decide(view) == plan
@@ -67,7 +67,7 @@ def test_no_placement_loses_or_doubles_an_expert(name: str, view: DrawnExpertsVi
 def test_only_slots_change_that_must(name: str, view: DrawnExpertsView) -> None:
     """An expert that stays on a device stays in its slot, so that as few slots move as the devices' experts allow."""
     (layer,) = view.layers
-    plan = make_policy("experts", name, {"min_peak_improvement_frac": 0}).decide(view)
+    plan = make_policy("experts", name, {"min_peak_gain_frac": 0}).decide(view)
     for slots in plan.slots.values():
         devices = zip(by_device(layer.slots, view.num_devices), by_device(slots, view.num_devices), strict=True)
         assert moved_slots(layer.slots, slots) == sum(len(set(new) - set(old)) for old, new in devices)
@@ -149,7 +149,7 @@ def test_older_intervals_fade_and_a_change_forgets_them() -> None:
 def test_the_gate_keeps_small_gains_back(view: DrawnExpertsView) -> None:
     """A stricter gate publishes nothing that a laxer one does not; static nothing at all."""
     for name in ADAPTIVE:
-        lax, strict = (make_policy("experts", name, {"min_peak_improvement_frac": g}).decide(view) for g in (0.02, 0.2))
+        lax, strict = (make_policy("experts", name, {"min_peak_gain_frac": g}).decide(view) for g in (0.02, 0.2))
         assert strict.slots.items() <= lax.slots.items()
     assert STATIC.decide(view).slots == {}
 

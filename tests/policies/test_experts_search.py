@@ -41,7 +41,7 @@ def excesses(name: str) -> list[float]:
             drawn = np.exp(rng.normal(6, 1, num_experts)) if draw % 2 else rng.integers(1, 1000, num_experts)
             loads = [int(load) for load in drawn]
             now = contiguous(num_experts, num_devices, num_slots - num_experts // num_devices)
-            policy = make_policy("experts", name, {"min_peak_improvement_frac": 0})
+            policy = make_policy("experts", name, {"min_peak_gain_frac": 0})
             plan = policy.decide(experts_view(loads, now, num_devices))
             slots = next(iter(plan.slots.values()), now)
             found.append(float(peak(slots, loads, num_devices)) / best_peak(loads, num_devices, num_slots) - 1)

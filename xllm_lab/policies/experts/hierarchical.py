@@ -25,7 +25,7 @@ class Hierarchical:
     Attributes:
         num_redundant_experts: slots of each device beside those that hold every expert once.
         interval_us: how long tokens are counted between two rounds.
-        min_peak_improvement_frac: of the most loaded device's tokens; a layer that gains less stays as it is.
+        min_peak_gain_frac: of the most loaded device's tokens; a layer that gains less stays as it is.
         decay_frac: what tokens of the interval before count for.
     """
 
@@ -33,12 +33,12 @@ class Hierarchical:
 
     num_redundant_experts: Annotated[int, Knob(0, 8)] = 1
     interval_us: Annotated[int, Knob(10_000_000, 10_000_000_000, log=True)] = 300_000_000
-    min_peak_improvement_frac: Annotated[float, Knob(0, 0.3)] = 0.02
+    min_peak_gain_frac: Annotated[float, Knob(0, 0.3)] = 0.02
     decay_frac: Annotated[float, Knob(0, 1)] = 0.5
 
     def __post_init__(self) -> None:
         refuse_below(0, num_redundant_experts=self.num_redundant_experts, decay_frac=self.decay_frac)
-        refuse_below(0, min_peak_improvement_frac=self.min_peak_improvement_frac)
+        refuse_below(0, min_peak_gain_frac=self.min_peak_gain_frac)
         refuse_below(1, interval_us=self.interval_us)
 
     def decide(self, view: ExpertsView) -> ExpertsPlan:
@@ -49,7 +49,7 @@ class Hierarchical:
                 continue
             slots = settled(placed(view, loads, len(layer.slots)), layer.slots)
             now, then = (peak(s, loads, view.num_devices) for s in (layer.slots, slots))
-            if then < now and now - then >= self.min_peak_improvement_frac * now:
+            if then < now and now - then >= self.min_peak_gain_frac * now:
                 plan[layer.id] = slots
         return ExpertsPlan(slots=plan, reason="hierarchical" if plan else "no gain")
 

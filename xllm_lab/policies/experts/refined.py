@@ -26,7 +26,7 @@ class Refined:
     Attributes:
         num_redundant_experts: slots of each device beside those that hold every expert once.
         interval_us: how long tokens are counted between two rounds.
-        min_peak_improvement_frac: of the most loaded device's tokens; a layer that gains less stays as it is.
+        min_peak_gain_frac: of the most loaded device's tokens; a layer that gains less stays as it is.
         decay_frac: what tokens of the interval before count for.
         num_starts: balances that are refined: first xLLM's, then with copies by other rules.
         most_changes: swaps and other copies of each.
@@ -36,14 +36,14 @@ class Refined:
 
     num_redundant_experts: Annotated[int, Knob(0, 8)] = 1
     interval_us: Annotated[int, Knob(10_000_000, 10_000_000_000, log=True)] = 300_000_000
-    min_peak_improvement_frac: Annotated[float, Knob(0, 0.3)] = 0.02
+    min_peak_gain_frac: Annotated[float, Knob(0, 0.3)] = 0.02
     decay_frac: Annotated[float, Knob(0, 1)] = 0.5
     num_starts: Annotated[int, Knob(1, 16)] = 16
     most_changes: Annotated[int, Knob(0, 100)] = 32
 
     def __post_init__(self) -> None:
         refuse_below(0, num_redundant_experts=self.num_redundant_experts, decay_frac=self.decay_frac)
-        refuse_below(0, min_peak_improvement_frac=self.min_peak_improvement_frac, most_changes=self.most_changes)
+        refuse_below(0, min_peak_gain_frac=self.min_peak_gain_frac, most_changes=self.most_changes)
         refuse_below(1, interval_us=self.interval_us, num_starts=self.num_starts)
 
     def decide(self, view: ExpertsView) -> ExpertsPlan:
@@ -54,7 +54,7 @@ class Refined:
                 continue
             slots = settled(self.placed(loads, len(layer.slots), view.num_devices), layer.slots)
             now, then = (peak(s, loads, view.num_devices) for s in (layer.slots, slots))
-            if then < now and now - then >= self.min_peak_improvement_frac * now:
+            if then < now and now - then >= self.min_peak_gain_frac * now:
                 plan[layer.id] = slots
         return ExpertsPlan(slots=plan, reason="refined" if plan else "no gain")
 

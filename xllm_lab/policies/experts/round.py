@@ -37,7 +37,7 @@ def measured_gain_frac(slots: Sequence[int], loads: list[int], slot_loads: list[
 
 
 def xllm_round(
-    view: ExpertsView, place: Place, *, decay_frac: float, min_peak_improvement_frac: float, reason: str
+    view: ExpertsView, place: Place, *, decay_frac: float, min_peak_gain_frac: float, reason: str
 ) -> ExpertsPlan:
     """Every layer is placed anew; a layer changes whose peak falls by that part, and falls at all."""
     plan = {}
@@ -47,6 +47,6 @@ def xllm_round(
             continue
         slots = settled(place(loads), layer.slots)
         gain = measured_gain_frac(slots, loads, slot_loads, view.num_devices)
-        if slots != tuple(layer.slots) and gain > 0 and gain >= min_peak_improvement_frac:
+        if slots != tuple(layer.slots) and gain > 0 and gain >= min_peak_gain_frac:
             plan[layer.id] = slots
     return ExpertsPlan(slots=plan, reason=reason if plan else "no gain")

@@ -23,7 +23,7 @@ class XllmGreedy:
     Attributes:
         num_redundant_experts: slots of each device beside those that hold every expert once.
         interval_us: how long tokens are counted between two rounds.
-        min_peak_improvement_frac: of the most loaded device's tokens; a layer that gains less stays as it is.
+        min_peak_gain_frac: of the most loaded device's tokens; a layer that gains less stays as it is.
         decay_frac: what tokens of the interval before count for. A change forgets them all.
     """
 
@@ -34,12 +34,12 @@ class XllmGreedy:
     interval_us: Annotated[
         int, Knob(10_000_000, 10_000_000_000, log=True), Flag("eplb_update_interval", divide_by=1_000_000)
     ] = 1_000_000_000
-    min_peak_improvement_frac: Annotated[float, Knob(0, 0.3), Flag("eplb_min_peak_load_improvement")] = 0.05
+    min_peak_gain_frac: Annotated[float, Knob(0, 0.3), Flag("eplb_min_peak_load_improvement")] = 0.05
     decay_frac: Annotated[float, Knob(0, 1)] = 0.5
 
     def __post_init__(self) -> None:
         refuse_below(0, num_redundant_experts=self.num_redundant_experts, decay_frac=self.decay_frac)
-        refuse_below(0, min_peak_improvement_frac=self.min_peak_improvement_frac)
+        refuse_below(0, min_peak_gain_frac=self.min_peak_gain_frac)
         refuse_below(1, interval_us=self.interval_us)
 
     def decide(self, view: ExpertsView) -> ExpertsPlan:
@@ -54,6 +54,6 @@ class XllmGreedy:
             view,
             place,
             decay_frac=self.decay_frac,
-            min_peak_improvement_frac=self.min_peak_improvement_frac,
+            min_peak_gain_frac=self.min_peak_gain_frac,
             reason="greedy",
         )

@@ -129,7 +129,7 @@ def test_without_anybody_of_its_role_another_serves(engines: EngineFleet, victim
     assert {stage for stage, _ in out_of_role(told)} == {lacks}
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
 def test_whoever_is_killed_each_request_ends_once(engines: EngineFleet, seed: int) -> None:
     """One or two of three processes at drawn moments, roles static or changing: the right tokens, or failed."""
     rng, work = random.Random(seed), with_promises(crowd(24, output=10))

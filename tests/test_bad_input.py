@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
     "a study for a verification": Case(
         lambda loop, out: ("export", loop / "study", "--to", "xllm"), ("verification.json", "verify")
     ),
-    "unknown target": Case(lambda loop, out: ("export", loop / "verified", "--to", "vllm"), ("'vllm'", "xllm")),
+    "unknown target": Case(lambda loop, out: ("export", loop / "verified", "--to", "sglang"), ("'sglang'", "xllm")),
     # Numbers of a search.
     "no trials": Case(tune("--trials", "0"), ("trials", "0", "at least 1")),
     "graphs, tuned": Case(tune("--shapes", "xllm-buckets"), ("'xllm-buckets'", "no step calibrated on ran in a graph")),

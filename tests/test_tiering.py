@@ -30,7 +30,7 @@ from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.policies.api import BatchPolicy
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.batch.unified_slo import UnifiedSlo
-from xllm_lab.policies.cache import CachePlan, CachePolicy, CacheView, Copies
+from xllm_lab.policies.cache import CachePlan, CachePolicy, CacheView, Copies, WaitingView
 from xllm_lab.policies.cache.cost_aware import CostAware
 from xllm_lab.policies.cache.lru import Lru
 from xllm_lab.policies.cache.restoring import everything, restore_by_arrival
@@ -189,26 +189,34 @@ def test_a_token_that_is_there_is_not_lost_with_its_kv(mode: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToAndFro:
-    """Offloads whatever the host lacks in the place of whatever it has."""
+class InTurns:
+    """Fetches for whoever has most to fetch, in place of what it fetched for the other."""
 
     decides: ClassVar[str] = "cache"
 
-    host_blocks_factor: float = 0.4
+    host_blocks_factor: float = 4.0
 
     def decide(self, view: CacheView) -> CachePlan:
-        hosted, free = [b.id for b in view.hosted()], view.num_free_host_blocks
-        offload = tuple(b.id for b in view.idle())[: free + len(hosted)]
-        return CachePlan(offload=offload, evict=tuple(hosted[: len(offload) - free]), reason="to and fro")
+        copies = Copies(view)
+        copies.offload(view.idle())
+        if not view.num_restoring:
+            next(filter(None, (copies.restore(r, 5) for r in sorted(view.waiting, key=most_hosted))), None)
+        return copies.plan("in turns")
+
+
+def most_hosted(request: WaitingView) -> tuple[int, int]:
+    return -request.num_host_blocks, request.id
 
 
 def test_a_cache_policy_that_copies_for_ever_is_refused() -> None:
-    """Of thirteen blocks ten are cached, and five are on their way whenever a step is planned: a prompt of eleven never
-    fits, one of eight does.
+    """Two prompts of eleven blocks are in the host but for their ends, and the device has thirteen: while five are on
+    their way for one, there is no room for the other. Alone each is served.
     """
     config = instance_config(max_tokens_per_batch=64, num_kv_blocks=13)
-    work = Workload(requests=(request(0, prompt=41, output=1), request(1, 30, prompt=42, output=1)))
-    with pytest.raises(PolicyError, match=r"to-and-fro leaves 1 requests .* request 1: from 35 to 1010 us"):
-        run_audited(work, config, DecodeFirst(), cache=ToAndFro())
-    small = Workload(requests=(request(0, prompt=41, output=1), request(1, 30, prompt=32, output=1)))
-    obey_the_laws(small, config, run_audited(small, config, DecodeFirst(), cache=ToAndFro()))
+    prompts = (tuple(range(10)), tuple(range(100, 110)))
+    before = [request(k, 300 * k, prompt=40, output=1, hashes=hashes) for k, hashes in enumerate(prompts)]
+    again = [request(2 + k, 3000, prompt=44, output=1, hashes=(*hashes, 10)) for k, hashes in enumerate(prompts)]
+    with pytest.raises(PolicyError, match=r"in-turns leaves 2 requests .* request 2: from 3000 to \d+ us"):
+        run_audited(Workload(requests=(*before, *again)), config, DecodeFirst(), cache=InTurns())
+    small = Workload(requests=(*before, again[0]))
+    obey_the_laws(small, config, run_audited(small, config, DecodeFirst(), cache=InTurns()))

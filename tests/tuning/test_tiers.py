@@ -74,15 +74,15 @@ def test_offload_is_tuned_from_a_recorded_trace_and_verified(tmp_path: Path, mon
         fitted,
         out=tmp_path / "study",
         policy="decode-first",
-        cache="cost-aware",
+        cache="lru",
         settings=SETTINGS,
-        also=["lru", "watermark", "device-only"],
+        also=["cost-aware", "watermark", "device-only"],
         trials=12,
         workers=1,
         progress=False,
     )
     space = study.spec["space"]
-    assert space["policies"]["cache"] == ["cost-aware", "lru", "watermark", "device-only"]
+    assert space["policies"]["cache"] == ["lru", "cost-aware", "watermark", "device-only"]
     assert space["knobs"]["cache.lru.host_blocks_factor"] == [0.25, 16.0, True]
     for name in ("cost-aware.device_cost", "watermark.low_frac", "lru.max_restoring_blocks"):
         assert f"cache.{name}" in space["knobs"]

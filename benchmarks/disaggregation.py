@@ -2,6 +2,7 @@
 
     python benchmarks/disaggregation.py simulate > rows.jsonl         # a grid, in the simulator
     python benchmarks/disaggregation.py engine >> rows.jsonl          # some points of it, on engine processes, too
+    python benchmarks/disaggregation.py shift --instances 4 --ratios 8 0.25 >> shift.jsonl   # the shape changes midway
     python benchmarks/disaggregation.py table rows.jsonl
 
 At equal numbers of instances, of a load (requests that come in a second, as a part of what the fleet could serve) and a
@@ -31,18 +32,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from xllm_lab import provenance, verbs
 from xllm_lab.engine.cluster.fleet import EngineFleet
 from xllm_lab.engine.engine import EngineOptions
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.hardware import hardware
-from xllm_lab.metrics import summarize
+from xllm_lab.metrics import meets_slo, summarize
 from xllm_lab.policies.catalog import make_policy, policy_name
 from xllm_lab.policies.roles import RolesPolicy
 from xllm_lab.policies.roles.colocated import Colocated
 from xllm_lab.policies.roles.slo_flip import SloFlip
 from xllm_lab.policies.roles.static import Static
 from xllm_lab.records import Records
+from xllm_lab.request_columns import columns_of
+from xllm_lab.run_writer import ROLES_FILE
 from xllm_lab.runs import Run
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.machine import Deployment, Machine, fitted_machine, model_of, roofline_machine, with_host_link
@@ -231,36 +236,104 @@ def measure(o: argparse.Namespace) -> None:
     """Every point on engine processes, and in a simulator that was calibrated on others."""
     scale = SCALES.get(o.model, SCALES["tiny"])
     for num_instances in o.instances:
-        with contextlib.ExitStack() as stack:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            shared = None if o.no_store else stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
-            options = EngineOptions(
-                model=o.model,
-                device="cpu",
-                dtype="float32",
-                clock="virtual",
-                timer="cpu",
-                store=None if shared is None else f"dir:{shared}?bytes=4GiB",
-            )
-            engines = stack.enter_context(EngineFleet(options, num_instances))
+        with _engines(o, num_instances) as (engines, scratch):
             own = [p for p in points(o) if p.num_instances == num_instances]
             if o.calibrated_on:
                 machine = fitted_machine(verbs.calibrate(o.calibrated_on))
             else:
-                machine = _calibrated(engines, scale, Path(scratch), own)
+                machine = _calibrated(engines, scale, scratch, own)
+            hosts = Hosts(engines, machine, scratch)
             for point in own:
                 work = workload(point, scale, machine.cost)
                 for name, policy in _chosen(o, num_instances):
-                    whole, out = fleet(point, policy, work), Path(scratch) / "run"
-                    run = _served(engines, work, whole, scale, out)
-                    found = parity(run)
-                    assert found.is_identical, found
-                    _print_rows(o.tpot_slack, run, ("engine", name), point, work)
-                    _forget(out)
-                    store = None if o.no_store else "sim:"
-                    again = _simulated(machine, work, whole, o.model, out, store=store)
-                    _print_rows(o.tpot_slack, again, ("simulator", name), point, work)
-                    _forget(out)
+                    whole = fleet(point, policy, work)
+                    for host, run in _on_both(o, hosts, work, whole):
+                        _print_rows(o.tpot_slack, run, (host, name), point, work)
+
+
+@contextlib.contextmanager
+def _engines(o: argparse.Namespace, num_instances: int) -> Iterator[tuple[EngineFleet, Path]]:
+    """Processes that share a store, and a folder for what they write."""
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        shared = None if o.no_store else stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+        options = EngineOptions(
+            model=o.model,
+            device="cpu",
+            dtype="float32",
+            clock="virtual",
+            timer="cpu",
+            store=None if shared is None else f"dir:{shared}?bytes=4GiB",
+        )
+        yield stack.enter_context(EngineFleet(options, num_instances)), Path(scratch)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What serves, what predicts it, and where both write."""
+
+    engines: EngineFleet
+    machine: Machine
+    scratch: Path
+
+
+def _on_both(o: argparse.Namespace, hosts: Hosts, work: Workload, whole: FleetConfig) -> Iterator[tuple[str, Run]]:
+    """A run of each host, the engine's of proven parity; gone when the next is asked for."""
+    out = hosts.scratch / "run"
+    run = _served(hosts.engines, work, whole, SCALES.get(o.model, SCALES["tiny"]), out)
+    found = parity(run)
+    assert found.is_identical, found
+    yield "engine", run
+    _forget(out)
+    yield "simulator", _simulated(hosts.machine, work, whole, o.model, out, store=None if o.no_store else "sim:")
+    _forget(out)
+
+
+def shift(o: argparse.Namespace) -> None:
+    """The shape of the load changes midway: who keeps its promises before, right after, and later, on both hosts.
+
+    Each half is as long as its requests take, and is judged by the requests that came in its first and last third.
+    """
+    scale, num_instances = SCALES.get(o.model, SCALES["tiny"]), o.instances[0]
+    with _engines(o, num_instances) as (engines, scratch):
+        shapes = [Point(num_instances, o.loads[0], r, o.seeds[0], o.ttft_slack, o.tpot_slack[0]) for r in o.ratios]
+        machine = _calibrated(engines, scale, scratch, shapes)
+        hosts = Hosts(engines, machine, scratch)
+        for seed in o.seeds:
+            work, ends_us = _one_after_another([workload(replace(p, seed=seed), scale, machine.cost) for p in shapes])
+            for name, policy in roles(num_instances):
+                whole = fleet(shapes[0], policy, work)
+                for host, run in _on_both(o, hosts, work, whole):
+                    _print({"host": host, "roles": name, "seed": seed, **_kept(run, ends_us)})
+
+
+def _one_after_another(halves: Sequence[Workload]) -> tuple[Workload, list[int]]:
+    """And when the last request of each comes."""
+    requests: list[Request] = []
+    ends_us: list[int] = []
+    for half in halves:
+        start_us = ends_us[-1] if ends_us else 0
+        for r in half.requests:
+            requests.append(replace(r, id=RequestId(len(requests)), arrival_us=start_us + r.arrival_us))
+        ends_us.append(requests[-1].arrival_us)
+    return Workload(requests=tuple(requests), source="shift", seed=halves[0].seed), ends_us
+
+
+def _kept(run: Run, ends_us: Sequence[int]) -> dict[str, Any]:
+    """Of the requests that came in the first and the last third of each half, those served as promised; and flips."""
+    kept = []
+    for start_us, end_us in pairwise([0, *ends_us]):
+        third_us = (end_us - start_us) / 3
+        for since_us in (start_us, end_us - third_us):
+            came = [r for r in run.records.requests if since_us <= r.arrival_us <= since_us + third_us]
+            kept.append(round(sum(int(meets_slo(columns).sum()) for columns in columns_of(came)) / len(came), 3))
+    changes = pq.read_table(run.path / ROLES_FILE).to_pylist() if (run.path / ROLES_FILE).exists() else []
+    return {
+        "kept_frac": kept,
+        "ends_us": ends_us,
+        "flips": [c for c in changes if c["us"]],
+        "commit": provenance.commit()[:9],
+    }
 
 
 def _calibrated(engines: EngineFleet, scale: Scale, scratch: Path, some: Sequence[Point]) -> Machine:
@@ -372,12 +445,14 @@ def main() -> None:
     """Sweep, measure, or draw the table of either."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verb = parser.add_subparsers(dest="verb", required=True)
+    num_instances = {"simulate": [2, 3, 4], "engine": [2], "shift": [4]}
     for name, ratios, loads in (
         ("simulate", [0.1, 0.3, 1.0, 3.0, 10.0, 30.0], [0.3, 0.5, 0.7, 0.9]),
         ("engine", [0.3, 3.0, 20.0], [0.5, 0.8]),
+        ("shift", [8.0, 0.25], [0.5]),
     ):
         one = verb.add_parser(name)
-        one.add_argument("--instances", type=int, nargs="+", default=[2, 3, 4] if name == "simulate" else [2])
+        one.add_argument("--instances", type=int, nargs="+", default=num_instances[name])
         one.add_argument("--loads", type=float, nargs="+", default=loads)
         one.add_argument("--ratios", type=float, nargs="+", default=ratios)
         one.add_argument("--no-flips", dest="flips", action="store_false", help="leave out who changes sides")
@@ -405,6 +480,8 @@ def main() -> None:
         sys.stdout.write(table(o.rows) + "\n")
     elif o.verb == "simulate":
         sweep(o)
+    elif o.verb == "shift":
+        shift(o)
     else:
         measure(o)
 

@@ -36,7 +36,7 @@ from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.step import Step
 from xllm_lab.step_shape import shapes_of
 from xllm_lab.step_time import TERMS, StepTime
-from xllm_lab.tiering import tiering_of
+from xllm_lab.tiering_of import tiering_of
 from xllm_lab.workload import ClosedLoop, Priority, Prompt, Request, RequestId, Slo, Workload, prompt_token_ids
 
 STEP_US = 10

@@ -38,7 +38,7 @@ from xllm_lab.policies.cache.reuse_aware import ReuseAware
 from xllm_lab.policies.cache.watermark import Watermark
 from xllm_lab.records import Records
 from xllm_lab.sim.store import SimulatedStore
-from xllm_lab.tiering import tiering_of
+from xllm_lab.tiering_of import tiering_of
 from xllm_lab.workload import Request, Slo, Workload
 
 

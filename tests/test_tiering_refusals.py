@@ -20,7 +20,8 @@ from xllm_lab.policies.cache.lru import Lru
 from xllm_lab.policies.catalog import make_policy, policies, policy_name
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.machine import fitted_machine, with_host_link
-from xllm_lab.tiering import Tiering, tiering_of
+from xllm_lab.tiering import Tiering
+from xllm_lab.tiering_of import tiering_of
 
 SINS: dict[str, CachePolicy] = {
     r"offloads blocks \[\d+\], which are not idle, not cached, or in the host": cache_sins.OffloadsWhatIsUsed(),

@@ -675,7 +675,7 @@ class Scheduler:
             keys = state.block_keys(num_full)[state.num_published :]
             self.ledger.publish(state.id, state.num_published, keys)
             if self.tiering is not None:
-                self.tiering.used(keys, state.num_published, state.admitted_us)
+                self.tiering.uses.add(keys, state.num_published, state.admitted_us)
             state.num_published = num_full
 
     def _publish_ahead(self, state: RequestState) -> None:

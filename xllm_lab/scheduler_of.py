@@ -12,7 +12,7 @@ from xllm_lab.records import Recorder
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.step_shape import Shapes, shapes_of
 from xllm_lab.step_time import StepTime
-from xllm_lab.tiering import tiering_of
+from xllm_lab.tiering_of import tiering_of
 from xllm_lab.virtual_kv import virtual_kv_of
 
 

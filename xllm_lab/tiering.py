@@ -11,53 +11,27 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from xllm_lab.block_uses import BlockUses
+from xllm_lab.copied_in_vain import CopiedInVain
 from xllm_lab.copies import Copier, Copy, CopyEnd, CopyRecord
 from xllm_lab.copy_time import CopyTime
-from xllm_lab.errors import ConfigError, PolicyError
+from xllm_lab.errors import PolicyError
 from xllm_lab.host_tier import HostTier
-from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.ledger import BlockKey, Ledger
-from xllm_lab.policies.cache import CachedBlock, CachePlan, CachePolicy, CopyKind
-from xllm_lab.policies.cache.device_only import DeviceOnly
+from xllm_lab.policies.cache import CachePlan, CachePolicy, CopyKind
 from xllm_lab.policies.cache_checks import cache_violations
 from xllm_lab.policies.catalog import policy_name
-from xllm_lab.policies.of_instance import Policies
 from xllm_lab.records import Recorder
 from xllm_lab.request_state import RequestState
 from xllm_lab.step_time import StepTime
+from xllm_lab.tiers_view import TiersView, Waiting
 from xllm_lab.workload import RequestId
 
 # Nobody waits for what is saved, and who waits for a push could as well compute anew; but a store that hangs must not
 # hold a thread and its blocks for ever.
 SAVE_TIMEOUT_US, PUSH_TIMEOUT_US = 5_000_000, 2_000_000
-# Blocks copied with no step in between, in times of all that both tiers have. A policy that comes to rest needs no more
-# than four: each block once down, up, to the store and from there. Ours need 0.2.
-MOST_TIMES_IN_VAIN = 10
-
-
-class Waiting(NamedTuple):
-    """A `WaitingView`."""
-
-    id: RequestId
-    arrival_us: int
-    priority: int
-    num_tokens: int
-    num_device_blocks: int
-    num_idle_blocks: int
-    num_host_blocks: int
-    num_unasked_blocks: int
-
-
-class _Use:
-    """Of a key: how often requests had its block, when one began to last, and how many blocks are before it."""
-
-    __slots__ = ("depth", "last_used_us", "num_uses")
-
-    def __init__(self, depth: int) -> None:
-        self.depth, self.last_used_us, self.num_uses = depth, 0, 0
 
 
 class _UnderWay(NamedTuple):
@@ -66,82 +40,6 @@ class _UnderWay(NamedTuple):
     copy: Copy
     record: CopyRecord
     pinned: tuple[int, ...]
-
-
-@dataclass(slots=True, kw_only=True)
-class TiersView:
-    """A `CacheView`."""
-
-    now_us: int
-    num_free_blocks: int
-    num_clean_blocks: int
-    num_outstanding_tokens: int
-    waiting: Sequence[Waiting]
-    tiering: Tiering
-
-    @property
-    def block_size(self) -> int:
-        return self.tiering.ledger.block_size
-
-    @property
-    def num_blocks(self) -> int:
-        return self.tiering.ledger.num_blocks
-
-    @property
-    def num_host_blocks(self) -> int:
-        return self.tiering.host.num_slots
-
-    @property
-    def num_free_host_blocks(self) -> int:
-        return self.tiering.host.num_free_slots
-
-    @property
-    def num_offloading(self) -> int:
-        return self.tiering.num_under_way("offload")
-
-    @property
-    def num_restoring(self) -> int:
-        return self.tiering.num_under_way("restore")
-
-    @property
-    def has_store(self) -> bool:
-        return self.tiering.copier.has_store
-
-    @property
-    def num_saving(self) -> int:
-        return self.tiering.num_under_way("save")
-
-    @property
-    def num_prefetching(self) -> int:
-        return self.tiering.num_under_way("prefetch")
-
-    @property
-    def step_time(self) -> StepTime | None:
-        return self.tiering.step_time
-
-    @property
-    def copy_time(self) -> CopyTime | None:
-        return self.tiering.copy_time
-
-    def idle(self) -> Iterator[CachedBlock]:
-        return (self.tiering.described(block, key) for block, key in self.tiering.idle_blocks())
-
-    def is_idle(self, block: int) -> bool:
-        key = self.tiering.ledger.uncopied_key(block)
-        return key is not None and key not in self.tiering.host
-
-    def is_hosted(self, block: int) -> bool:
-        return self.tiering.host.is_unread(block)
-
-    def hosted(self) -> Iterator[CachedBlock]:
-        return (self.tiering.described(slot, key) for slot, key in self.tiering.host.unread())
-
-    def unsaved(self) -> Iterator[CachedBlock]:
-        tiering = self.tiering
-        return (tiering.described(slot, key) for slot, key in tiering.host.unsaved() if self.has_store)
-
-    def is_unsaved(self, block: int) -> bool:
-        return self.has_store and self.tiering.host.is_unsaved(block)
 
 
 class Tiering:
@@ -178,12 +76,10 @@ class Tiering:
         self._fetched_by: dict[BlockKey, int] = {}  # what is being restored or prefetched, by which copy
         self._followers: dict[int, list[RequestId]] = {}  # who waits for each
         self._num_pushes: Counter[RequestId] = Counter()
-        self._uses: dict[BlockKey, _Use] = {}
+        self.uses = BlockUses()
         self._seen_version = -1, -1
         self._is_anything_new = False
-        # Since a step was planned: blocks copied, and how often all copies that were under way had ended.
-        self._num_in_vain = self._num_rounds = self._in_vain_since_us = 0
-        self._last_of_round = -1
+        self._in_vain = CopiedInVain()
 
     def num_under_way(self, kind: CopyKind) -> int:
         """Blocks in copies."""
@@ -195,21 +91,9 @@ class Tiering:
 
     def found(self, keys: Sequence[BlockKey], num_cached: int, now_us: int) -> None:
         """A request begins to run: of its keys it found so many on the device, and the host may have others, too."""
-        self.used(keys[:num_cached], 0, now_us)
+        self.uses.add(keys[:num_cached], 0, now_us)
         self.host.touch(keys)
         self._forget()
-
-    def used(self, keys: Sequence[BlockKey], first_block: int, began_us: int) -> None:
-        """A request that began to run then has blocks from `first_block` of its own on.
-
-        It does not matter when it computed them, or steps could not be skipped.
-        """
-        for depth, key in enumerate(keys, first_block):
-            use = self._uses.get(key)
-            if use is None:
-                use = self._uses[key] = _Use(depth)
-            use.num_uses += 1
-            use.last_used_us = max(use.last_used_us, began_us)
 
     def could_copy(self, waiting: Sequence[RequestState]) -> bool:
         """Whether the policy has anything to decide."""
@@ -267,28 +151,22 @@ class Tiering:
 
     def stepped(self) -> None:
         """A step is planned: nothing was copied in vain."""
-        self._num_in_vain = self._num_rounds = 0
+        self._in_vain.stepped()
 
     def refuse_to_starve(self, live: Collection[RequestId], now_us: int) -> None:
         """No step can be planned, and none is under way.
 
-        Once all copies have ended everything is free, and somebody can run; but the policy is asked first, and may take
-        it all again, for ever.
-
         Raises:
-            PolicyError: so much was copied that it will. No number proves it.
+            PolicyError: so much was copied since one was that it will go on.
         """
         if not live:
-            self._num_in_vain = self._num_rounds = 0
-        if next(iter(self._under_way), self.num_copies) > self._last_of_round:
-            self._num_rounds, self._last_of_round = self._num_rounds + 1, self.num_copies - 1
+            self._in_vain.stepped()
         num_all = self.ledger.num_blocks + self.host.num_slots
-        # Many rounds, as fast copies beside a slow one prove nothing.
-        if min(self._num_rounds, self._num_in_vain // num_all) > MOST_TIMES_IN_VAIN:
+        if self._in_vain.is_for_ever(next(iter(self._under_way), self.num_copies), self.num_copies, num_all):
             raise PolicyError(
                 f"cache policy {policy_name(self.policy)} leaves {len(live)} requests waiting for ever, first of them "
-                f"request {min(live)}: from {self._in_vain_since_us} to {now_us} us no step could run, and it copied "
-                f"{self._num_in_vain} blocks, of {num_all} that device and host have"
+                f"request {min(live)}: from {self._in_vain.since_us} to {now_us} us no step could run, and it copied "
+                f"{self._in_vain.num_blocks} blocks, of {num_all} that device and host have"
             )
 
     def push(self, request: RequestId, blocks: Sequence[int], keys: Sequence[BlockKey], now_us: int) -> None:
@@ -345,10 +223,6 @@ class Tiering:
     def idle_blocks(self) -> Iterator[tuple[int, BlockKey]]:
         """Of the device, that nobody uses, that were not copied since, and that the host lacks."""
         return ((block, key) for block, key in self.ledger.uncopied() if key not in self.host)
-
-    def described(self, block: int, key: BlockKey) -> CachedBlock:
-        use = self._uses[key]
-        return CachedBlock(block, use.num_uses, use.last_used_us, use.depth)
 
     def audit(self) -> None:
         """Assert that what is copied is what is pinned and reserved."""
@@ -431,7 +305,7 @@ class Tiering:
             return False
         state.has_asked_store = True
         self.host.touch(state.reusable_keys())
-        self.used(keys, state.num_blocks + self._num_hosted(state), now_us)
+        self.uses.add(keys, state.num_blocks + self._num_hosted(state), now_us)
         slots = tuple([self.host.fill(key) for key in keys])
         number, timeout_us = self.num_copies, plan.prefetch_timeout_us
         self._fetched_by |= dict.fromkeys(keys, number)
@@ -490,9 +364,7 @@ class Tiering:
             reason=reason,
             instance=self._instance,
         )
-        if not self._num_in_vain:
-            self._in_vain_since_us = copy.asked_us
-        self._num_in_vain += len(copy.keys)
+        self._in_vain.launched(len(copy.keys), copy.asked_us)
         self._under_way[copy.number] = _UnderWay(copy, record, pinned)
         assert self._recorder is not None, "an instance serves"
         self._recorder.copy(record)
@@ -500,61 +372,5 @@ class Tiering:
 
     def _forget(self) -> None:
         """Uses of what is nowhere any more, now and then."""
-        if len(self._uses) > 2 * (self.ledger.num_blocks + self.host.num_slots):
-            self._uses = {k: u for k, u in self._uses.items() if k in self.host or self.ledger.find(k) is not None}
-
-
-def num_host_blocks(policy: CachePolicy, config: InstanceConfig) -> int:
-    """Blocks that the host has room for."""
-    return int(getattr(policy, "host_blocks_factor", 0.0) * config.num_kv_blocks)
-
-
-def tiering_of(
-    policy: CachePolicy,
-    config: InstanceConfig,
-    copier: Copier | None,
-    *,
-    step_time: StepTime | None = None,
-    copy_time: CopyTime | None = None,
-) -> Tiering | None:
-    """The policy at work; None where nothing is ever copied.
-
-    Raises:
-        ConfigError: the host has room for no block, there is no prefix cache, or a policy has no times that it needs.
-    """
-    if isinstance(policy, DeviceOnly):
-        return None
-    name, room = policy_name(policy), num_host_blocks(policy, config)
-    if room < 1:
-        raise ConfigError(
-            f"cache policy {name}: the host has room for no block; accepted: a host_blocks_factor of at least "
-            f"{1 / config.num_kv_blocks:.3g}"
-        )
-    if config.kv_layout == "virtual":
-        raise ConfigError(f"cache policy {name}: kv_layout is 'virtual', whose pages are not copied; accepted: 'paged'")
-    if not config.enable_prefix_cache:
-        raise ConfigError(f"cache policy {name}: enable_prefix_cache is false; accepted: true")
-    if getattr(policy, "needs_step_time", False) and step_time is None:
-        raise ConfigError(f"cache policy {name} needs step times, none are given; accepted: a machine's calibration")
-    if getattr(policy, "needs_copy_time", False) and not copy_time:
-        raise ConfigError(
-            f"cache policy {name} needs copy times, none are given; accepted: a calibration on runs with copies, or a "
-            "link's rate"
-        )
-    if copier is None:
-        raise ConfigError(f"cache policy {name} is not served here; accepted: device-only")
-    if copier.has_store and getattr(policy, "needs_copy_time", False) and not (copy_time and copy_time.has_store):
-        raise ConfigError(
-            f"cache policy {name} needs copy times of the store, none are given; accepted: a calibration on runs with "
-            "one, or a store's rate"
-        )
-    return Tiering(policy, copier, num_host_blocks=room, step_time=step_time, copy_time=copy_time or None)
-
-
-def refuse_link_without_copies(bytes_per_s: float | None, policies: Policies) -> None:
-    """ConfigError for the rate of a link to the host over which nothing is ever copied."""
-    if bytes_per_s is not None and isinstance(policies.cache, DeviceOnly):
-        raise ConfigError(
-            f"a link to the host of {bytes_per_s:g} bytes/s is given, and cache policy device-only copies nothing; "
-            "accepted: with another cache policy"
-        )
+        if len(self.uses) > 2 * (self.ledger.num_blocks + self.host.num_slots):
+            self.uses.keep(lambda key: key in self.host or self.ledger.find(key) is not None)

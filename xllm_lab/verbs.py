@@ -22,7 +22,7 @@ from xllm_lab.profiles.imported import Imported, is_import, read_import, write_i
 from xllm_lab.progress import bar, tell, watched
 from xllm_lab.runs import Run, read_run
 from xllm_lab.settings import DEFAULT, changed
-from xllm_lab.tiering import refuse_link_without_copies
+from xllm_lab.tiering_of import refuse_link_without_copies
 from xllm_lab.workload import Workload
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from xllm_lab.policies.cache import CachePolicy
 from xllm_lab.records import Records
 from xllm_lab.request_state import RequestState, new_record
 from xllm_lab.step_time import StepTime
-from xllm_lab.tiering import tiering_of
+from xllm_lab.tiering_of import tiering_of
 from xllm_lab.workload import Prompt, Request, RequestId, prompt_token_ids
 
 SIZE = 4
@@ -69,7 +69,7 @@ class TiersByHand:
         self.tiering.found(keys, num_cached, self.now_us)
         self.ledger.grow(state.id, len(names) * SIZE)
         self.ledger.publish(state.id, num_cached, keys[num_cached:])
-        self.tiering.used(keys[num_cached:], num_cached, self.now_us)
+        self.tiering.uses.add(keys[num_cached:], num_cached, self.now_us)
         self.ledger.release(state.id)
         return True
 

@@ -57,7 +57,7 @@ from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke, Workloa
 from xllm_lab.step import Step, Work
 from xllm_lab.step_time import StepTime
 from xllm_lab.store import BlockIdentity, BlockStore, open_store
-from xllm_lab.tiering import num_host_blocks
+from xllm_lab.tiering_of import num_host_blocks
 from xllm_lab.workload import Request, TokenIds, Workload, prompt_token_ids
 
 

@@ -20,7 +20,7 @@ from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
 from xllm_lab.runs import new_folder, read_json, write_json
 from xllm_lab.sim.calibrate import Calibration, write_calibration
-from xllm_lab.tiering import refuse_link_without_copies
+from xllm_lab.tiering_of import refuse_link_without_copies
 from xllm_lab.tuning.journal import open_journal, sole_writer
 from xllm_lab.tuning.objective import evaluate
 from xllm_lab.tuning.space import Space

@@ -158,6 +158,7 @@ class Summary:
             without tiers.
         num_saved_tokens, num_prefetched_tokens, num_pushed_tokens: from the host to the store, back, and from the
             device to the store; None without a store.
+        num_handed_over: requests that one instance began and another went on with; None if there are none.
     """
 
     num_requests: int
@@ -186,6 +187,7 @@ class Summary:
     num_saved_tokens: int | None
     num_prefetched_tokens: int | None
     num_pushed_tokens: int | None
+    num_handed_over: int | None
     ttft_us: Distribution | None
     tpot_us: Distribution | None
     itl_us: Distribution | None
@@ -244,6 +246,7 @@ class Tally:
             verifications=requests.num_verifications,
             drafted=requests.num_drafted_tokens,
             accepted=requests.num_accepted_tokens,
+            handed_over=requests.num_handed_over,
         )
         self._itl_us.add(itl_us(requests, served))
         for name, values in (
@@ -295,6 +298,7 @@ class Tally:
             num_saved_tokens=self._copied.get("save"),
             num_prefetched_tokens=self._copied.get("prefetch"),
             num_pushed_tokens=self._copied.get("push"),
+            num_handed_over=sums["handed_over"] or None,
             itl_us=self._itl(),
             **self._distributions(),
         )

@@ -22,7 +22,7 @@ Flags = npt.NDArray[np.bool_]
 NAMES = (
     *("arrival_us", "prompt_tokens", "ttft_slo_us", "tpot_slo_us", "e2e_slo_us", "cached_tokens"),
     *("first_scheduled_us", "token_times_us", "num_preemptions", "finish_us", "finish_reason"),
-    *("num_drafted", "num_accepted"),
+    *("num_drafted", "num_accepted", "handed_over_us"),
 )
 
 
@@ -34,7 +34,7 @@ class RequestColumns:
         finish_reason: the empty text where a record has None.
         token_times_us: of all requests, one after the other, shape [tokens].
         output_tokens: how many of them each request has.
-        num_verifications: of drafts, of all requests together; so the next two.
+        num_verifications: of drafts, of all requests together; so the next three.
     """
 
     arrival_us: Floats
@@ -52,6 +52,7 @@ class RequestColumns:
     num_verifications: int
     num_drafted_tokens: int
     num_accepted_tokens: int
+    num_handed_over: int
 
     @property
     def first_token_us(self) -> Floats:
@@ -82,7 +83,7 @@ def columns_from(batch: Mapping[str, Any]) -> RequestColumns:
     """Arrow columns `NAMES` of a table of requests."""
     token_times_us = batch["token_times_us"]
     whole = ("prompt_tokens", "cached_tokens", "num_preemptions")
-    others = [n for n in NAMES if n.endswith("_us") and n != "token_times_us"]
+    others = [n for n in NAMES if n.endswith("_us") and n not in ("token_times_us", "handed_over_us")]
     columns: dict[str, Any] = {name: ints(batch[name]) for name in whole}
     drafted = batch["num_drafted"]
     columns |= {name: batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in others}
@@ -95,6 +96,7 @@ def columns_from(batch: Mapping[str, Any]) -> RequestColumns:
         num_verifications=int(_firsts(drafted).sum()),
         num_drafted_tokens=int(ints(drafted.flatten()).sum()),
         num_accepted_tokens=int(ints(batch["num_accepted"].flatten()).sum()),
+        num_handed_over=len(batch["handed_over_us"]) - batch["handed_over_us"].null_count,
     )
 
 

@@ -30,6 +30,7 @@ _OTHERS = {
     "num_saved_tokens": "Tokens saved in the store",
     "num_prefetched_tokens": "Tokens prefetched",
     "num_pushed_tokens": "Tokens pushed",
+    "num_handed_over": "Handed over",
 }
 
 

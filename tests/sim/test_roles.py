@@ -22,7 +22,7 @@ from xllm_lab.errors import PolicyError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.hardware import hardware
 from xllm_lab.instance_config import InstanceConfig
-from xllm_lab.metrics import meets_slo
+from xllm_lab.metrics import meets_slo, summarize
 from xllm_lab.outages import Outage
 from xllm_lab.policies.batch.decode_first import DecodeFirst
 from xllm_lab.policies.batch.fcfs import Fcfs
@@ -77,6 +77,7 @@ def test_the_first_token_comes_from_one_and_the_others_from_another() -> None:
     assert (record.finish_reason, record.token_times_us[0]) == (FinishReason.LENGTH, first.end_us)
     assert (second.instance, second.start_us, second.num_tokens) == (1, first.end_us + 1, [9])
     assert [s.instance for s in records.steps] == [0, 1, 1, 1]
+    assert summarize(records).num_handed_over == 1
 
 
 def test_what_was_prefilled_stays_in_the_prefix_cache() -> None:

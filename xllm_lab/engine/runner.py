@@ -77,6 +77,8 @@ class Runner:
         self.most_logits = 1 << 30
         self.observer: Callable[[Sequence[SequenceChunk], Tensor], None] | None = None
         self._drawn: list[int] = []
+        among = model.experts
+        self._others = among.group if among is not None and among.has_own_tokens else None
         self.expert_observer: Callable[[int, Tensor], None] | None = None
 
     @property
@@ -140,6 +142,18 @@ class Runner:
             self._told.broadcast(torch.tensor(self._drawn, device=self._device.torch_device))
         return tokens
 
+    def run_beside(self) -> bool:
+        """Where each rank has its own tokens: takes part in a step of others, for their tokens' experts that are here.
+
+        Returns:
+            Whether anybody had tokens. All learn the same.
+        """
+        with torch.inference_mode():
+            if not self._meet(0):
+                return False
+            self._model.run_beside(self.workspace)
+        return True
+
     def follow_draw(
         self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None, *, tells: bool = True
     ) -> None:
@@ -164,6 +178,8 @@ class Runner:
         if min(tokens) < 0:
             tokens = [self._drawn[-1 - token] if token < 0 else token for token in tokens]
         with torch.inference_mode():
+            if self._others is not None:
+                self._meet(len(tokens))
             if graph_tokens is None:
                 normed_TD, logits_TV = self._run_eagerly(chunks, tokens), None
             else:
@@ -175,6 +191,18 @@ class Runner:
                 assert self.workspace.counts_experts, "rows that nobody counted"
                 self.expert_observer(len(tokens), self.workspace.expert_rows_LE)
         return _Computed(normed_TD, logits_TV, wanted)
+
+    def _meet(self, num_tokens: int) -> int:
+        """All tell all how many tokens they have in the step that begins. Returns those of all."""
+        assert self._others is not None, "a rank whose tokens all have"
+        own_1 = torch.tensor([num_tokens], device=self._device.torch_device)
+        of_all_n1 = torch.empty((self._others.size, 1), dtype=own_1.dtype, device=own_1.device)
+        self._others.all_gather(own_1, of_all_n1)
+        self.workspace.tokens_of_ranks = tuple(of_all_n1.flatten().tolist())
+        total = sum(self.workspace.tokens_of_ranks)
+        # Before the step begins: what stands in the workspace is lost when it grows.
+        self.workspace.reserve(tokens=total, logits=0)
+        return total
 
     def _run_eagerly(self, chunks: Sequence[SequenceChunk], tokens: Sequence[int]) -> Tensor:
         positions = [p for c in chunks for p in range(c.num_computed_tokens, c.num_computed_tokens + len(c.token_ids))]

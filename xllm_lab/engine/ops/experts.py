@@ -9,7 +9,7 @@ Every shape follows from T alone, so that a step can be captured; how many rows 
 Tokens that only pad a step are nobody's: their expert is E, which sorts them behind all others, and their weight is 0.
 """
 
-# ruff: noqa: N815  (shapes live in the names of fields, too)
+# ruff: noqa: N815, PLR0917  (shapes live in the names of fields, too; operators have many operands)
 # Shapes: T packed tokens, k experts of a token, X = T k, E experts, G groups of experts, D any last dimension,
 #         I inputs, O outputs of an expert's matrix
 
@@ -133,6 +133,19 @@ def permute(x_TD: Tensor, expert_Tk: Tensor, rows_XD: Tensor, place_X: Tensor, c
     starts_E1 = torch.searchsorted(sorted_X, torch.arange(num_experts + 1, dtype=sorted_X.dtype, device=x_TD.device))
     torch.sub(starts_E1[1:], starts_E1[:-1], out=count_E)
     return Permuted(rows_XD, place_X, count_E)
+
+
+def permute_own(
+    x_TD: Tensor, slot_Tk: Tensor, rows_XD: Tensor, place_X: Tensor, count_P: Tensor, first: int, num_slots: int
+) -> Permuted:
+    """`permute` to some of the slots that experts are in: all others are nobody's.
+
+    Args:
+        slot_Tk: int32; those from `first` on, as many as `count_P` has, of `num_slots` are meant.
+    """
+    own_Tk = slot_Tk - first
+    own_Tk.masked_fill_((own_Tk < 0) | (own_Tk > len(count_P)), len(count_P))
+    return permute(x_TD, own_Tk, rows_XD, place_X, count_P)
 
 
 def count_rows(expert_Tk: Tensor, num_tokens_1: Tensor | None, count_E: Tensor) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from xllm_lab.engine.mixture import MixtureLayer
 from xllm_lab.engine.model import DecoderModel, shard_of
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.runner import Runner, SequenceChunk
-from xllm_lab.engine.sharding import ExpertShare, refuse_if_indivisible
+from xllm_lab.engine.sharding import ExpertShare, Shard, refuse_if_indivisible
 from xllm_lab.engine.workspace import Workspace
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
@@ -211,8 +212,7 @@ def test_every_expert_is_whole_somewhere(case: Spread) -> None:
     held = []
     for rank in range(case.ranks):
         share = ExpertShare(rank, case.ranks, case.num_redundant)
-        shard = replace(shard_of(None, ExpertParallel(group=_Alone())) or None, experts=share)  # type: ignore[type-var]
-        part = shard.cut(dict(whole), case.config)
+        part = Shard(experts=share).cut(dict(whole), case.config)
         for name, tensor in part.items():
             assert torch.equal(tensor, whole[name]), name
         own = {int(name.split(".experts.")[1].split(".")[0]) for name in part if ".experts." in name}
@@ -286,3 +286,31 @@ def test_a_layer_says_where_its_experts_are() -> None:
         return layer.slots.own
 
     assert on_ranks(2, own) == [(0, 1, 2), (2, 3, 0)]
+
+
+@settings(max_examples=20)
+@given(spreads(), st.booleans(), st.randoms(use_true_random=False))
+def test_experts_may_lie_elsewhere(case: Spread, captures: bool, random: Random) -> None:
+    """Weights put into other slots between two steps, and the slots told: the same logits, and graphs follow."""
+    mixture, sizes = case.config.mixture, (8, 16, 1, 4) if captures else (None,) * 4
+    assert mixture is not None
+    E, share = mixture.routing.num_experts, ExpertShare(0, case.ranks, case.num_redundant)
+    turned, num_own = random.sample(range(E), E), share.num_own(E)
+    slots = [turned[e] for e in share.slots(E)]
+
+    def serve(group: ThreadedGroup) -> list[Tensor]:
+        subject = case.runner(group, captures=captures)
+        logits(subject, case.config.vocab_size, sizes)
+        whole = runner(case.config)._model.layers
+        for layer, all_of_it in zip(subject._model.layers, whole, strict=True):
+            if isinstance(layer.mlp, MixtureLayer) and isinstance(all_of_it.mlp, MixtureLayer):
+                assert layer.mlp.slots is not None
+                pairs = (layer.mlp.gate_up, all_of_it.mlp.gate_up), (layer.mlp.down, all_of_it.mlp.down)
+                for slot, expert in enumerate(slots[group.rank * num_own : (group.rank + 1) * num_own]):
+                    for to, source in pairs:
+                        to.put(slot, to.prepared(source.weight(expert)))
+                layer.mlp.slots.put(slots)
+        return logits(subject, case.config.vocab_size, sizes)
+
+    for found in on_ranks(case.ranks, serve):
+        assert_same(found, logits(runner(case.config), case.config.vocab_size))

@@ -31,7 +31,7 @@ class ThreadedGroup:
         assert (len(x), len(out)) == (sum(sent), sum(received))
         offered = self._meeting.exchange(self.rank, x)
         splits = self._meeting.exchange(self.rank, torch.tensor(sent))
-        parts = [x.split(each.tolist())[self.rank] for x, each in zip(offered, splits, strict=True)]
+        parts = [torch.split(x, each.tolist())[self.rank] for x, each in zip(offered, splits, strict=True)]
         assert [len(part) for part in parts] == list(received)
         out.copy_(torch.cat(parts))
 

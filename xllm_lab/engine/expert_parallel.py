@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops import expert_slots
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.sharding import ExpertShare
@@ -42,10 +43,23 @@ class ExpertParallel:
         return ExpertShare(self.group.rank, self.group.size, self.num_redundant)
 
 
-def refuse_unknown_dispatch(dispatch: str) -> None:
-    """Raise ConfigError if there is no such way to the experts."""
+def refuse_dispatch(dispatch: str, num_redundant: int, *, is_parallel: bool) -> None:
+    """Raise ConfigError for an unknown way to the experts, or slots and a way that nobody needs."""
     if dispatch not in DISPATCHES:
         raise ConfigError(f"expert_dispatch is {dispatch!r}, accepted: {', '.join(DISPATCHES)}")
+    if not is_parallel and dispatch != ALL_GATHER:
+        raise ConfigError(f"expert_dispatch is {dispatch!r} without expert_parallel; accepted: with it")
+    if not is_parallel and num_redundant:
+        raise ConfigError(f"num_redundant_experts is {num_redundant} without expert_parallel; accepted: 0, or with it")
+
+
+def refuse_if_not_spreadable(config: ModelConfig, size: int, num_redundant: int, name: str) -> None:
+    """Raise ConfigError if the experts of a model, by its name, cannot lie on so many ranks."""
+    if config.mixture is None:
+        raise ConfigError(f"expert_parallel, and {name} has no experts; accepted: a mixture of experts")
+    if size == 1:
+        raise ConfigError("expert_parallel with one rank; accepted: tensor_parallel or instances of at least 2")
+    ExpertShare(0, size, num_redundant).slots(config.mixture.routing.num_experts)
 
 
 class LayerSlots:

@@ -16,8 +16,8 @@ Tokens that only pad a step are nobody's: their expert is E, which sorts them be
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -194,17 +194,30 @@ class GroupedLinear(Protocol):
         """
         ...
 
+    def weight(self, expert: int) -> Tensor:
+        """A copy of an expert's plain weights, shape [O, I]."""
+        ...
+
+    def prepared(self, weight_OI: Tensor) -> Any:
+        """An expert's weights as `put` wants them, in memory of their own; nothing else changes."""
+        ...
+
+    def put(self, expert: int, prepared: Any) -> None:
+        """An expert has other weights from the next call on, in captured steps, too."""
+        ...
+
 
 class EachLinear:
     """A layer for each expert, called for those that have rows. The host reads the counts: no driver can capture it.
 
     Args:
-        linears: of each expert.
+        make: the layer over an expert's weights, which it takes over.
         kind: what serves these.
     """
 
-    def __init__(self, linears: Sequence[Linear], kind: str) -> None:
-        self._linears, self.kind = linears, kind
+    def __init__(self, weight_EOI: Tensor, make: Callable[[Tensor], Linear], kind: str) -> None:
+        self._linears, self._make, self.kind = [make(weight_OI) for weight_OI in weight_EOI], make, kind
+        self._shape_OI, self._dtype, self._device = weight_EOI.shape[1:], weight_EOI.dtype, weight_EOI.device
 
     @taped
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
@@ -215,10 +228,24 @@ class EachLinear:
                 start += count
         return out_XO
 
+    def weight(self, expert: int) -> Tensor:
+        """As `GroupedLinear.weight`."""
+        weight_OI = torch.empty(self._shape_OI, dtype=self._dtype, device=self._device)
+        self._linears[expert].rows(torch.arange(len(weight_OI), device=self._device), weight_OI)
+        return weight_OI
+
+    def prepared(self, weight_OI: Tensor) -> Linear:
+        """As `GroupedLinear.prepared`."""
+        return self._make(weight_OI.clone())
+
+    def put(self, expert: int, prepared: Linear) -> None:
+        """As `GroupedLinear.put`; nothing is copied."""
+        self._linears[expert] = prepared
+
 
 def loop_linear(weight_EOI: Tensor) -> EachLinear:
     """The reference: one product of PyTorch's an expert."""
-    return EachLinear([TorchLinear(weight_OI) for weight_OI in weight_EOI], "torch")
+    return EachLinear(weight_EOI, TorchLinear, "torch")
 
 
 class GroupedMmLinear:
@@ -233,6 +260,18 @@ class GroupedMmLinear:
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
         ends_E = count_E.cumsum(0, dtype=torch.int32)
         return out_XO.copy_(F.grouped_mm(x_XI, self._weight_EIO, offs=ends_E))
+
+    def weight(self, expert: int) -> Tensor:
+        """As `GroupedLinear.weight`."""
+        return self._weight_EIO[expert].T.clone(memory_format=torch.contiguous_format)
+
+    def prepared(self, weight_OI: Tensor) -> Tensor:
+        """As `GroupedLinear.prepared`."""
+        return weight_OI.clone()
+
+    def put(self, expert: int, prepared: Tensor) -> None:
+        """As `GroupedLinear.put`; a copy on the device, in order with its steps."""
+        self._weight_EIO[expert].copy_(prepared.T)
 
 
 _TRIED_COUNTS = (3, 0, 4)

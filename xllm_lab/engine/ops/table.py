@@ -295,7 +295,7 @@ def _linear_fails(dtype: torch.dtype, inputs: int, without: frozenset[str]) -> C
 
 def _native_grouped(weight_EOI: Tensor) -> GroupedLinear:
     library, threads = native.load(), torch.get_num_threads()
-    return EachLinear([native.NativeLinear(library, threads, weight_OI) for weight_OI in weight_EOI], "native")
+    return EachLinear(weight_EOI, lambda weight_OI: native.NativeLinear(library, threads, weight_OI), "native")
 
 
 _GROUPED: Mapping[str, Callable[[Tensor], GroupedLinear]] = {

@@ -178,6 +178,18 @@ class NpuGroupedLinear:
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
         return calls.experts_matmul(x_XI, self._weight_EIO, count_E)
 
+    def weight(self, expert: int) -> Tensor:
+        """As `experts.GroupedLinear.weight`."""
+        return self._weight_EIO[expert].T.contiguous()
+
+    def prepared(self, weight_OI: Tensor) -> Tensor:
+        """As `experts.GroupedLinear.prepared`."""
+        return weight_OI.T.contiguous()
+
+    def put(self, expert: int, prepared: Tensor) -> None:
+        """As `experts.GroupedLinear.put`; a copy on the device, in order with its steps."""
+        self._weight_EIO[expert].copy_(prepared)
+
 
 def _paged(
     q_TNH: Tensor, k_BPKH: Tensor, v_BPKH: Tensor, batch: PagedBatch, mask: Tensor, scale: float | None

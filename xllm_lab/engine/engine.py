@@ -289,6 +289,8 @@ class Engine:
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
             runner.expert_observer = self.expert_observer
+            if seat is not None:
+                runner.company = seat.company
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
             with contextlib.ExitStack() as run:
                 lane = run.enter_context(
@@ -350,8 +352,8 @@ class Engine:
             return
 
     def _rest(self, seat: Seat, launcher: Launcher, copies: EngineCopies | None) -> Woke:
-        """In a fleet: until something comes, or a copy is over."""
-        now_us = launcher.rest(seat.rest(copies))
+        """In a fleet: until something comes, or a copy is over, or a step of others is."""
+        now_us = launcher.run_beside() if seat.company.is_needed else launcher.rest(seat.rest(copies))
         return Woke(now_us) if copies is None else copies.woke(now_us)
 
     def _completion(self, step: Step, launched: Launched, done: Done[list[list[int]]]) -> Completion:

@@ -116,7 +116,7 @@ class Graphs:
             PolicyError: the policy plans something illegal.
         """
         assert kv_pool.num_blocks == config.num_kv_blocks + 1, "a block to pad with"
-        _refuse_what_nothing_captures(model, device)
+        refuse_what_nothing_captures(model, device)
         self._model, self._kv_pool, self._workspace = model, kv_pool, workspace
         self._decode_sizes = graph_sizes(policy, config, is_decode=True)
         longest_table = kv_pool.blocks_per_sequence
@@ -211,7 +211,7 @@ def _plan(workspace: Workspace, config: InstanceConfig, longest_table: int | Non
     )
 
 
-def _refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
+def refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
     """An accelerator's graph cannot hold what the host decides by looking at results; a tape of a CPU can. Nobody's can
     hold shapes that other ranks decide.
     """

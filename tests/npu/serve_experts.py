@@ -1,0 +1,90 @@
+"""One of two ranks that share experts on the fake NPU, with torchrun's variables: `serve_experts MODEL`.
+
+Each rank prints, as JSON, what `test_npu_expert_parallel.py` asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from tests import fake_cann
+
+fake_cann.start(num_devices=2)
+
+from tests.fake_cann import control  # noqa: E402 (the fake comes before torch)
+from tests.npu.engines import WHERE, Talk, install_operators, let_float32_through  # noqa: E402
+from tests.npu.serve_rank import tokens_and_graphs  # noqa: E402
+from xllm_lab.engine.engine import Engine, EngineOptions  # noqa: E402
+from xllm_lab.engine.follow import follow  # noqa: E402
+from xllm_lab.engine.rank_place import Place, place_in_environment  # noqa: E402
+from xllm_lab.engine.ranks import join  # noqa: E402
+from xllm_lab.errors import ConfigError  # noqa: E402
+from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets  # noqa: E402
+
+DISPATCHES = ("all-gather", "all-to-all")
+CASES = (("eager", "off"), ("xllm-buckets", "length_aware"))
+
+
+def main(model: str, layout: str, dispatch: str) -> None:
+    """Serve, or follow who does; with data parallel attention, compute beside one another."""
+    install_operators()
+    let_float32_through()
+    place = place_in_environment()
+    assert place is not None
+    usual: dict[str, Any] = {"model": model, "device": "npu", "dtype": "float32", "rank_timeout_s": 60.0}
+    usual |= {"expert_parallel": True, "expert_dispatch": dispatch, "num_redundant_experts": 1}
+    if layout == "data":
+        told = beside_one_another(EngineOptions(**usual), place)
+    elif place.rank:
+        follow(place)
+        return
+    else:
+        told = together(EngineOptions(**usual, tensor_parallel=place.size))
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+def together(options: EngineOptions) -> dict[str, Any]:
+    """Tokens of each case, and the collectives of one decoding step."""
+    with Engine(options) as engine:
+        cases = CASES if options.expert_dispatch == "all-gather" else CASES[:1]
+        found = [tokens_and_graphs(engine, shapes, mode) for shapes, mode in cases]
+        runner, talk = engine._runner(WHERE), Talk(5, 150, 127)
+        for step in (talk.prefill(), talk.decode()):
+            engine._lead.step(step)
+            with control.counting() as counts:
+                runner.run(step)
+        try:
+            engine._runner(WHERE, XllmBuckets())
+            refused = ""
+        except ConfigError as error:
+            refused = str(error)
+        return {"found": found, "collectives": collectives(counts.calls()), "refused": refused}
+
+
+def beside_one_another(options: EngineOptions, place: Place) -> dict[str, Any]:
+    """Rank 0 has a talk, of which rank 1 computes what its experts do, and the other way round."""
+    engine = Engine(options, ranks=join(place, 60.0))
+    runner, found = engine._runner(WHERE), list[list[int]]()
+    for rank in (0, 1):
+        talk = Talk(5, 150, 127)
+        for step in (talk.prefill(), talk.decode()):
+            with control.counting() as counts:
+                if rank == place.rank:
+                    found.append(runner.run(step).argmax(-1).tolist())
+                else:
+                    runner.run_beside()
+    engine.close()
+    return {"found": found, "collectives": collectives(counts.calls())}
+
+
+def collectives(calls: dict[str, int]) -> dict[str, int]:
+    return {name.removeprefix("hccl:"): count for name, count in calls.items() if name.startswith("hccl:")}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0) if sys.argv[2] == "data" else None

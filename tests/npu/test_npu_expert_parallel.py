@@ -1,4 +1,4 @@
-"""Two ranks that share experts on two fake NPUs, through the real ProcessGroupHCCL: one rank's tokens, calls counted."""
+"""Two ranks that share experts on fake NPUs, through the real ProcessGroupHCCL: one rank's tokens, calls counted."""
 
 from __future__ import annotations
 

@@ -13,12 +13,14 @@ import pytest
 
 from tests.engine.cluster.test_fleet import Killing, killer, serve, tokens
 from tests.engine.test_engine_serving import config, crowd, served
+from tests.tiny_loop import INSTANCE, said, window
 from tests.tiny_models import write_tiny_model
 from xllm_lab.engine.cluster.fleet import EngineFleet
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.expert_parallel import DISPATCHES
 from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig
+from xllm_lab.formats import own
 from xllm_lab.metrics import summarize
 from xllm_lab.outages import Outage
 from xllm_lab.policies.batch.fcfs import Fcfs
@@ -26,6 +28,7 @@ from xllm_lab.policies.catalog import make_policy
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.records import Records
+from xllm_lab.runs import read_run
 from xllm_lab.sim.parity import parity
 
 SHAPE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
@@ -125,3 +128,14 @@ def test_what_shared_experts_cannot_have_is_refused(two: EngineFleet) -> None:
         ConfigError, match="outages where instances share experts, and all end with one; accepted: none"
     ):
         two.serve(crowd(2), fleet(outages=down), config(), Policies(Fcfs()), Records())
+
+
+def test_the_command_serves_on_instances_that_share_experts(tmp_path: Path) -> None:
+    own.write(window(0, gap_us=0), tmp_path / "trace.jsonl")
+    knobs = [word for knob in INSTANCE for word in ("--set", knob)]
+    words = ("--model", model(), "--device", "cpu", "--clock", "wall", "--instances", 2, "--expert-parallel")
+    found = said("replay", tmp_path / "trace.jsonl", *knobs, *words, "--out", tmp_path / "run", "--quiet")
+    assert found.status == 0, found
+    run = read_run(tmp_path / "run")
+    assert run.manifest.model["expert_parallel"] == 2
+    assert len(run.records.requests) == 16

@@ -14,11 +14,16 @@ from tests import fake_cann
 
 fake_cann.start(num_devices=2)
 
-from tests.fake_cann import control  # noqa: E402 (the fake comes before torch)
+import torch  # noqa: E402 (the fake comes before it)
+from torch import Tensor  # noqa: E402
+
+from tests.fake_cann import control, operators  # noqa: E402
 from tests.npu.engines import WHERE, Talk, install_operators, let_float32_through  # noqa: E402
 from tests.npu.serve_rank import tokens_and_graphs  # noqa: E402
 from xllm_lab.engine.engine import Engine, EngineOptions  # noqa: E402
 from xllm_lab.engine.follow import follow  # noqa: E402
+from xllm_lab.engine.ops.npu import limits  # noqa: E402
+from xllm_lab.engine.ops.npu.moe_references import combined, dispatched  # noqa: E402
 from xllm_lab.engine.rank_place import Place, place_in_environment  # noqa: E402
 from xllm_lab.engine.ranks import join  # noqa: E402
 from xllm_lab.errors import ConfigError  # noqa: E402
@@ -32,6 +37,11 @@ def main(model: str, layout: str, dispatch: str) -> None:
     """Serve, or follow who does; with data parallel attention, compute beside one another."""
     install_operators()
     let_float32_through()
+    if dispatch == "fused":
+        dispatch, limits.EXCHANGE_DTYPES = "all-to-all", limits.FLOATS
+        operators.install(
+            {"npu_moe_distribute_dispatch_v2": dispatched_here, "npu_moe_distribute_combine_v2": combined_here}
+        )
     place = place_in_environment()
     assert place is not None
     usual: dict[str, Any] = {"model": model, "device": "npu", "dtype": "float32", "rank_timeout_s": 60.0}
@@ -49,7 +59,8 @@ def main(model: str, layout: str, dispatch: str) -> None:
 def together(options: EngineOptions) -> dict[str, Any]:
     """Tokens of each case, and the collectives of one decoding step."""
     with Engine(options) as engine:
-        cases = CASES if options.expert_dispatch == "all-gather" else CASES[:1]
+        captures = options.expert_dispatch == "all-gather" or torch.float32 in limits.EXCHANGE_DTYPES
+        cases = CASES if captures else CASES[:1]
         found = [tokens_and_graphs(engine, shapes, mode) for shapes, mode in cases]
         runner, talk = engine._runner(WHERE), Talk(5, 150, 127)
         for step in (talk.prefill(), talk.decode()):
@@ -78,6 +89,23 @@ def beside_one_another(options: EngineOptions, place: Place) -> dict[str, Any]:
                     runner.run_beside()
     engine.close()
     return {"found": found, "collectives": collectives(counts.calls())}
+
+
+def dispatched_here(
+    x: Tensor, expert_ids: Tensor, group: str, size: int, rank: int, experts: int, **_: object
+) -> tuple[Tensor, ...]:
+    """The fused operator where ranks meet inside of it, as references do."""
+    x_rRD, expert_rRk = operators.all_gather(group, x), operators.all_gather(group, expert_ids)
+    rows_XD, origin, count_P, received = dispatched(x_rRD, expert_rRk, rank, experts)
+    return rows_XD, torch.zeros(len(rows_XD)), origin, count_P, received, torch.zeros(0).int(), torch.zeros(0)
+
+
+def combined_here(
+    y: Tensor, expert_ids: Tensor, origin: Tensor, received: Tensor, scales: Tensor, *group: Any, **_: object
+) -> Tensor:
+    """Likewise, the way back."""
+    each = (list(operators.all_gather(group[0], one)) for one in (y, origin, received))
+    return combined(*each, rank=group[2], scale_Rk=scales)
 
 
 def collectives(calls: dict[str, int]) -> dict[str, int]:

@@ -18,6 +18,8 @@ from tests.npu.test_npu_serving import crowd
 
 L = NUM_LAYERS
 # Of a decoding step. Embedding and head take one each, each layer two all-reduces; experts as said in the tests.
+# The fused operators' references meet twice going there, and three times coming back.
+FUSED = {"inside_operator": 5 * L}
 DIVIDED = {"all_reduce": 1 + 2 * L, "all_gather": 1}
 
 
@@ -51,7 +53,7 @@ def told_by_ranks(layout: str, dispatch: str) -> list[dict[str, Any]]:
     return [json.loads(line) if line.startswith("{") else {} for line in last]
 
 
-@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
+@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all", "fused"])
 def test_divided_ranks_draw_the_tokens_of_one(dispatch: str) -> None:
     """All-gathered, experts cost no collective beside the layer's all-reduce, and graphs capture everything; by
     all-to-all they cost three a layer: counts, rows, and rows back. No graph can hold those.
@@ -61,17 +63,18 @@ def test_divided_ranks_draw_the_tokens_of_one(dispatch: str) -> None:
     for (shapes, mode), (tokens, graphs) in zip(CASES, told["found"], strict=False):
         assert {int(i): t for i, t in tokens.items()} == alone, (shapes, mode)
         assert (graphs is not None and graphs["replays"] > 0) == (shapes != "eager")
-    exchanges = {} if dispatch == "all-gather" else {"all_to_all": 3 * L}
+    assert len(told["found"]) == (1 if dispatch == "all-to-all" else 2)
+    exchanges = {"all-gather": {}, "all-to-all": {"all_to_all": 3 * L}, "fused": FUSED}[dispatch]
     assert told["collectives"] == DIVIDED | exchanges
     assert ("whose counts npu cannot capture" in told["refused"]) == (dispatch == "all-to-all")
 
 
-@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all"])
+@pytest.mark.parametrize("dispatch", ["all-gather", "all-to-all", "fused"])
 def test_ranks_with_their_own_tokens_draw_those_of_one(dispatch: str) -> None:
     """Of the whole model but for its experts: one collective before the step; two a layer, or three."""
     alone, talk = engine("cpu", model=folder(**QWEN))._runner(WHERE), Talk(5, 150, 127)
     expected = [alone.run(step).argmax(-1).tolist() for step in (talk.prefill(), talk.decode())]
-    exchanges = {"all_to_all": 3 * L} if dispatch == "all-to-all" else {"reduce_scatter": L}
+    exchanges = {"all-to-all": {"all_to_all": 3 * L}, "all-gather": {"reduce_scatter": L}, "fused": FUSED}[dispatch]
     gathers = 1 + (L if dispatch == "all-gather" else 0)
     for told in told_by_ranks("data", dispatch):
         assert told["found"] == expected

@@ -219,7 +219,13 @@ def refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
         raise ConfigError("graphs where ranks share experts and each has its own tokens; accepted: shapes 'eager'")
     if device.streams is None:
         return
-    if experts is not None and experts.dispatch == ALL_TO_ALL:
+    of_experts = model.ops.experts
+    if (
+        of_experts is not None
+        and of_experts.exchange is None
+        and experts is not None
+        and experts.dispatch == ALL_TO_ALL
+    ):
         raise ConfigError(
             f"graphs with expert_dispatch {ALL_TO_ALL!r}, whose counts {device.name} cannot capture; accepted: shapes "
             f"'eager', or {ALL_GATHER!r}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tests import fake_cann
@@ -39,9 +40,8 @@ def main(model: str, layout: str, dispatch: str) -> None:
     let_float32_through()
     if dispatch == "fused":
         dispatch, limits.EXCHANGE_DTYPES = "all-to-all", limits.FLOATS
-        operators.install(
-            {"npu_moe_distribute_dispatch_v2": dispatched_here, "npu_moe_distribute_combine_v2": combined_here}
-        )
+        here: dict[str, Callable[..., Any]] = {"dispatch": dispatched_here, "combine": combined_here}
+        operators.install({f"npu_moe_distribute_{way}_v2": reference for way, reference in here.items()})
     place = place_in_environment()
     assert place is not None
     usual: dict[str, Any] = {"model": model, "device": "npu", "dtype": "float32", "rank_timeout_s": 60.0}
@@ -91,10 +91,9 @@ def beside_one_another(options: EngineOptions, place: Place) -> dict[str, Any]:
     return {"found": found, "collectives": collectives(counts.calls())}
 
 
-def dispatched_here(
-    x: Tensor, expert_ids: Tensor, group: str, size: int, rank: int, experts: int, **_: object
-) -> tuple[Tensor, ...]:
+def dispatched_here(x: Tensor, expert_ids: Tensor, group: str, *ranks: int, **modes: object) -> tuple[Tensor, ...]:
     """The fused operator where ranks meet inside of it, as references do."""
+    _, rank, experts = ranks
     x_rRD, expert_rRk = operators.all_gather(group, x), operators.all_gather(group, expert_ids)
     rows_XD, origin, count_P, received = dispatched(x_rRD, expert_rRk, rank, experts)
     return rows_XD, torch.zeros(len(rows_XD)), origin, count_P, received, torch.zeros(0).int(), torch.zeros(0)
@@ -104,8 +103,8 @@ def combined_here(
     y: Tensor, expert_ids: Tensor, origin: Tensor, received: Tensor, scales: Tensor, *group: Any, **_: object
 ) -> Tensor:
     """Likewise, the way back."""
-    each = (list(operators.all_gather(group[0], one)) for one in (y, origin, received))
-    return combined(*each, rank=group[2], scale_Rk=scales)
+    ys, origins, counts = (list(operators.all_gather(group[0], one)) for one in (y, origin, received))
+    return combined(ys, origins, counts, group[2], scales)
 
 
 def collectives(calls: dict[str, int]) -> dict[str, int]:

@@ -8,8 +8,8 @@
                  the layer's all-reduce joins the slices
 
 xLLM's dispatch levels 1 and 2. Rows of an all-to-all are as many as the router says: their counts are exchanged first,
-and the host waits for them. Where a device has kernels that do all that by themselves, it does not; every rank then sends
-as many tokens, and those that pad are counted among the rows that slots computed.
+and the host waits for them. Where a device has kernels that do all that by themselves, it does not; every rank then
+sends as many tokens, and those that pad are counted among the rows that slots computed.
 """
 
 # Shapes: T packed tokens, N of them ours to send, A tokens of all ranks, k experts of a token, X rows that we send, Y
@@ -126,7 +126,8 @@ class AllToAll:
         first, end = self._ours(len(normed_TD))
         if fused is not None:
             ours = normed_TD[first:end], Routes(routes.weight_Tk[first:end], slot_Tk[first:end])
-            return _joined(self._fused(fused, layer, *ours, most, loads, ops), first, shared_TD, rows.branch_TD)
+            part_ND = self._fused(fused, layer, *ours, most=most, loads=loads, ops=ops)
+            return _joined(part_ND, first, shared_TD, rows.branch_TD)
         rows_XD, place_X = rows.expert_rows_TkD[first:end].flatten(0, 1), rows.place_Tk[first:end].flatten()
         count_S = torch.zeros(len(_slots(layer).slots), dtype=torch.int64, device=normed_TD.device)
         if end > first:
@@ -145,7 +146,8 @@ class AllToAll:
         loads.count_E.zero_()
         loads.slot_rows_S.zero_()
         if fused is not None:
-            self._fused(fused, layer, rows.branch_TD, Routes(rows.weight_Tk, rows.slot_Tk), most, loads, ops)
+            nobody = Routes(rows.weight_Tk, rows.slot_Tk)
+            self._fused(fused, layer, rows.branch_TD, nobody, most=most, loads=loads, ops=ops)
             return rows.branch_TD
         self._exchange(layer, rows.expert_rows_TkD.flatten(0, 1), torch.zeros_like(loads.slot_rows_S), loads, ops)
         return rows.branch_TD
@@ -167,6 +169,7 @@ class AllToAll:
         layer: MixtureLayer,
         x_ND: Tensor,
         routes: Routes,
+        *,
         most: int,
         loads: Loads,
         ops: Ops,

@@ -92,7 +92,7 @@ class TorchGroup:
 
     @property
     def communicator(self) -> str:
-        """As `Group.communicator`. It is made by the group's first collective, which was when a model met to be loaded."""
+        """As `Group.communicator`. The group's first collective makes it, which a step has before its first layer."""
         whole: Any = dist.group.WORLD
         name: str = whole._get_backend(torch.device("npu")).get_hccl_comm_name(self.rank)
         return name

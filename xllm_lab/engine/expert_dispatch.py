@@ -26,8 +26,7 @@ from torch import Tensor
 from xllm_lab.engine.expert_parallel import ALL_GATHER, ExpertParallel, LayerSlots
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.expert_slots import blank_if_none, keep_own, put_between
-from xllm_lab.engine.ops.experts import Routes
-from xllm_lab.engine.ops.npu.serving import NpuExchange
+from xllm_lab.engine.ops.experts import Exchange, Routes
 from xllm_lab.engine.ops.table import ExpertOps, Ops
 from xllm_lab.engine.ops.tape import taped
 from xllm_lab.engine.workspace import Rows
@@ -140,7 +139,7 @@ class AllToAll:
         return _joined(part_ND, first, shared_TD, rows.branch_TD)
 
     def _nothing(
-        self, layer: MixtureLayer, rows: Rows, loads: Loads, ops: Ops, *, fused: NpuExchange | None, most: int
+        self, layer: MixtureLayer, rows: Rows, loads: Loads, ops: Ops, *, fused: Exchange | None, most: int
     ) -> Tensor:
         """Others have tokens."""
         loads.count_E.zero_()
@@ -165,7 +164,7 @@ class AllToAll:
 
     def _fused(
         self,
-        exchange: NpuExchange,
+        exchange: Exchange,
         layer: MixtureLayer,
         x_ND: Tensor,
         routes: Routes,

@@ -22,6 +22,7 @@ from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.experts import (
     EachLinear,
+    Exchange,
     GroupedLinear,
     GroupedMmLinear,
     Permuted,
@@ -112,7 +113,7 @@ class ExpertOps(NamedTuple):
     unpermute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
     permute_own: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Permuted]
     count_rows: Callable[[Tensor, Tensor | None, Tensor], None]
-    exchange: npu.NpuExchange | None
+    exchange: Exchange | None
     skips_padding: bool
 
 

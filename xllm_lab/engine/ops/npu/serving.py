@@ -177,11 +177,7 @@ class NpuOps:
 
 
 class NpuExchange:
-    """Rows to the ranks of their slots' experts, and back as sums, without a look of the host: a graph can hold it.
-
-    Attributes:
-        most_rows: of a rank, that it takes.
-    """
+    """As `experts.Exchange`."""
 
     most_rows = limits.MOST_EXCHANGED_ROWS
 
@@ -196,14 +192,7 @@ class NpuExchange:
         num_slots: int,
         compute: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of each row's experts, and how many rows our slots had, shape [P].
-
-        Args:
-            x_RD: as many rows on every rank.
-            slot_Rk: int32.
-            weight_Rk: float32.
-            compute: our experts, of rows in their order, so many each.
-        """
+        """As `experts.Exchange`."""
         ranks = calls.ExpertGroup(self._group.communicator, self._group.size, self._group.rank, num_slots)
         sent = calls.dispatch(x_RD, slot_Rk, ranks)
         made_XD = compute(sent.rows_XD, sent.count_E)

@@ -6,8 +6,9 @@
 All say before each step how many tokens they have in it. Whoever has none takes part for its experts, and looks at what
 came meanwhile. When nobody has a request, all rest until they are called.
 
-A call is a request that came to any of them: all hear of it. A rest begins when all have heard of the same calls, so
-nobody waits for one that rests.
+A call is a request that came to any of them: all hear of it. Whoever has heard of a call that another has not waits for
+the step behind it, which the other joins when it hears; one that all had heard of is over for all. So nobody waits for
+one that rests.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Company:
     Attributes:
         num_calls: of which it has heard; the host writes it, and the device's thread tells it.
         met_calls: of which all had heard when they met last.
-        goes_on: whether somebody had a request then, or had heard less than another.
+        goes_on: whether somebody had a request then.
     """
 
     num_calls: int = 0
@@ -38,4 +39,4 @@ class Company:
     def met(self, requests: Sequence[int], calls: Sequence[int]) -> None:
         """What all said before a step: whether they have requests, and the calls that they had heard of."""
         self.met_calls = min(calls)
-        self.goes_on = any(requests) or self.met_calls < max(calls)
+        self.goes_on = any(requests)

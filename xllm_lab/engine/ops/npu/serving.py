@@ -9,6 +9,7 @@ Most results lie in memory that the operators allocate themselves, in a captured
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from xllm_lab.engine.ops import reference
 from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.experts import Permuted, Routes, Routing
 from xllm_lab.engine.ops.npu import calls, limits
 from xllm_lab.engine.ops.tape import is_captured, reads_host
@@ -39,6 +41,13 @@ def route_fails(routing: Routing) -> str | None:
     """Why the fused gate cannot be had for this routing."""
     if routing.is_sigmoid or routing.top_groups < routing.num_groups:
         return "the fused gate is a softmax over all experts"
+    return None
+
+
+def exchange_fails(dtype: torch.dtype) -> str | None:
+    """Why the fused exchange cannot be had for this type."""
+    if dtype not in limits.EXCHANGE_DTYPES:
+        return f"no fused exchange for {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -141,6 +150,20 @@ class NpuOps:
         """As `experts.permute`."""
         return Permuted(*calls.sort_by_expert(x_TD, expert_Tk, len(count_E)))
 
+    def permute_own(
+        self,
+        x_TD: Tensor,
+        slot_Tk: Tensor,
+        rows_XD: Tensor,
+        place_X: Tensor,
+        count_P: Tensor,
+        first: int,
+        num_slots: int,
+    ) -> Permuted:
+        """As `experts.permute_own`; the operator's place of what is not ours is -1."""
+        rows_XD, place_X, count_P = calls.sort_by_expert(x_TD, slot_Tk, num_slots, (first, first + len(count_P)))
+        return Permuted(rows_XD, place_X.clamp_(min=0), count_P)
+
     def unpermute(
         self, rows_XD: Tensor, place_X: Tensor, weight_Tk: Tensor, shared_TD: Tensor | None, out_TD: Tensor
     ) -> Tensor:
@@ -153,6 +176,29 @@ class NpuOps:
         return reference.argmax(logits_RV)
 
 
+class NpuExchange:
+    """As `experts.Exchange`."""
+
+    most_rows = limits.MOST_EXCHANGED_ROWS
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def __call__(
+        self,
+        x_RD: Tensor,
+        slot_Rk: Tensor,
+        weight_Rk: Tensor,
+        num_slots: int,
+        compute: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """As `experts.Exchange`."""
+        ranks = calls.ExpertGroup(self._group.communicator, self._group.size, self._group.rank, num_slots)
+        sent = calls.dispatch(x_RD, slot_Rk, ranks)
+        made_XD = compute(sent.rows_XD, sent.count_E)
+        return calls.combine(made_XD, slot_Rk, weight_Rk, sent, ranks), sent.count_E
+
+
 class NpuGroupedLinear:
     """As `experts.loop_linear`, in one kernel."""
 
@@ -163,6 +209,18 @@ class NpuGroupedLinear:
 
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
         return calls.experts_matmul(x_XI, self._weight_EIO, count_E)
+
+    def weight(self, expert: int) -> Tensor:
+        """As `experts.GroupedLinear.weight`."""
+        return self._weight_EIO[expert].T.contiguous()
+
+    def prepared(self, weight_OI: Tensor) -> Tensor:
+        """As `experts.GroupedLinear.prepared`."""
+        return weight_OI.T.contiguous()
+
+    def put(self, expert: int, prepared: Tensor) -> None:
+        """As `experts.GroupedLinear.put`; a copy on the device, in order with its steps."""
+        self._weight_EIO[expert].copy_(prepared)
 
 
 def _paged(

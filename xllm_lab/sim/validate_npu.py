@@ -244,9 +244,16 @@ def _groups(row: _Row) -> dict[str, int]:
 
 
 def _machine(row: _Row) -> Machine:
-    return roofline_machine(
-        _device(row), known_model(row["model"]), Deployment(**_groups(row), precision=row["precision"], host=HOST)
+    groups = _groups(row)
+    deployment = Deployment(
+        tensor_parallel=groups["tensor_parallel"],
+        data_parallel=groups["data_parallel"],
+        expert_parallel=groups["expert_parallel"],
+        precision=row["precision"],
+        host=HOST,
+        is_one_of_alike=groups["data_parallel"] > 1,
     )
+    return roofline_machine(_device(row), known_model(row["model"]), deployment)
 
 
 def _serve(

@@ -49,10 +49,8 @@ class Hosted:
         self._plans_ahead = plans_ahead
 
     def step(self, batch: Batch) -> Price:
-        return self._after_host(self._device.step(batch), batch.num_seqs)
-
-    def _after_host(self, price: Price, num_seqs: int) -> Price:
-        host_us = self._host.us(num_seqs)
+        price = self._device.step(batch)
+        host_us = self._host.us(batch.num_seqs)
         return price._replace(us=max(price.us, host_us) if self._plans_ahead else price.us + host_us)
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
@@ -69,7 +67,9 @@ class HostedGroup(Hosted):
         self._group = device
 
     def together(self, batches: Sequence[Batch]) -> Price:
-        return self._after_host(self._group.together(batches), max(batch.num_seqs for batch in batches))
+        price = self._group.together(batches)
+        host_us = self._host.us(max(batch.num_seqs for batch in batches))
+        return price._replace(us=max(price.us, host_us) if self._plans_ahead else price.us + host_us)
 
 
 def fit_host(num_seqs: Sequence[int], host_us: Sequence[float]) -> HostOverhead:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.sim.cost.cost_laws import batches, check_decode_steps, decode_batches
-from tests.sim.cost.profile_bundles import CHUNKS, DECODES, LENGTHS, TOKENS, attention_us, write_bundle
+from tests.sim.cost.profile_bundles import CHUNKS, DECODES, LENGTHS, TOKENS, attention_us, write_bundle, write_experts
 from xllm_lab.errors import ConfigError, ProfileError
 from xllm_lab.hardware import Link
 from xllm_lab.known_models import known_model
@@ -221,8 +221,7 @@ def experts_bundle(tmp_path_factory: pytest.TempPathFactory) -> ProfileBundle:
         more={"qk_norm": 3.0},
         without=("gate_up_proj", "act_fn", "down_proj"),
     )
-    rows = [f"{n},{e},{e * 6.0 + n * 0.5}" for n in TOKENS for e in (8, 32, 128)]
-    (folder / "tp1" / "moe.csv").write_text("tokens,activated_experts,time_us\n" + "\n".join(rows) + "\n")
+    write_experts(folder / "tp1" / "moe.csv")
     return read_bundle(folder)
 
 

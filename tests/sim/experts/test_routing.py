@@ -48,7 +48,8 @@ def test_even_popularity_is_the_even_case(tokens: int) -> None:
     rows_L, activated_L = routing_of(0.0, QWEN, num_devices=4).peak(tokens)
     even = tokens * experts.num_per_token / 4
     assert ((even < rows_L) & (rows_L < even + 2 * even**0.5)).all()
-    assert activated_L == pytest.approx(np.full(experts.num_layers, experts.num_activated(tokens) / 4))
+    activated = experts.num_activated(tokens) / 4
+    assert ((activated <= activated_L) & (activated_L < activated + 2 * activated**0.5)).all()
 
 
 def test_a_copy_takes_half_of_its_experts_rows() -> None:

@@ -19,9 +19,9 @@ from xllm_lab.workload import stream
 Fracs = npt.NDArray[np.float64]
 _MEMO_SIZE = 1 << 14
 # Devices of a layer that are kept one by one, those with most; the others are classes of alike ones, as many.
-_FIRST_DEVICES = 32
+_FIRST_DEVICES = 24
 # Points of the distribution of the most loaded device's rows, over the spread of all.
-_POINTS = 128
+_POINTS = 64
 _SIGMAS = 6.0
 
 
@@ -69,55 +69,57 @@ class Routing:
         layer_L1 = np.arange(num_layers)[:, None]
         share_LP = popularity[layer_L1, placement.slots_LP] / placement.copies_LE[layer_L1, placement.slots_LP]
         share_LDS = share_LP.reshape(num_layers, num_devices, -1)
-        share_LD = share_LDS.sum(axis=2)
-        peak_L = share_LD.argmax(axis=1)
-        self._peak_share_L: Fracs = share_LD.max(axis=1)
-        self._share_LC, self._num_alike_C = _classes(share_LD)
+        self._share_LD: Fracs = share_LDS.sum(axis=2)
+        self._idle_LDS: Fracs = 1.0 - np.minimum(1.0, num_per_token * share_LDS)
         # Of one token's experts, all different: a hypergeometric variance is so much less than a binomial one.
         self._spread_frac = (num_experts - num_per_token) / max(1, num_experts - 1)
-        self._chosen_LS: Fracs = np.minimum(1.0, num_per_token * share_LDS[np.arange(num_layers), peak_L])
         self._memo: dict[float, tuple[Fracs, Fracs]] = {}
 
     @property
     def peak_to_mean(self) -> float:
         """Rows of the most loaded devices, summed over layers, by those of the mean ones."""
-        return float(self._peak_share_L.mean() * self.num_devices)
+        return float(self._share_LD.max(axis=1).mean() * self.num_devices)
 
     def peak(self, num_tokens: float) -> tuple[Fracs, Fracs]:
         """Of each layer's most loaded device in a step of so many tokens of all instances: rows, activated experts.
 
-        Both are expected values, of shape [L]; the second is of the device that has most by popularity. The first is of
-        whichever has most: rows are taken to be normally distributed, and independent between devices.
+        Both are expected values, of shape [L], each of the device that has most of it, by popularity or by chance.
+        Devices' numbers are taken to be normally distributed and independent, which copies that share evenly are not:
+        of 768 devices with three copies of each expert up to 9 % too much (`benchmarks/expert_aggregates.py`).
         """
         found = self._memo.get(num_tokens)
         if found is None:
             if len(self._memo) >= _MEMO_SIZE:
                 self._memo.clear()
-            rows_L = self._most_rows(num_tokens * self.num_per_token)
-            activated_L = (1.0 - (1.0 - self._chosen_LS) ** num_tokens).sum(axis=1)
-            found = self._memo[num_tokens] = rows_L, activated_L
+            num_rows = num_tokens * self.num_per_token
+            rows_LD = num_rows * self._share_LD
+            rows_L = _most(rows_LD, rows_LD * (1.0 - self._share_LD) * self._spread_frac, num_rows)
+            idle_LDS = self._idle_LDS**num_tokens
+            activated_LD, variance_LD = (1.0 - idle_LDS).sum(axis=2), ((1.0 - idle_LDS) * idle_LDS).sum(axis=2)
+            activated_L = _most(activated_LD, variance_LD, idle_LDS.shape[2])
+            found = self._memo[num_tokens] = rows_L, np.minimum(activated_L, rows_L)
         return found
 
-    def _most_rows(self, num_rows: float) -> Fracs:
-        """The expected largest number of any device in each layer: its floor, and how long some device is above it."""
-        from scipy.special import log_ndtr
 
-        mean_LC = num_rows * self._share_LC
-        sigma_LC = np.sqrt(np.maximum(mean_LC * (1.0 - self._share_LC) * self._spread_frac, 1e-12))
-        floor_L = mean_LC.max(axis=1)
-        top_L = (mean_LC + _SIGMAS * sigma_LC).max(axis=1)
-        bottom_L = np.maximum(0.0, (mean_LC - _SIGMAS * sigma_LC).max(axis=1))
-        at_XL = np.linspace(bottom_L, top_L, _POINTS)
-        log_below_XL = (self._num_alike_C * log_ndtr((at_XL[:, :, None] - mean_LC) / sigma_LC)).sum(axis=2)
-        most_L = bottom_L + np.trapezoid(1.0 - np.exp(log_below_XL), at_XL, axis=0)
-        most: Fracs = np.clip(most_L, floor_L, num_rows)
-        return most
+def _most(mean_LD: Fracs, variance_LD: Fracs, most: float) -> Fracs:
+    """The expected largest number of any device in each layer, at most `most`: the sum of how likely each is passed."""
+    from scipy.special import log_ndtr
+
+    order_LD = np.argsort(-mean_LD, axis=1, kind="stable")
+    mean_LC, num_alike_C = _classes(np.take_along_axis(mean_LD, order_LD, axis=1))
+    variance_LC, _ = _classes(np.take_along_axis(variance_LD, order_LD, axis=1))
+    sigma_LC = np.sqrt(np.maximum(variance_LC, 1e-12))
+    bottom_L = np.maximum(0.0, (mean_LC - _SIGMAS * sigma_LC).max(axis=1))
+    top_L = (mean_LC + _SIGMAS * sigma_LC).max(axis=1)
+    at_XL = np.linspace(bottom_L, top_L, _POINTS)
+    log_below_XL = (num_alike_C * log_ndtr((at_XL[:, :, None] - mean_LC) / sigma_LC)).sum(axis=2)
+    passed_L = np.trapezoid(1.0 - np.exp(log_below_XL), at_XL, axis=0)
+    return np.clip(bottom_L + passed_L, mean_LD.max(axis=1), most)  # type: ignore[no-any-return]
 
 
-def _classes(share_LD: Fracs) -> tuple[Fracs, Fracs]:
-    """Devices' shares, the largest one by one and the others by classes of their mean, [L, C]; devices of each, [C]."""
-    share_LD = -np.sort(-share_LD, axis=1)
-    first, rest = share_LD[:, :_FIRST_DEVICES], share_LD[:, _FIRST_DEVICES:]
+def _classes(by_size_LD: Fracs) -> tuple[Fracs, Fracs]:
+    """Numbers of devices, the first ones one by one and the others by classes of their mean, [L, C]; sizes, [C]."""
+    first, rest = by_size_LD[:, :_FIRST_DEVICES], by_size_LD[:, _FIRST_DEVICES:]
     parts = [p for p in np.array_split(rest, _FIRST_DEVICES, axis=1) if p.shape[1]]
     means = [p.mean(axis=1, keepdims=True) for p in parts]
     sizes = [*[1.0] * first.shape[1], *[float(p.shape[1]) for p in parts]]

@@ -203,6 +203,11 @@ def test_a_measured_group_is_simulated_as_one(tmp_path: Path) -> None:
     assert ours[0]["TPOT", "median"] != ours[1]["TPOT", "median"]
 
 
+def test_the_blocks_that_are_told_are_those_of_all_instances(tmp_path: Path) -> None:
+    folder = read_measured_folder(write_group(tmp_path / "group"))
+    assert instance_config(folder, known_model("qwen3-30b-a3b")).num_kv_blocks == 400 // 2 - 1
+
+
 def test_a_group_of_tensor_parallel_instances_is_simulated(tmp_path: Path) -> None:
     meta = {**GROUP, "engine_kwargs": {**GROUP["engine_kwargs"], "tensor_parallel_size": 2}}
     assert validate_measured(write_group(tmp_path / "group", meta=meta, tensor_parallel=2)).num_preemptions == 0

@@ -195,9 +195,12 @@ def shapes_policy(folder: MeasuredFolder) -> ShapesPolicy:
 
 
 def _gpu_blocks(folder: MeasuredFolder, model: ModelSpec, block_size: int) -> int:
+    """Of one instance."""
+    group = _group_size(folder, model)
     told = folder.meta.get("kv_cache", {}).get("num_gpu_blocks")
     if told:
-        return int(told)
+        # vLLM's front end adds up what its instances have (`MPClient`, as each says that it is ready).
+        return int(told) // group
     # Memory times utilisation, less the weights: an upper bound, as activations and the context of the driver are
     # not known. It matters only to a run that fills it.
     memory = _machine(folder, "npu_mem")
@@ -206,7 +209,7 @@ def _gpu_blocks(folder: MeasuredFolder, model: ModelSpec, block_size: int) -> in
     if model.experts is not None:  # each instance of a group has its share of the experts
         e = model.experts
         of_experts = 2.0 * e.params_per_expert * e.num_experts * e.num_layers
-        weights -= of_experts * (1 - 1 / _group_size(folder, model))
+        weights -= of_experts * (1 - 1 / group)
     free = float(memory["mem_size"]) * 2**30 * float(memory["mem_util"]) * devices - weights
     return max(2, int(free / (model.kv_bytes_per_token() * block_size)))
 

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tests.report_inputs import calibration, workload
-from tests.sim.cost.profile_bundles import write_bundle
+from tests.sim.cost.profile_bundles import write_bundle, write_experts
 from tests.tiny_loop import Said, said
 from xllm_lab.errors import ConfigError
 from xllm_lab.fleet_config import FleetConfig, fleet_config
@@ -21,6 +22,7 @@ from xllm_lab.policies.roles.static import Static
 from xllm_lab.policies.route.least_loaded import LeastLoaded
 from xllm_lab.runs import Run, read_run
 from xllm_lab.sim.calibrate import write_calibration
+from xllm_lab.sim.experts.loads import ExpertLoads
 from xllm_lab.sim.machine import Deployment, profiled_machine
 
 FLEET = """
@@ -201,11 +203,10 @@ def test_a_run_like_a_fleets_is_that_fleet(inputs: Path, tmp_path: Path) -> None
     assert {r.instance for r in read_run(tmp_path / "three").records.requests} == {0, 1}
 
 
-@pytest.mark.parametrize("other", [{"data_parallel": 2}, {"expert_parallel": 2}, {"precision": "w8a8"}], ids=str)
-def test_a_profile_is_of_one_instance_as_it_was(other: dict[str, Any], tmp_path: Path) -> None:
+def test_a_profile_is_of_the_precision_it_was_taken_in(tmp_path: Path) -> None:
     """What its tables cannot answer is refused, not ignored, from a notebook too."""
-    with pytest.raises(ConfigError, match="'bf16' are accepted"):
-        profiled_machine(tmp_path, deployment=Deployment(**other))
+    with pytest.raises(ConfigError, match="'bf16' is accepted"):
+        profiled_machine(tmp_path, deployment=Deployment(precision="w8a8"))
 
 
 @pytest.mark.parametrize(
@@ -232,3 +233,33 @@ def test_a_link_without_copies_is_refused_before_an_engine_opens(inputs: Path, t
     got = said(*command, "--out", tmp_path / "run", "--quiet")
     assert got.status == 2
     assert "a link to the host of 1e+09 bytes/s is given, and cache policy device-only copies nothing" in got.err
+
+
+def test_a_bundle_with_experts_drives_a_data_parallel_group(inputs: Path, tmp_path: Path) -> None:
+    """Each instance has requests, none is ahead of the other, and popularity decides what is read."""
+    bundle = write_bundle(tmp_path / "moe", model="Qwen/Qwen3-30B-A3B", more={"qk_norm": 3.0})
+    write_experts(bundle / "tp1" / "moe.csv")
+    group = ("--data-parallel", "2", "--expert-parallel", "2", "--hardware", "ascend-910c")
+    for name, more in {"even": (), "skewed": ("--expert-skew", "1.5"), "alike": ("--alike",)}.items():
+        simulated(inputs, tmp_path / name, "--profile", bundle, *group, *more)
+    even, skewed, alike = (read_run(tmp_path / name) for name in ("even", "skewed", "alike"))
+    assert {r.instance for r in even.records.requests} == {0, 1}
+    assert even.manifest.timing["waves"]["num_waves"] <= len(even.records.steps)
+    assert even.manifest.fleet is not None
+    assert even.manifest.fleet["route"]["policy"] == "vllm"
+    assert skewed.manifest.timing["experts_peak_to_mean"] > 1.1
+    spent = [sum(s.end_us - s.start_us for s in run.records.steps) / len(run.records.steps) for run in (even, skewed)]
+    assert spent[1] < spent[0]  # of small batches: popular experts are read once for many
+    assert alike.manifest.fleet is None
+    assert alike.manifest.timing["is_one_of_alike"]
+
+
+def test_recorded_loads_say_which_experts_are_popular(inputs: Path, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "moe", model="Qwen/Qwen3-30B-A3B", more={"qk_norm": 3.0})
+    write_experts(bundle / "tp1" / "moe.csv")
+    tokens = np.ones((1, 48, 128), np.int64)
+    tokens[:, :, :64] = 3
+    ExpertLoads(tokens=tokens, num_steps=np.array([1]), tick_us=1).save(tmp_path / "loads.npz")
+    group = ("--data-parallel", "2", "--expert-parallel", "2", "--hardware", "ascend-910c")
+    simulated(inputs, tmp_path / "run", "--profile", bundle, *group, "--expert-loads", tmp_path / "loads.npz")
+    assert read_run(tmp_path / "run").manifest.timing["experts_peak_to_mean"] == 1.5

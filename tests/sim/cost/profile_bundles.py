@@ -63,6 +63,13 @@ def write_bundle(
     return folder
 
 
+def write_experts(path: Path) -> Path:
+    """A table of 128 experts, of which a token has 8."""
+    rows = [f"{n},{e},{e * 6.0 + n * 0.5}" for n in TOKENS for e in (8, 32, 128) if e <= 8 * n]
+    _write(path, "tokens,activated_experts,time_us", rows)
+    return path
+
+
 def _attention_rows(attention: Callable[[int, int, int, int], float]) -> list[str]:
     points = [(0, 0, n, kv) for n in DECODES for kv in LENGTHS if n * kv <= 16 * 1024]
     for chunk in CHUNKS:

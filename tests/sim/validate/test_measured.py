@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.sim.cost.profile_bundles import write_bundle
+from tests.sim.cost.profile_bundles import write_bundle, write_experts
 from xllm_lab.errors import TraceError
 from xllm_lab.known_models import known_model
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
@@ -150,7 +151,7 @@ def test_a_folder_without_its_files_is_refused(tmp_path: Path) -> None:
         validate_measured(folder)
 
 
-def test_instances_that_share_no_experts_are_runs_of_their_own(tmp_path: Path) -> None:
+def test_instances_without_experts_are_runs_of_their_own(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "machine", meta={"engine_kwargs": {"data_parallel_size": 2}})
     with pytest.raises(TraceError, match="data_parallel_size is 2; more than 1 is accepted where"):
         validate_measured(path)
@@ -171,3 +172,49 @@ def test_measured_machines(name: str, most_error_frac: float) -> None:
         assert row.measured_ms == pytest.approx(told[row.metric, row.statistic][0], abs=0.051)
     assert found.mean_abs_error_frac < most_error_frac
     assert found.extrapolated_frac < 0.05
+
+
+GROUP = {
+    "engine_kwargs": {"max_num_seqs": 8, "data_parallel_size": 2, "enable_expert_parallel": True},
+    "kv_cache": {"num_gpu_blocks": 400, "block_size": 16},
+}
+MACHINE = {"link_bw": 16, "link_latency": 20000}
+
+
+def write_group(path: Path, *, meta: dict[str, Any] | None = None, tensor_parallel: int = 1) -> Path:
+    """A mixture of experts on two instances, with a table of experts for one device."""
+    folder = write_folder(path, meta=meta or GROUP)
+    shutil.rmtree(folder / "profile")
+    write_bundle(folder / "profile", model="Qwen/Qwen3-30B-A3B", more={"qk_norm": 3.0}, tensor_parallel=tensor_parallel)
+    write_experts(folder / "profile" / f"tp{tensor_parallel}" / "moe.csv")
+    (folder / "llmservingsim-config.json").write_text(json.dumps(MACHINE))
+    return folder
+
+
+def test_a_measured_group_is_simulated_as_one(tmp_path: Path) -> None:
+    """Two instances behind vLLM's router, which share the experts: neither is a run of its own."""
+    group = validate_measured(write_group(tmp_path / "group"))
+    assert len(group.rows) == len(METRICS) * len(STATISTICS)
+    assert group.extrapolated_frac == 0
+    alone = {**GROUP, "engine_kwargs": {"max_num_seqs": 8}}
+    single = validate_measured(write_group(tmp_path / "single", meta=alone))
+    ours = [{(r.metric, r.statistic): r.ours_ms for r in found.rows} for found in (group, single)]
+    # Requests that do not meet: half of the experts to read, and 20 us twice a layer.
+    assert ours[0]["TPOT", "median"] != ours[1]["TPOT", "median"]
+
+
+def test_the_blocks_that_are_told_are_those_of_all_instances(tmp_path: Path) -> None:
+    folder = read_measured_folder(write_group(tmp_path / "group"))
+    assert instance_config(folder, known_model("qwen3-30b-a3b")).num_kv_blocks == 400 // 2 - 1
+
+
+def test_a_group_of_tensor_parallel_instances_is_simulated(tmp_path: Path) -> None:
+    meta = {**GROUP, "engine_kwargs": {**GROUP["engine_kwargs"], "tensor_parallel_size": 2}}
+    assert validate_measured(write_group(tmp_path / "group", meta=meta, tensor_parallel=2)).num_preemptions == 0
+
+
+def test_a_group_needs_its_link(tmp_path: Path) -> None:
+    folder = write_group(tmp_path / "group")
+    (folder / "llmservingsim-config.json").unlink()
+    with pytest.raises(TraceError, match=r"link_bw .* are needed"):
+        validate_measured(folder)

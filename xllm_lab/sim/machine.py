@@ -33,6 +33,7 @@ from xllm_lab.sim.cost.profiled import ProfiledCost
 from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
+from xllm_lab.sim.experts.serving import ServedExperts
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.store import SimulatedStore, StoreRoom, store_room
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
@@ -57,6 +58,7 @@ class Machine:
         page_time: what mapping pages of virtual KV takes; None: nobody knows, and nobody may have any.
         copy_time: what copies between tiers take, where that is known.
         store: below the host, shared by all instances; None: there is none.
+        experts: divided among the devices, where their loads are known; None: nobody counts them.
     """
 
     cost: CostModel
@@ -71,6 +73,7 @@ class Machine:
     page_time: PageTime | None = None
     copy_time: CopyTime = field(default_factory=CopyTime)
     store: StoreRoom | None = None
+    experts: ServedExperts | None = None
 
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
@@ -88,6 +91,7 @@ class Machine:
             drafting_cost=Hosted(self.cost, self.host),
             page_time=self.page_time,
             hides_mapping=config.async_scheduling != "off",
+            experts=self.experts,
         )
 
     def _opened_store(self, config: InstanceConfig) -> SimulatedStore | None:

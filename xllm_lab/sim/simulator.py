@@ -102,6 +102,7 @@ def serve_alone(
         *(config, policies, recorder),
         proposer=timing.proposer,
         copier=copies,
+        mover=timing.mover(),
         step_time=step_time,
         draft_time=draft_time,
         copy_time=copy_time,
@@ -110,6 +111,8 @@ def serve_alone(
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed, copies=copies)
     with seldom_collecting():
         env.run()
+    if scheduler.experts is not None:
+        scheduler.experts.finish()
     return scheduler.shapes
 
 

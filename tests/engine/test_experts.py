@@ -226,3 +226,17 @@ def test_a_captured_product_follows_the_counts_of_each_replay() -> None:
         replay()
         expected_XO = loop_linear(weight_EOI)(x_XI, count_E, torch.empty(5, F))
         torch.testing.assert_close(out_XO, expected_XO)
+
+
+@pytest.mark.parametrize("by", ["torch", "grouped_mm", "native"])
+def test_an_expert_gets_other_weights(by: str) -> None:
+    """Whoever serves the products: what is read back is what was put, and only that expert's products are others."""
+    weights, other = drawn(3, 32, 16), drawn(32, 16, seed=1)
+    subject = table._GROUPED[by](weights.clone())
+    assert torch.equal(subject.weight(1), weights[1])
+    subject.put(1, subject.prepared(other))
+    assert [torch.equal(subject.weight(e), other if e == 1 else weights[e]) for e in range(3)] == [True] * 3
+    x_XI, count_E = drawn(6, 16, seed=2), torch.tensor([2, 3, 1])
+    found_XO = subject(x_XI, count_E, torch.empty(6, 32))
+    expected_XO = torch.cat([x_XI[:2] @ weights[0].T, x_XI[2:5] @ other.T, x_XI[5:] @ weights[2].T])
+    torch.testing.assert_close(found_XO, expected_XO)

@@ -24,6 +24,17 @@ class ThreadedGroup:
     def all_gather(self, x: Tensor, out: Tensor) -> None:
         out.copy_(torch.stack(self._meeting.exchange(self.rank, x)))
 
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(torch.stack(self._meeting.exchange(self.rank, x)).sum(0)[self.rank])
+
+    def all_to_all(self, x: Tensor, out: Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
+        assert (len(x), len(out)) == (sum(sent), sum(received))
+        offered = self._meeting.exchange(self.rank, x)
+        splits = self._meeting.exchange(self.rank, torch.tensor(sent))
+        parts = [torch.split(x, each.tolist())[self.rank] for x, each in zip(offered, splits, strict=True)]
+        assert [len(part) for part in parts] == list(received)
+        out.copy_(torch.cat(parts))
+
     def broadcast(self, x: Tensor) -> None:
         x.copy_(self._meeting.exchange(self.rank, x)[0])
 

@@ -75,6 +75,11 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clock", default="virtual", help="wall, or virtual: jump over idle gaps")
     group.add_argument("--timer", default="wall", help="what a virtual clock counts: wall or cpu time")
     group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="processes that share the model")
+    group.add_argument(
+        "--expert-parallel", action="store_true", help="experts lie whole on those processes, or on a fleet's instances"
+    )
+    group.add_argument("--expert-dispatch", default="all-gather", metavar="WAY", help="all-gather, or all-to-all")
+    group.add_argument("--redundant-experts", type=int, default=0, metavar="N", help="slots of each beside its own")
     group.add_argument("--rank-timeout-s", type=float, default=300.0, metavar="S", help="one waits so long for another")
     group.add_argument("--check-ops", action="store_true", help="hold operators' calls against their documented limits")
     group.add_argument(
@@ -167,6 +172,9 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         check_ops=o.check_ops,
         graph_pool_bytes=None if o.graph_pool_mib is None else o.graph_pool_mib * 2**20,
         tensor_parallel=o.tensor_parallel,
+        expert_parallel=o.expert_parallel,
+        expert_dispatch=o.expert_dispatch,
+        num_redundant_experts=o.redundant_experts,
         rank_timeout_s=o.rank_timeout_s,
         draft_model=o.draft_model,
         host_link_bytes_per_s=o.host_link,

@@ -23,6 +23,12 @@ from xllm_lab.engine.drafts.mtp import mtp_proposer
 from xllm_lab.engine.drafts.ngram import NgramProposer
 from xllm_lab.engine.drafts.suffix import SuffixProposer
 from xllm_lab.engine.drafts.verify import draw_draft, kept_until_stop
+from xllm_lab.engine.expert_parallel import (
+    ALL_GATHER,
+    ExpertParallel,
+    refuse_dispatch,
+    refuse_if_not_spreadable,
+)
 from xllm_lab.engine.graphs import Graphs
 from xllm_lab.engine.kv import KvLayout, KvPool
 from xllm_lab.engine.lane import Done, Lane
@@ -75,6 +81,10 @@ class EngineOptions:
         without_ops: implementations of operators not to use, as `engine.ops.table` names them: "native", "onednn".
         graph_pool_bytes: what a step's memory may take if steps are captured; None: what the device has free.
         tensor_parallel: processes, each with a device of its own, that the model is divided over.
+        expert_parallel: experts lie whole on the ranks, instead of a part of each on every rank; in a fleet, on its
+            instances, each of which has the attention of its own requests.
+        expert_dispatch: how tokens get there, one of `expert_parallel.DISPATCHES`.
+        num_redundant_experts: slots of each rank beside those that hold every expert once.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
         draft_model: what drafts by "draft_model": another model, or some layers of the served one, "layers:0-9,28-29".
         host_link_bytes_per_s: copies between device and host end no sooner than at that rate; None: when they end.
@@ -92,6 +102,9 @@ class EngineOptions:
     without_ops: tuple[str, ...] = ()
     graph_pool_bytes: int | None = None
     tensor_parallel: int = 1
+    expert_parallel: bool = False
+    expert_dispatch: str = ALL_GATHER
+    num_redundant_experts: int = 0
     rank_timeout_s: float = 300.0
     draft_model: str | None = None
     host_link_bytes_per_s: float | None = None
@@ -106,10 +119,11 @@ class Engine:
     that goes wrong closes it, too.
 
     Args:
-        ranks: of a rank other than 0, where it is.
+        ranks: of a rank other than 0, where it is; of an instance that shares experts with others, who they are.
 
     Attributes:
         ranks: this process and the others; None if there are none.
+        is_divided: the others have parts of all that this one has, and do what rank 0 tells them.
         expert_observer: as `Runner.expert_observer`, of the steps of runs that begin from now on.
 
     Raises:
@@ -130,6 +144,9 @@ class Engine:
             raise ConfigError(f"host_link_bytes_per_s is {rate}, more than 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
+        o = self.options
+        refuse_dispatch(o.expert_dispatch, o.num_redundant_experts, is_parallel=o.expert_parallel)
+        self.is_divided = self.options.tensor_parallel > 1
         self.ranks = self._others() if ranks is None else ranks
         self._store: BlockStore | None = None
         try:
@@ -141,13 +158,17 @@ class Engine:
     def _others(self) -> Ranks | None:
         size, timeout_s = self.options.tensor_parallel, self.options.rank_timeout_s
         refuse_other_size(size)
+        if self.options.expert_parallel:
+            config = model_config(self.options.model)
+            refuse_if_not_spreadable(config, size, self.options.num_redundant_experts, self.options.model)
         if size == 1:
             return None
         if not timeout_s > 0:
             raise ConfigError(f"rank_timeout_s is {timeout_s}, more than 0 is accepted")
         if self.options.timer == "cpu":
             raise ConfigError(f"timer 'cpu' with tensor_parallel {size} leaves out the others; accepted: timer 'wall'")
-        refuse_if_indivisible(model_config(self.options.model), size, self.options.model)
+        whole = {"has_whole_experts": self.options.expert_parallel}
+        refuse_if_indivisible(model_config(self.options.model), size, self.options.model, **whole)
         others = lead(size, timeout_s)
         others.tell(asdict(self.options))
         return others
@@ -158,21 +179,28 @@ class Engine:
         self.device: Device = open_device(o.device, threads=o.threads, index=index)
         if ranks is not None:
             ranks.connect(self.device.collectives)
-        group = None if ranks is None else ranks.group
+        group = ranks.group if ranks is not None and self.is_divided else None
+        experts = None
+        if ranks is not None and o.expert_parallel:
+            experts = ExpertParallel(
+                group=ranks.group,
+                dispatch=o.expert_dispatch,
+                num_redundant=o.num_redundant_experts,
+                has_own_tokens=not self.is_divided,
+            )
         check_calls(self.device.torch_device, on=o.check_ops)
         with self.device.refusing_what_does_not_fit(f"model {o.model}"):
-            self.model: LoadedModel = load_model(
-                o.model, device=self.device, dtype=DTYPES.get(o.dtype), group=group, without=o.without_ops
-            )
+            parts: dict[str, Any] = {"group": group, "experts": experts, "without": o.without_ops}
+            self.model: LoadedModel = load_model(o.model, device=self.device, dtype=DTYPES.get(o.dtype), **parts)
             self.draft_model = self._open_draft_model()
         if ranks is not None:
             ranks.meet("loaded")
-        self._lead = Lead(ranks)
+        self._lead = Lead(ranks if self.is_divided else None)
 
     def _open_draft_model(self) -> LoadedModel | None:
-        """Rank 0 drafts."""
+        """Who decides drafts."""
         spec, ranks = self.options.draft_model, self.ranks
-        if spec is None or (ranks is not None and ranks.group.rank > 0):
+        if spec is None or (ranks is not None and self.is_divided and ranks.group.rank > 0):
             return None
         size = 1 if ranks is None else ranks.group.size
         return open_draft_model(spec, self.model, device=self.device, group_size=size, without=self.options.without_ops)
@@ -181,8 +209,10 @@ class Engine:
         """The other ranks end, and the store is left."""
         if self._store is not None:
             self._store.close()
-        if self.ranks is not None:
+        if self.ranks is not None and self.is_divided:
             self.ranks.end()
+        elif self.ranks is not None:
+            self.ranks.leave()
 
     def __enter__(self) -> Engine:
         return self
@@ -192,8 +222,10 @@ class Engine:
 
     def _abandon(self) -> None:
         """After a failure nobody knows at which step each rank is."""
-        if self.ranks is not None:
+        if self.ranks is not None and self.is_divided:
             self.ranks.abandon()
+        elif self.ranks is not None:
+            self.ranks.leave()
 
     def serve(
         self,
@@ -257,6 +289,8 @@ class Engine:
                 runner = self._runner(config, shapes)
                 warm_up(runner, config, self._lead, self.device)
             runner.expert_observer = self.expert_observer
+            if seat is not None:
+                runner.company = seat.company
             clock = make_clock(self.options.clock, self.options.timer) if seat is None else seat.open_clock()
             with contextlib.ExitStack() as run:
                 lane = run.enter_context(
@@ -318,8 +352,8 @@ class Engine:
             return
 
     def _rest(self, seat: Seat, launcher: Launcher, copies: EngineCopies | None) -> Woke:
-        """In a fleet: until something comes, or a copy is over."""
-        now_us = launcher.rest(seat.rest(copies))
+        """In a fleet: until something comes, or a copy is over, or a step of others is."""
+        now_us = launcher.run_beside() if seat.company.is_needed else launcher.rest(seat.rest(copies))
         return Woke(now_us) if copies is None else copies.woke(now_us)
 
     def _completion(self, step: Step, launched: Launched, done: Done[list[list[int]]]) -> Completion:
@@ -392,7 +426,15 @@ class Engine:
             "ops": self.model.model.describe_ops(),
             "kv_bytes_per_token": self.model.model.config.kv_bytes_per_token(dtype),
             "tensor_parallel": self.options.tensor_parallel,
+            **self._described_experts(),
         }
+
+    def _described_experts(self) -> dict[str, Any]:
+        o, parallel = self.options, self.model.model.experts
+        if parallel is None:
+            return {}
+        told = {"expert_dispatch": o.expert_dispatch, "num_redundant_experts": o.num_redundant_experts}
+        return {"expert_parallel": parallel.group.size, **told}
 
     def describe_drafts(self) -> dict[str, Any]:
         """What a policy may choose from, for manifests."""
@@ -472,7 +514,7 @@ class Engine:
                 f"max_model_len is {config.max_model_len}, model {self.model.name} accepts "
                 f"{self.model.config.max_position}"
             )
-        if config.kv_layout == "virtual" and self.ranks is not None:
+        if config.kv_layout == "virtual" and self.is_divided:
             raise ConfigError(
                 f"kv_layout 'virtual' with tensor_parallel {self.options.tensor_parallel}: only one rank maps pages; "
                 "accepted: tensor_parallel 1, or 'paged'"
@@ -509,6 +551,8 @@ class Engine:
         }
         if method == "mtp" and self.model.model.is_divided:
             missing["mtp"] = "a prediction module drafts on one rank, so with tensor_parallel 1"
+            if not self.is_divided:
+                missing["mtp"] = "a prediction module would need its experts on each rank, so without expert_parallel"
         raise ConfigError(
             f"draft policy {name}: method is {method!r}, and {missing[method]}; accepted here: {', '.join(known)}"
         )
@@ -525,7 +569,8 @@ class Engine:
         """
         captures = not isinstance(shapes, Eager)
         pool = self._kv_pool(config, config.num_kv_blocks + captures)  # what pads a graph has a block of its own
-        told = None if self.ranks is None or config.async_scheduling == "off" else self.ranks.group
+        tells = self.ranks is not None and self.is_divided and config.async_scheduling != "off"
+        told = self.ranks.group if tells and self.ranks is not None else None
         runner = Runner(self.model.model, pool, self.device, told=told)
         runner.workspace.counts_experts = self.expert_observer is not None
         if captures:

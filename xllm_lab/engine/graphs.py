@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from xllm_lab.engine.device import Device
+from xllm_lab.engine.expert_parallel import ALL_GATHER, ALL_TO_ALL
 from xllm_lab.engine.graph_backends import Recorder, recorder_for
 from xllm_lab.engine.graph_inputs import Chunk, GraphInputs, InputMemory
 from xllm_lab.engine.kv import KvLayout
@@ -211,9 +212,18 @@ def _plan(workspace: Workspace, config: InstanceConfig, longest_table: int | Non
 
 
 def _refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
-    """An accelerator's graph cannot hold what the host decides by looking at results; a tape of a CPU can."""
+    """An accelerator's graph cannot hold what the host decides by looking at results; a tape of a CPU can. Nobody's can
+    hold shapes that other ranks decide.
+    """
+    if (experts := model.experts) is not None and experts.has_own_tokens:
+        raise ConfigError("graphs where ranks share experts and each has its own tokens; accepted: shapes 'eager'")
     if device.streams is None:
         return
+    if experts is not None and experts.dispatch == ALL_TO_ALL:
+        raise ConfigError(
+            f"graphs with expert_dispatch {ALL_TO_ALL!r}, whose counts {device.name} cannot capture; accepted: shapes "
+            f"'eager', or {ALL_GATHER!r}"
+        )
     by = {op: served.by for op, served in model.ops.served.items()}
     loops = by.get("grouped_matmul") == "torch"
     # PyTorch's attention launches and allocates: more than a replaced call may.

@@ -100,6 +100,15 @@ class Launcher:
             self._mapper.finish(step)
         return launched, done
 
+    def run_beside(self) -> int:
+        """A step of others, for the experts that are here. Returns the time when it is over."""
+        self._lane.rest()  # the device waits for others, not for the host
+        has_requests = self._scheduler.num_live > 0
+        done = self._lane.launch(partial(self._runner.run_beside, has_requests=has_requests)).result()
+        self._lane.rest()
+        self._working_since_us = self._clock.wait_until(done.end_us)
+        return self._working_since_us
+
     def rest(self, until_us: int) -> int:
         """Nothing is to be done before `until_us`; returns the time when the host looks again."""
         self._lane.rest()

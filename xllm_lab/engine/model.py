@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.expert_parallel import ExpertParallel
 from xllm_lab.engine.kv import LayerKv
 from xllm_lab.engine.latent_attention import LatentAttention, take_latent_attention
 from xllm_lab.engine.layer_config import expert_names
-from xllm_lab.engine.mixture import Loads, MixtureLayer, take_mixture
+from xllm_lab.engine.mixture import MixtureLayer, loads_of, take_mixture
 from xllm_lab.engine.model_config import ModelConfig
 from xllm_lab.engine.ops.batch import PagedBatch
 from xllm_lab.engine.ops.collectives import Group, join_logits, own_rows
@@ -93,6 +94,7 @@ class DecoderModel:
         device: torch.device,
         without: Sequence[str] = (),
         group: Group | None = None,
+        experts: ExpertParallel | None = None,
     ) -> None:
         """Takes over a whole model, or one rank's part of it.
 
@@ -100,13 +102,15 @@ class DecoderModel:
             config, weights: `weights` as `weights.checked` returns them; of one rank of several, both as its `Shard`
                 cuts them.
             without: names implementations not to use.
-            group: the ranks that have the other parts; None: this is the whole model.
+            group: the ranks that have the other parts of matrices; None: they are whole.
+            experts: how ranks share the experts; None: each has its part of every expert.
         """
         self.config = config
         self.dtype = weights["model.norm.weight"].dtype
         self.device = device
         self._group = group
-        self._shard = None if group is None else Shard(group.rank, group.size)
+        self._experts = experts if config.mixture is not None else None
+        self._shard = shard_of(group, self._experts)
         self.ops = choose(
             *(device, self.dtype),
             head_dim=config.head_dim,
@@ -132,7 +136,12 @@ class DecoderModel:
     @property
     def is_divided(self) -> bool:
         """Whether other ranks have parts of it."""
-        return self._group is not None
+        return self._group is not None or self._experts is not None
+
+    @property
+    def experts(self) -> ExpertParallel | None:
+        """How ranks share its experts; None if they do not."""
+        return self._experts
 
     def take_layer(self, weights: dict[str, Tensor], prefix: str) -> Layer:
         """A layer of this model's shape, for it or beside it, over the weights of that prefix, which it takes over."""
@@ -158,7 +167,7 @@ class DecoderModel:
                 qk_norm = torch.cat([q_H.expand(config.num_heads, -1), k_H.expand(config.num_kv_heads, -1)])
             attention = HeadAttention(fuse("self_attn", "qkv"), qk_norm, fuse("self_attn", "o"))
         if config.mixture is not None and prefix + expert_names(config.architecture).router in weights:
-            mlp = take_mixture(take, self.ops, config.mixture, config.architecture)
+            mlp = take_mixture(take, self.ops, config, device=self.device, parallel=self._experts)
         else:
             mlp = Mlp(fuse("mlp", ("gate", "up")), fuse("mlp", ("down",)))
         return Layer(take("input_layernorm.weight"), attention, take("post_attention_layernorm.weight"), mlp)
@@ -178,6 +187,15 @@ class DecoderModel:
         """Memory for steps of this model."""
         return Workspace(self.config, self.dtype, self.device, self._shard)
 
+    def run_beside(self, workspace: Workspace) -> None:
+        """A step of other ranks, which have tokens: what this one's experts do in it."""
+        assert self._experts is not None, "nobody else's step"
+        assert self._experts.has_own_tokens, "all ranks have all tokens"
+        rows = workspace.rows(0)
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer.mlp, Mlp):
+                layer.mlp.feed(rows.normed_TD, rows, loads_of(workspace, i, None), self.ops)
+
     def logits(self, normed_RD: Tensor, workspace: Workspace) -> Tensor:
         """The head, of rows that `run_layers` returned.
 
@@ -185,9 +203,10 @@ class DecoderModel:
             Shape [R, V], float32; they are the workspace's, and stand until the next step.
         """
         logits_RV = workspace.logits(len(normed_RD))
-        if self._group is None or self._shard is None:
+        if self._group is None:
             self._head(normed_RD, logits_RV)
         elif len(normed_RD):
+            assert self._shard is not None, "a group has parts"
             part_RU, parts_nRU = workspace.logit_parts(len(normed_RD))
             self._head(normed_RD, part_RU)
             taped(self._group.all_gather)(part_RU, parts_nRU)
@@ -231,21 +250,28 @@ class DecoderModel:
             if isinstance(layer.mlp, Mlp):
                 branch_TD = layer.mlp.feed(normed_TD, rows, ops)
             else:
-                loads = Loads(batch.num_tokens_1, workspace.expert_rows_LE[i], workspace.counts_experts)
-                branch_TD = layer.mlp.feed(normed_TD, rows, loads, ops)
+                branch_TD = layer.mlp.feed(normed_TD, rows, loads_of(workspace, i, batch.num_tokens_1), ops)
             ops.all_reduce(branch_TD)
             hidden_TD, normed_TD = ops.add_rms_norm(hidden_TD, branch_TD, next_norm_D, eps, rows.normed_TD)
         return normed_TD
 
     def embed(self, token_T: Tensor, hidden_TD: Tensor, workspace: Workspace) -> None:
         """Writes the tokens' rows of the embedding."""
-        if self._shard is None:
+        if self._group is None or self._shard is None:
             self._embed(token_T, hidden_TD)
             return
         part, row_T = self._shard.vocabulary(self.config.vocab_size), workspace.own_tokens(len(token_T))
         own_rows(token_T, part.first, part.own, row_T)
         self._embed(row_T, hidden_TD)
         self.ops.all_reduce(hidden_TD)  # of one row and zeros: exact
+
+
+def shard_of(group: Group | None, experts: ExpertParallel | None) -> Shard | None:
+    """This rank's part of a model; None: all of it."""
+    if group is None and experts is None:
+        return None
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    return Shard(rank, size, None if experts is None else experts.share)
 
 
 def expert_shape(config: ModelConfig) -> ExpertShape | None:

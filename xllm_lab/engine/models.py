@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from xllm_lab.engine.device import Device, give_back_freed_memory
+from xllm_lab.engine.expert_parallel import ExpertParallel
 from xllm_lab.engine.gguf_file import read_gguf
 from xllm_lab.engine.gguf_weights import gguf_config, gguf_eos_token_ids, gguf_tokenizer, gguf_weights
-from xllm_lab.engine.model import DecoderModel
+from xllm_lab.engine.model import DecoderModel, shard_of
 from xllm_lab.engine.model_config import ModelConfig, from_transformers
 from xllm_lab.engine.mtp_module import MtpModule, mtp_module, take_mtp
 from xllm_lab.engine.ops.build import cache_folder
@@ -65,6 +66,7 @@ def load_model(
     device: Device,
     dtype: torch.dtype | None = None,
     group: Group | None = None,
+    experts: ExpertParallel | None = None,
     without: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a model by name, without any network.
@@ -73,6 +75,7 @@ def load_model(
         name: `DEFAULT_MODEL`, a folder with `config.json` and safetensors, or a `.gguf` file.
         dtype: of weights and computation; `None` is the device's default.
         group: the ranks that the model is divided over; None: it is not.
+        experts: how ranks share the experts; None: `group` divides them.
         without: implementations of operators not to use.
 
     Raises:
@@ -82,9 +85,9 @@ def load_model(
     path = _path(name)
 
     def build(config: ModelConfig, weights: dict[str, Tensor]) -> DecoderModel:
-        shard = Shard() if group is None else Shard(group.rank, group.size)
-        part = shard.cut(weights, config)
-        return DecoderModel(shard.config(config), part, device=device.torch_device, group=group, without=without)
+        shard = shard_of(group, experts) or Shard()
+        part, where = shard.cut(weights, config), device.torch_device
+        return DecoderModel(shard.config(config), part, device=where, group=group, experts=experts, without=without)
 
     loaded = (_from_folder if path.is_dir() else _from_gguf)(name, path, dtype, build)
     give_back_freed_memory()

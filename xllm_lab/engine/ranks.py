@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -184,9 +184,28 @@ def lead(size: int, timeout_s: float) -> Ranks:
     place = place_in_environment()
     if place is not None:
         return join(place, timeout_s)
+    meeting = meeting_point(size)
+    place = meeting.place(0)
+    return Ranks(place, timeout_s, meeting.store, [start(place, rank) for rank in range(1, size)])
+
+
+class MeetingPoint(NamedTuple):
+    """Where ranks on this machine find one another, for as long as this process has it."""
+
+    store: Any
+    size: int
+    address: str
+    port: int
+
+    def place(self, rank: int) -> Place:
+        """Of a rank, which has the device of that number."""
+        return Place(rank=rank, size=self.size, local_rank=rank, master_addr=self.address, master_port=self.port)
+
+
+def meeting_point(size: int) -> MeetingPoint:
+    """Opened on loopback for so many ranks."""
     listening = socket.create_server(("127.0.0.1", 0))  # by itself, torch's store would listen to all networks
     address, port = listening.getsockname()
-    place = Place(rank=0, size=size, local_rank=0, master_addr=address, master_port=port)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         *(address, port, size),
         is_master=True,
@@ -194,7 +213,25 @@ def lead(size: int, timeout_s: float) -> Ranks:
         wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )
-    return Ranks(place, timeout_s, store, [start(place, rank) for rank in range(1, size)])
+    return MeetingPoint(store, size, address, port)
+
+
+def join_at(place: Place, timeout_s: float) -> Ranks:
+    """One of ranks whose meeting point another process has opened.
+
+    Raises:
+        RankError: nobody is there.
+    """
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            *(place.master_addr, place.master_port, place.size),
+            is_master=False,
+            timeout=timedelta(seconds=_START_S),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        raise RankError(f"nobody at {place.master_addr}:{place.master_port}: {_first_line(error)}") from error
+    return Ranks(place, timeout_s, store)
 
 
 def join(place: Place, timeout_s: float = _START_S) -> Ranks:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xllm_lab.engine.company import Company
 from xllm_lab.engine.device import Device
 from xllm_lab.engine.drafts.verify import Row, verify
 from xllm_lab.engine.graphs import Graphs
@@ -68,6 +69,7 @@ class Runner:
             [T, D], which stands until the next step.
         expert_observer: told of each step how many tokens it had, and how many rows each expert of each layer, shape
             [L, E], int64, which stands until the next step. The workspace must be told beforehand to count them.
+        company: where each rank has its own tokens: what is known of the others.
     """
 
     def __init__(self, model: DecoderModel, kv_pool: KvLayout, device: Device, *, told: Group | None = None) -> None:
@@ -77,6 +79,9 @@ class Runner:
         self.most_logits = 1 << 30
         self.observer: Callable[[Sequence[SequenceChunk], Tensor], None] | None = None
         self._drawn: list[int] = []
+        among = model.experts
+        self.company = Company()
+        self._others = among.group if among is not None and among.has_own_tokens else None
         self.expert_observer: Callable[[int, Tensor], None] | None = None
 
     @property
@@ -140,6 +145,21 @@ class Runner:
             self._told.broadcast(torch.tensor(self._drawn, device=self._device.torch_device))
         return tokens
 
+    def run_beside(self, *, has_requests: bool = False) -> bool:
+        """Where each rank has its own tokens: takes part in a step of others, for their tokens' experts that are here.
+
+        Args:
+            has_requests: this rank will have tokens before long, though it is not called again.
+
+        Returns:
+            Whether anybody had tokens. All learn the same, and `company` what follows.
+        """
+        with torch.inference_mode():
+            if not self._meet(0, has_requests=has_requests):
+                return False
+            self._model.run_beside(self.workspace)
+        return True
+
     def follow_draw(
         self, chunks: Sequence[SequenceChunk], graph_tokens: int | None = None, *, tells: bool = True
     ) -> None:
@@ -164,6 +184,8 @@ class Runner:
         if min(tokens) < 0:
             tokens = [self._drawn[-1 - token] if token < 0 else token for token in tokens]
         with torch.inference_mode():
+            if self._others is not None:
+                self._meet(len(tokens), has_requests=True)
             if graph_tokens is None:
                 normed_TD, logits_TV = self._run_eagerly(chunks, tokens), None
             else:
@@ -175,6 +197,20 @@ class Runner:
                 assert self.workspace.counts_experts, "rows that nobody counted"
                 self.expert_observer(len(tokens), self.workspace.expert_rows_LE)
         return _Computed(normed_TD, logits_TV, wanted)
+
+    def _meet(self, num_tokens: int, *, has_requests: bool) -> int:
+        """All tell all how many tokens they have in the step that begins. Returns those of all."""
+        assert self._others is not None, "a rank whose tokens all have"
+        own_3 = torch.tensor([num_tokens, has_requests, self.company.num_calls], device=self._device.torch_device)
+        of_all_n3 = torch.empty((self._others.size, 3), dtype=own_3.dtype, device=own_3.device)
+        self._others.all_gather(own_3, of_all_n3)
+        tokens, requests, calls = of_all_n3.T.tolist()
+        self.company.met(requests, calls)
+        self.workspace.tokens_of_ranks = tuple(tokens)
+        total = sum(self.workspace.tokens_of_ranks)
+        # Before the step begins: what stands in the workspace is lost when it grows.
+        self.workspace.reserve(tokens=total, logits=0)
+        return total
 
     def _run_eagerly(self, chunks: Sequence[SequenceChunk], tokens: Sequence[int]) -> Tensor:
         positions = [p for c in chunks for p in range(c.num_computed_tokens, c.num_computed_tokens + len(c.token_ids))]

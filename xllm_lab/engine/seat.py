@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from xllm_lab.engine.clock import Clock
+from xllm_lab.engine.company import Company
 from xllm_lab.engine.copies import EngineCopies
 from xllm_lab.step import Step
 
@@ -17,6 +18,11 @@ class Seat(Protocol):
 
     def open_clock(self) -> Clock:
         """The engine is warm; time begins, or has begun. Returns its clock."""
+        ...
+
+    @property
+    def company(self) -> Company:
+        """What is known of engines that share experts with this one; it is there to be written."""
         ...
 
     @property

@@ -3,7 +3,7 @@
 # ruff: noqa: N815  (shapes live in the names of fields, too)
 # Shapes: T packed tokens, R rows whose logits are wanted, D hidden size, N query heads, K KV heads, H head dim,
 #         F width of an MLP, V vocabulary, n ranks, U rows of a rank's part of the vocabulary, L layers, E experts, k
-#         of a token; of latent attention, as in `latent_attention`
+#         of a token, S slots of all ranks, P of this one; of latent attention, as in `latent_attention`
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Rows(NamedTuple):
         gate_up_TF2, gated_TF: inside the MLP.
         cos_TH, sin_TH: of the tokens' angles, as `rope` wants them.
         query_down_TQ ... value_TNV: inside latent attention; empty where there is none, as `qkv_THn` is where there is.
-        router_TE ... shared_TD: inside a mixture of experts, likewise; `router_TE` and `weight_Tk` are float32,
-            `expert_Tk` and `place_Tk` int32.
+        router_TE ... slot_Tk: inside a mixture of experts, likewise; `router_TE` and `weight_Tk` are float32,
+            `expert_Tk`, `place_Tk` and `slot_Tk` int32, the last only where ranks share the experts.
     """
 
     hidden_TD: Tensor
@@ -61,6 +61,7 @@ class Rows(NamedTuple):
     shared_gate_up_TF2: Tensor
     shared_gated_TF: Tensor
     shared_TD: Tensor
+    slot_Tk: Tensor
 
 
 class _Row(NamedTuple):
@@ -79,8 +80,12 @@ class Workspace:
     Attributes:
         num_allocations: how often it grew.
         num_bytes: what it holds now.
-        expert_rows_LE: int64, how many rows each expert of each layer had in the last step; 0 in layers without.
-        counts_experts: whether somebody reads it.
+        expert_rows_LE: int64, how many rows each expert of each layer had in the last step; 0 in layers without. With
+            expert parallelism, of the tokens that this rank has: of all, or where each has its own, of those.
+        slot_rows_LS: likewise of each slot of all ranks; empty without expert parallelism.
+        own_rows_LP: rows that each slot of this rank computed, for whoever.
+        counts_experts: whether somebody reads the first two.
+        tokens_of_ranks: where each rank has its own, tokens that each has in the step at hand.
         is_fixed: whether somebody counts on its addresses; it may then grow no more.
     """
 
@@ -88,25 +93,32 @@ class Workspace:
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
     ) -> None:
         """Args: `shard` says which part of a model `config` is; None: all of it."""
-        self._a_token = _a_token(config)
         self._vocab_size, self._dtype, self._device = config.vocab_size, dtype, device
-        self._num_ranks = 0 if shard is None else shard.size
-        self._part_rows = 0 if shard is None else shard.vocabulary(config.vocab_size).rows
+        self._a_token = _a_token(config, spreads_experts=shard is not None and shard.experts is not None)
+        is_divided = shard is not None and shard.size > 1
+        self._num_ranks = shard.size if shard is not None and is_divided else 0
+        self._part_rows = shard.vocabulary(config.vocab_size).rows if shard is not None and is_divided else 0
         self._rows = self._allocate(0)
         self._own_T = torch.empty(0, dtype=torch.int64, device=device)
         self._logits_RV = torch.empty((0, self._vocab_size), device=device)
         self._parts = torch.empty(0, device=device)
         self._cut = self._rows
         num_experts = config.mixture.routing.num_experts if config.mixture else 0
-        self.expert_rows_LE = torch.zeros((config.num_layers, num_experts), dtype=torch.int64, device=device)
+        own = 0 if shard is None or shard.experts is None else shard.experts.num_own(num_experts)
+        slots = 0 if shard is None or shard.experts is None else own * shard.experts.size
+        self.expert_rows_LE, self.slot_rows_LS, self.own_rows_LP = (
+            torch.zeros((config.num_layers, count), dtype=torch.int64, device=device)
+            for count in (num_experts, slots, own)
+        )
+        self.tokens_of_ranks: tuple[int, ...] = ()
         self.counts_experts = False
         self.num_allocations = 0
         self.is_fixed = False
 
     @property
     def num_bytes(self) -> int:
-        held = (*self._rows, self._own_T, self._logits_RV, self._parts, self.expert_rows_LE)
-        return sum(t.numel() * t.element_size() for t in held)
+        held = (*self._rows, self._own_T, self._logits_RV, self._parts)
+        return sum(t.nbytes for t in held) + self._counter_bytes
 
     def bytes_for(self, *, tokens: int, logits: int) -> int:
         """What it holds at least once so much is reserved."""
@@ -114,7 +126,7 @@ class Workspace:
         a_token += self._own_T.element_size() * bool(self._num_ranks)
         a_row = (self._vocab_size + self._parts_width) * self._logits_RV.element_size()
         most_tokens, most_logits = max(tokens, len(self._rows.hidden_TD)), max(logits, len(self._logits_RV))
-        return most_tokens * a_token + most_logits * a_row + self.expert_rows_LE.nbytes
+        return most_tokens * a_token + most_logits * a_row + self._counter_bytes
 
     def reserve(self, *, tokens: int, logits: int) -> None:
         """Makes room for a step of that many tokens and rows of logits."""
@@ -154,6 +166,10 @@ class Workspace:
         return self._parts[:own].view(rows, U), self._parts[own : own + n * own].view(n, rows, U)
 
     @property
+    def _counter_bytes(self) -> int:
+        return self.expert_rows_LE.nbytes + self.slot_rows_LS.nbytes + self.own_rows_LP.nbytes
+
+    @property
     def _parts_width(self) -> int:
         return (1 + self._num_ranks) * self._part_rows
 
@@ -163,14 +179,14 @@ class Workspace:
         return Rows(*(torch.zeros((tokens, *shape), dtype=dtype, device=self._device) for shape, dtype in made))
 
 
-def _a_token(config: ModelConfig) -> list[_Row]:
+def _a_token(config: ModelConfig, *, spreads_experts: bool) -> list[_Row]:
     """What each field has of one token, in the order of `Rows`."""
     N, K, H, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rope_dim
     D, F = config.hidden_size, config.intermediate_size
     if config.mixture is not None and len(config.mixture.layers) == config.num_layers:
         F = 0
     dense = [(D,), (D,), (D,), (N + 2 * K, H), (N, H), (2 * F,), (F,), (R,), (R,)]
-    of_latents, of_experts = [_NONE] * 7, [_NONE] * 10
+    of_latents, of_experts = [_NONE] * 7, [_NONE] * 11
     if (latent := config.latent) is not None:
         dense[3] = (0,)
         C, nope = latent.rank, latent.nope_dim
@@ -182,6 +198,7 @@ def _a_token(config: ModelConfig) -> list[_Row]:
             *(_Row((E,), torch.float32), _Row((k,), torch.float32), _Row((k,), torch.int32), _Row((k,), torch.int32)),
             *(_Row((k, D)), _Row((k, 2 * F)), _Row((k, F))),
             *(_Row((2 * S,)), _Row((S,)), _Row((D if S else 0,))),
+            _Row((k,), torch.int32) if spreads_experts else _NONE,
         ]
     return [*(_Row(shape) for shape in dense), *of_latents, *of_experts]
 

@@ -23,6 +23,8 @@ from xllm_lab.engine.clock import make_clock
 from xllm_lab.engine.cluster.processes import Processes
 from xllm_lab.engine.cluster.serving import Serving
 from xllm_lab.engine.engine import EngineOptions, refuse_unknown_tokens
+from xllm_lab.engine.expert_parallel import refuse_if_not_spreadable
+from xllm_lab.engine.models import model_config
 from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import InstanceConfig
@@ -81,6 +83,14 @@ class EngineFleet:
             raise ConfigError(f"tensor_parallel is {options.tensor_parallel} in a fleet; accepted: 1")
         if num_instances < 1:
             raise ConfigError(f"num_instances is {num_instances}, at least 1 is accepted")
+        if options.expert_parallel:
+            refuse_if_not_spreadable(
+                model_config(options.model), num_instances, options.num_redundant_experts, options.model
+            )
+            if options.clock != "wall":
+                raise ConfigError(
+                    f"clock {options.clock!r} where instances share experts and step together; accepted: 'wall'"
+                )
         self.options = options
         opened = open_registry(registry, host)
         self.processes = Processes(options, num_instances, opened, host)
@@ -277,4 +287,6 @@ class EngineFleet:
             if not copy_time and getattr(policy, "needs_copy_time", False):
                 name = policy_name(policy)
                 raise ConfigError(f"{decides} policy {name} needs copy times; accepted: a machine's calibration")
+        if self.processes.share_experts and fleet.outages:
+            raise ConfigError("outages where instances share experts, and all end with one; accepted: none")
         refuse_unknown_tokens(workload, self.model["vocab_size"])

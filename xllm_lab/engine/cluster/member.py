@@ -15,7 +15,10 @@ from xllm_lab.copy_time import CopyTime, CopyWeights
 from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.engine.cluster.paces import LockstepPace, Pace, WallPace
 from xllm_lab.engine.engine import Engine, EngineOptions
-from xllm_lab.errors import XllmLabError
+from xllm_lab.engine.rank_place import Place
+from xllm_lab.engine.rank_processes import LOST_STATUS
+from xllm_lab.engine.ranks import join_at
+from xllm_lab.errors import RankError, XllmLabError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import configured
 from xllm_lab.policies.of_instance import policies_from
@@ -40,6 +43,7 @@ class MemberPlace:
         host: on which it listens.
         secret: whoever speaks to it has to know it.
         options: fields of `EngineOptions`.
+        rank: fields of `Place`, among instances that share experts; None: this one shares nothing.
     """
 
     instance: int
@@ -48,6 +52,7 @@ class MemberPlace:
     host: str
     secret: str
     options: dict[str, Any]
+    rank: dict[str, Any] | None = None
 
 
 def serve_fleet(place: MemberPlace) -> None:
@@ -56,8 +61,11 @@ def serve_fleet(place: MemberPlace) -> None:
     Raises:
         GoneError: the router is gone.
         UserError: the model cannot be loaded, or the registry does not answer.
+        RankError: an instance that shares experts with this one is gone.
     """
-    with Engine(EngineOptions(**place.options)) as engine:
+    options = EngineOptions(**place.options)
+    ranks = None if place.rank is None else join_at(Place(**place.rank), options.rank_timeout_s)
+    with Engine(options, ranks=ranks) as engine:
         with listen(place.host) as listening:
             entry = Entry(
                 instance=InstanceId(place.instance),
@@ -137,6 +145,9 @@ def _main() -> int:
     place = MemberPlace(**json.loads(os.environ[PLACE]))
     try:
         serve_fleet(place)
+    except RankError as error:
+        tell(str(error))
+        return LOST_STATUS
     except (XllmLabError, GoneError) as error:
         tell(str(error))
         return 2

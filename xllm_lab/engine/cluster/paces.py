@@ -16,6 +16,7 @@ from typing import Any
 from xllm_lab.decisions import ARRIVES, LEAVES, PREFILLS
 from xllm_lab.engine.clock import Clock, VirtualClock, WallClock
 from xllm_lab.engine.cluster.messages import IndexTeller, Reporter, event_from, load_cells
+from xllm_lab.engine.company import Company
 from xllm_lab.engine.copies import EngineCopies
 from xllm_lab.records import RequestRecord
 from xllm_lab.scheduler import Scheduler
@@ -35,12 +36,14 @@ class Pace(ABC):
 
     Attributes:
         reporter: the scheduler's recorder.
-        is_over: whether the router has nothing more.
+        is_over: whether the router has nothing more, nor anybody who shares experts with this engine.
+        company: those, if there are such.
     """
 
     def __init__(self, channel: Channel, *, vocab_size: int, seed: int, tells_index: bool) -> None:
         self.reporter = Reporter()
-        self.is_over = False
+        self.company = Company()
+        self._is_over = False
         self.start_us = 0
         self.scheduler: Scheduler  # which needs the reporter first
         self._channel = channel
@@ -60,6 +63,10 @@ class Pace(ABC):
     @abstractmethod
     def _look(self, now_us: int) -> None:
         """Have the events up to a time."""
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over and not self.company.is_needed
 
     @property
     def next_us(self) -> int | None:
@@ -99,7 +106,8 @@ class Pace(ABC):
                 self._requests[request.id] = request
                 self._prompts[request.id] = prompt_token_ids(request, vocab_size=self._vocab_size, seed=self._seed)
             self._events.append((message["us"], event))
-        self.is_over = self.is_over or bool(message.get("over"))
+        self._is_over = self._is_over or bool(message.get("over"))
+        self.company.num_calls = max(self.company.num_calls, message.get("calls", 0))
 
     def _done(self) -> dict[str, Any]:
         """What was done since it was said last."""
@@ -187,6 +195,8 @@ class WallPace(Pace):
 
     def rest(self, copies: EngineCopies | None = None) -> int:
         while not self._events and not self.is_over and not (copies is not None and copies.is_any_over):
+            if self.company.is_needed:
+                break
             now_us = self._clock.now_us()
             self._tell(now_us)
             left_s = math.inf if not self._heartbeat_us else max(0.0, (self._next_beat_us - now_us) / 1e6)

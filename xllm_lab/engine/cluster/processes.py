@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from xllm_lab.engine.cluster.member import PLACE, MemberPlace
 from xllm_lab.engine.engine import EngineOptions
+from xllm_lab.engine.rank_processes import LOST_STATUS
+from xllm_lab.engine.ranks import meeting_point
 from xllm_lab.errors import InstanceError
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.registry import Entry, Left, Registry
@@ -78,9 +80,15 @@ class Processes:
 
     def __init__(self, options: EngineOptions, num_instances: int, registry: Registry, host: str) -> None:
         self._options, self._registry, self._host = options, registry, host
+        self._meeting = meeting_point(num_instances) if options.expert_parallel else None
         self._secret = secrets.token_hex(16)
         self._running: dict[InstanceId, EngineProcess] = {}
         self.instances = [InstanceId(k) for k in range(num_instances)]
+
+    @property
+    def share_experts(self) -> bool:
+        """Whether each of them needs all others."""
+        return self._meeting is not None
 
     def process(self, instance: InstanceId) -> EngineProcess | None:
         """The present incarnation."""
@@ -97,6 +105,7 @@ class Processes:
             host=self._host,
             secret=self._secret,
             options=asdict(self._options),
+            rank=None if self._meeting is None else asdict(self._meeting.place(instance)),
         )
         self._running[instance] = EngineProcess(place)
 
@@ -112,7 +121,7 @@ class Processes:
             if process.entry is not None:
                 self._meet(process, process.entry)
                 break
-            if (how := process.how_it_ended()) is not None:
+            if (how := self.who_ended() if self.share_experts else process.how_it_ended()) is not None:
                 raise InstanceError(how)
             if time.monotonic() > until_s:
                 raise InstanceError(f"instance {instance} did not come up within {_START_S:g} s")
@@ -129,6 +138,22 @@ class Processes:
         """For people, of one that is lost."""
         process = self._running.get(instance)
         return (process and process.how_it_ended(_LOOK_S)) or f"instance {instance} lost its lease, and is ended"
+
+    def who_ended(self, within_s: float = 0.0) -> str | None:
+        """For people, the first of all that ended, but for those that only followed another."""
+        until_s = time.monotonic() + within_s
+        while True:
+            for process in self._running.values():
+                how = process.how_it_ended()
+                if how is not None and process.popen.returncode != LOST_STATUS:
+                    return how
+            if time.monotonic() >= until_s:
+                return None
+            time.sleep(_LOOK_S)
+
+    def refuse_lost(self, otherwise: str) -> None:
+        """Raise InstanceError: instances that share experts end with the first of them that is lost."""
+        raise InstanceError(self.who_ended(within_s=1.0) or otherwise)
 
     def kill(self, instance: InstanceId) -> None:
         """An instance is gone when this returns."""

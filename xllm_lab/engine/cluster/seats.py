@@ -17,7 +17,7 @@ from xllm_lab.dispatch import Dispatch, Lost
 from xllm_lab.engine.cluster.calendar import VirtualCalendar
 from xllm_lab.engine.cluster.messages import apply_changes, event_cells
 from xllm_lab.engine.cluster.processes import Processes
-from xllm_lab.errors import ConfigError, InstanceError, PolicyError
+from xllm_lab.errors import ConfigError, InstanceError, PolicyError, RankError
 from xllm_lab.ledger import BlockKey
 from xllm_lab.policies.routing import InstanceId
 from xllm_lab.progress import tell
@@ -37,6 +37,7 @@ class Surroundings(NamedTuple):
     Attributes:
         opening: what the engines are to serve on, as they are told.
         comes_back: whether an instance that fails at this time was said to come back.
+        call: tells all others that a request came to an instance, if they share experts; returns what it is to be told.
     """
 
     processes: Processes
@@ -44,6 +45,7 @@ class Surroundings(NamedTuple):
     deliveries: list[Delivery]
     opening: Mapping[str, Any]
     comes_back: Callable[[InstanceId, int], bool]
+    call: Callable[[InstanceId], Mapping[str, Any]]
 
 
 class ProcessSeat(ABC):
@@ -203,6 +205,8 @@ class ProcessSeat(ABC):
 
     def _refuse_error(self, message: Mapping[str, Any]) -> None:
         """An engine that cannot go on for reasons of its own ends the run."""
+        if message.get("error") == RankError.__name__:
+            self._shared.processes.refuse_lost(f"instance {self.id}: {message['says']}")
         if "error" in message:
             error = PolicyError if message["error"] == "PolicyError" else ConfigError
             raise error(f"instance {self.id}: {message['says']}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ class Serving:
     transfers: list[Transfer] = field(default_factory=list)
     roles: list[RoleChange] = field(default_factory=list)
     dispatch: Dispatch = field(init=False)
+    _seats: Sequence[WallSeat] = ()
+    _num_calls: int = 0
 
     def open_dispatch(self, calendar: VirtualCalendar, *, asks_for_loads: bool) -> None:
         self.dispatch = Dispatch(
@@ -81,10 +84,11 @@ class Serving:
         """All engines serve side by side, from the moment in which the last of them is warm."""
         calendar = WallCalendar()
         self.open_dispatch(calendar, asks_for_loads=False)
-        seats = [WallSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
-        for seat in seats:
-            seat.dispatch = self.dispatch
-            _prepared(seat)
+        seats = self._seats = [WallSeat(calendar, i, self._surroundings()) for i in self.processes.instances]
+        for step in (WallSeat.prepare, WallSeat.await_warm):  # side by side: some wait for one another
+            for seat in seats:
+                seat.dispatch = self.dispatch
+                _prepared(seat, step)
         calendar.start()
         self._begin(seats)
         while self.dispatch.num_open:
@@ -106,10 +110,26 @@ class Serving:
                 if seat.is_up:
                     seat.hear()
             except GoneError:
-                self.dispatch.fail(seat.id)
+                self._fail(seat)
+
+    def _fail(self, seat: ProcessSeat) -> None:
+        if self.processes.share_experts:
+            self.processes.refuse_lost(self.processes.how_it_ended(seat.id))
+        self.dispatch.fail(seat.id)
 
     def _surroundings(self) -> Surroundings:
-        return Surroundings(self.processes, self.records, self.deliveries, self.opening, self._comes_back)
+        return Surroundings(self.processes, self.records, self.deliveries, self.opening, self._comes_back, self._call)
+
+    def _call(self, instance: InstanceId) -> dict[str, Any]:
+        if not self.processes.share_experts:
+            return {}
+        self._num_calls += 1
+        told = {"calls": self._num_calls}
+        for seat in self._seats:
+            if seat.id != instance and seat.is_up:
+                with contextlib.suppress(GoneError):  # which the next look finds out
+                    seat.channel.tell(told)
+        return told
 
     def _comes_back(self, instance: InstanceId, now_us: int) -> bool:
         return any(o.instance == instance and o.start_us <= now_us < o.end_us for o in self.fleet.outages)
@@ -123,7 +143,7 @@ class Serving:
         """Whoever is lost fails; when nobody is left and nobody comes back, what is held is given up."""
         for seat in seats:
             if seat.is_up and self.processes.is_lost(seat.id):
-                self.dispatch.fail(seat.id)
+                self._fail(seat)
         comes = any(o.end_us > calendar.now_us for o in self.fleet.outages)
         if not self.dispatch.router.up and not comes:
             self.dispatch.give_up()
@@ -137,8 +157,8 @@ class Serving:
                 self.processes.kill(seat.id)
 
 
-def _prepared(seat: WallSeat) -> None:
+def _prepared(seat: WallSeat, step: Callable[[WallSeat], None]) -> None:
     try:
-        seat.prepare()
+        step(seat)
     except GoneError as error:
         raise InstanceError(f"instance {seat.id}: {error}") from None

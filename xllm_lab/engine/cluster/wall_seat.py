@@ -33,8 +33,13 @@ class WallSeat(ProcessSeat):
         return len(self._unseen)
 
     def prepare(self) -> None:
-        """It is warm when this returns. GoneError, InstanceError: it does not come up."""
+        """It begins to warm up. InstanceError: it does not come up."""
         self._come()
+
+    def await_warm(self) -> None:
+        """It is warm when this returns. GoneError, InstanceError: it does not come up."""
+        if not self.is_up:
+            self._come()
         while (message := self.channel.hear(LOOK_S)) is None or "warm" not in message:
             if message is not None:
                 self._refuse_error(message)
@@ -44,7 +49,7 @@ class WallSeat(ProcessSeat):
 
     def _begin(self) -> None:
         if not self._is_warm:
-            self.prepare()
+            self.await_warm()
         self._is_warm = False
         self._unseen.clear()
         self.channel.tell({"start_ns": self._calendar.start_ns})
@@ -53,8 +58,9 @@ class WallSeat(ProcessSeat):
         self._inbox.append(event)
         if event.arrives:
             self._unseen[event.request.id] = event.request.prompt.num_tokens
+        calls = self._shared.call(self.id) if event.arrives else {}
         with contextlib.suppress(GoneError):  # which the next look finds out
-            self.channel.tell({"us": self._calendar.now_us, "events": self._pass_on()})
+            self.channel.tell({"us": self._calendar.now_us, "events": self._pass_on(), **calls})
 
     def fail(self) -> Lost:
         # A configured outage began when it was to begin: what was done since never was.

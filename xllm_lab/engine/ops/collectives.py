@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel group say to one another while they compute a step.
+"""What the ranks of a group say to one another while they compute a step.
 
 A group is one of torch's, bound to the library of its device: gloo for CPUs, NCCL for CUDA, HCCL for NPUs. All ranks
 call the same operations in the same order.
@@ -6,7 +6,7 @@ call the same operations in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from xllm_lab.engine.ops.tape import taped
 
 
 class Group(Protocol):
-    """Ranks that share each matrix of a model; this process is one of them."""
+    """Ranks that share each matrix of a model, or its experts; this process is one of them."""
 
     @property
     def rank(self) -> int: ...
@@ -34,6 +34,18 @@ class Group(Protocol):
 
     def broadcast(self, x: Tensor) -> None:
         """x becomes rank 0's x."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
+        """out becomes the sum of every rank's x[r], where r is this rank; both are contiguous."""
+        ...
+
+    def all_to_all(self, x: Tensor, out: Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
+        """The first sent[0] rows of x go to rank 0, the next sent[1] to rank 1; out has rank 0's rows first.
+
+        Args:
+            sent, received: rows to and from each rank; nobody checks that they are what the others say.
+        """
         ...
 
 
@@ -61,6 +73,9 @@ class TorchGroup:
             # The first is the name of the second since torch 2.13.
             dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
         )
+        self._scatter: Callable[[Tensor, Tensor], object] = (
+            dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+        )
         self._run(
             dist.init_process_group,
             library,
@@ -81,6 +96,14 @@ class TorchGroup:
     def broadcast(self, x: Tensor) -> None:
         """As `Group.broadcast`."""
         self._run(dist.broadcast, x, 0)
+
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
+        """As `Group.reduce_scatter`."""
+        self._run(self._scatter, out.view(-1), x.view(-1))
+
+    def all_to_all(self, x: Tensor, out: Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
+        """As `Group.all_to_all`."""
+        self._run(dist.all_to_all_single, out, x, list(received), list(sent))
 
     def close(self) -> None:
         """Leave the group; whoever waits for this rank is told that it is gone."""

@@ -9,15 +9,15 @@ Every shape follows from T alone, so that a step can be captured; how many rows 
 Tokens that only pad a step are nobody's: their expert is E, which sorts them behind all others, and their weight is 0.
 """
 
-# ruff: noqa: N815  (shapes live in the names of fields, too)
+# ruff: noqa: N815, PLR0917  (shapes live in the names of fields, too; operators have many operands)
 # Shapes: T packed tokens, k experts of a token, X = T k, E experts, G groups of experts, D any last dimension,
 #         I inputs, O outputs of an expert's matrix
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -135,6 +135,19 @@ def permute(x_TD: Tensor, expert_Tk: Tensor, rows_XD: Tensor, place_X: Tensor, c
     return Permuted(rows_XD, place_X, count_E)
 
 
+def permute_own(
+    x_TD: Tensor, slot_Tk: Tensor, rows_XD: Tensor, place_X: Tensor, count_P: Tensor, first: int, num_slots: int
+) -> Permuted:
+    """`permute` to some of the slots that experts are in: all others are nobody's.
+
+    Args:
+        slot_Tk: int32; those from `first` on, as many as `count_P` has, of `num_slots` are meant.
+    """
+    own_Tk = slot_Tk - first
+    own_Tk.masked_fill_((own_Tk < 0) | (own_Tk > len(count_P)), len(count_P))
+    return permute(x_TD, own_Tk, rows_XD, place_X, count_P)
+
+
 def count_rows(expert_Tk: Tensor, num_tokens_1: Tensor | None, count_E: Tensor) -> None:
     """Rows of each expert, where tokens that only pad are routed like any other: without those.
 
@@ -181,17 +194,30 @@ class GroupedLinear(Protocol):
         """
         ...
 
+    def weight(self, expert: int) -> Tensor:
+        """A copy of an expert's plain weights, shape [O, I]."""
+        ...
+
+    def prepared(self, weight_OI: Tensor) -> Any:
+        """An expert's weights as `put` wants them, in memory of their own; nothing else changes."""
+        ...
+
+    def put(self, expert: int, prepared: Any) -> None:
+        """An expert has other weights from the next call on, in captured steps, too."""
+        ...
+
 
 class EachLinear:
     """A layer for each expert, called for those that have rows. The host reads the counts: no driver can capture it.
 
     Args:
-        linears: of each expert.
+        make: the layer over an expert's weights, which it takes over.
         kind: what serves these.
     """
 
-    def __init__(self, linears: Sequence[Linear], kind: str) -> None:
-        self._linears, self.kind = linears, kind
+    def __init__(self, weight_EOI: Tensor, make: Callable[[Tensor], Linear], kind: str) -> None:
+        self._linears, self._make, self.kind = [make(weight_OI) for weight_OI in weight_EOI], make, kind
+        self._shape_OI, self._dtype, self._device = weight_EOI.shape[1:], weight_EOI.dtype, weight_EOI.device
 
     @taped
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
@@ -202,10 +228,24 @@ class EachLinear:
                 start += count
         return out_XO
 
+    def weight(self, expert: int) -> Tensor:
+        """As `GroupedLinear.weight`."""
+        weight_OI = torch.empty(self._shape_OI, dtype=self._dtype, device=self._device)
+        self._linears[expert].rows(torch.arange(len(weight_OI), device=self._device), weight_OI)
+        return weight_OI
+
+    def prepared(self, weight_OI: Tensor) -> Linear:
+        """As `GroupedLinear.prepared`."""
+        return self._make(weight_OI.clone())
+
+    def put(self, expert: int, prepared: Linear) -> None:
+        """As `GroupedLinear.put`; nothing is copied."""
+        self._linears[expert] = prepared
+
 
 def loop_linear(weight_EOI: Tensor) -> EachLinear:
     """The reference: one product of PyTorch's an expert."""
-    return EachLinear([TorchLinear(weight_OI) for weight_OI in weight_EOI], "torch")
+    return EachLinear(weight_EOI, TorchLinear, "torch")
 
 
 class GroupedMmLinear:
@@ -220,6 +260,18 @@ class GroupedMmLinear:
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
         ends_E = count_E.cumsum(0, dtype=torch.int32)
         return out_XO.copy_(F.grouped_mm(x_XI, self._weight_EIO, offs=ends_E))
+
+    def weight(self, expert: int) -> Tensor:
+        """As `GroupedLinear.weight`."""
+        return self._weight_EIO[expert].T.clone(memory_format=torch.contiguous_format)
+
+    def prepared(self, weight_OI: Tensor) -> Tensor:
+        """As `GroupedLinear.prepared`."""
+        return weight_OI.clone()
+
+    def put(self, expert: int, prepared: Tensor) -> None:
+        """As `GroupedLinear.put`; a copy on the device, in order with its steps."""
+        self._weight_EIO[expert].copy_(prepared.T)
 
 
 _TRIED_COUNTS = (3, 0, 4)

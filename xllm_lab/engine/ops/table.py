@@ -107,6 +107,7 @@ class ExpertOps(NamedTuple):
     permute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Permuted]
     grouped_matmul: Callable[[Tensor], GroupedLinear]
     unpermute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+    permute_own: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Permuted]
     count_rows: Callable[[Tensor, Tensor | None, Tensor], None]
     skips_padding: bool
 
@@ -222,7 +223,7 @@ def choose(
         "torch": _References,
     }
     chosen = {op: s.by for op, s in served.items() if op not in ("linear", "all_reduce", "grouped_matmul")}
-    made = {by: makers[by]() for by in set(chosen.values())}
+    made: dict[str, Any] = {by: makers[by]() for by in set(chosen.values())}
     functions = {op: getattr(made[by], op) for op, by in chosen.items()}
     functions["all_reduce"] = _nothing if group is None else _all_reduce(served["all_reduce"].by, group)
     latents = LatentOps(*(functions.pop(op) for op in OF_LATENTS)) if is_latent else None
@@ -231,6 +232,7 @@ def choose(
         functions["grouped_matmul"] = _GROUPED[served["grouped_matmul"].by]
         skips_padding = all(served[op].by != "torch_npu" for op in OF_EXPERTS)
         parts_of_experts: dict[str, Any] = {op: functions.pop(op) for op in OF_EXPERTS}
+        parts_of_experts["permute_own"] = made[chosen["permute"]].permute_own
         of_experts = ExpertOps(**parts_of_experts, count_rows=taped(experts.count_rows), skips_padding=skips_padding)
     parts: dict[str, Any] = {**functions, "experts": of_experts, "latents": latents}
     return Ops(**parts, served=served, _dtype=dtype, _device=device.type, _without=left_out)
@@ -253,7 +255,7 @@ def check_calls(device: torch.device, *, on: bool) -> None:
 
 class _References:
     def __getattr__(self, op: str) -> Callable[..., Any]:
-        module = experts if op in OF_EXPERTS else latent if op in OF_LATENTS else reference
+        module = experts if op in (*OF_EXPERTS, "permute_own") else latent if op in OF_LATENTS else reference
         function: Callable[..., Any] = getattr(module, op)
         if op == "argmax":  # reads a step's result, and is no part of it
             return function
@@ -293,7 +295,7 @@ def _linear_fails(dtype: torch.dtype, inputs: int, without: frozenset[str]) -> C
 
 def _native_grouped(weight_EOI: Tensor) -> GroupedLinear:
     library, threads = native.load(), torch.get_num_threads()
-    return EachLinear([native.NativeLinear(library, threads, weight_OI) for weight_OI in weight_EOI], "native")
+    return EachLinear(weight_EOI, lambda weight_OI: native.NativeLinear(library, threads, weight_OI), "native")
 
 
 _GROUPED: Mapping[str, Callable[[Tensor], GroupedLinear]] = {

@@ -146,8 +146,14 @@ def gate(op: Send, logits_RE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 @adapts("npu_moe_init_routing_v2", limits.npu_moe_init_routing_v2, moe_references.npu_moe_init_routing_v2)
-def sort_by_expert(op: Send, x_RD: Tensor, expert_Rk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of each expert together, where each (row, expert) went, and the rows of each expert (int64)."""
+def sort_by_expert(
+    op: Send, x_RD: Tensor, expert_Rk: Tensor, num_experts: int, own: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of each expert together, where each (row, expert) went, and the rows of each expert (int64).
+
+    Args:
+        own: experts from the first to below the second alone; the place of others' rows is -1.
+    """
     sorted_XD, place_X, count_E, _ = op(
         x_RD,
         expert_Rk,
@@ -157,7 +163,7 @@ def sort_by_expert(op: Send, x_RD: Tensor, expert_Rk: Tensor, num_experts: int) 
         expert_tokens_num_type=1,
         expert_tokens_num_flag=True,
         quant_mode=-1,
-        active_expert_range=[0, num_experts],
+        active_expert_range=[0, num_experts] if own is None else list(own),
         row_idx_type=0,
     )
     return sorted_XD, place_X, count_E

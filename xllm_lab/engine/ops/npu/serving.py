@@ -141,6 +141,20 @@ class NpuOps:
         """As `experts.permute`."""
         return Permuted(*calls.sort_by_expert(x_TD, expert_Tk, len(count_E)))
 
+    def permute_own(
+        self,
+        x_TD: Tensor,
+        slot_Tk: Tensor,
+        rows_XD: Tensor,
+        place_X: Tensor,
+        count_P: Tensor,
+        first: int,
+        num_slots: int,
+    ) -> Permuted:
+        """As `experts.permute_own`; the operator's place of what is not ours is -1."""
+        rows_XD, place_X, count_P = calls.sort_by_expert(x_TD, slot_Tk, num_slots, (first, first + len(count_P)))
+        return Permuted(rows_XD, place_X.clamp_(min=0), count_P)
+
     def unpermute(
         self, rows_XD: Tensor, place_X: Tensor, weight_Tk: Tensor, shared_TD: Tensor | None, out_TD: Tensor
     ) -> Tensor:
@@ -163,6 +177,18 @@ class NpuGroupedLinear:
 
     def __call__(self, x_XI: Tensor, count_E: Tensor, out_XO: Tensor) -> Tensor:
         return calls.experts_matmul(x_XI, self._weight_EIO, count_E)
+
+    def weight(self, expert: int) -> Tensor:
+        """As `experts.GroupedLinear.weight`."""
+        return self._weight_EIO[expert].T.contiguous()
+
+    def prepared(self, weight_OI: Tensor) -> Tensor:
+        """As `experts.GroupedLinear.prepared`."""
+        return weight_OI.T.contiguous()
+
+    def put(self, expert: int, prepared: Tensor) -> None:
+        """As `experts.GroupedLinear.put`; a copy on the device, in order with its steps."""
+        self._weight_EIO[expert].copy_(prepared)
 
 
 def _paged(

@@ -46,6 +46,8 @@ class ExpertLayout:
         num_devices, num_nodes: each node has neighbouring devices.
         expert_bytes: weights of one expert in one layer.
         copy_us: time to bring them to a device; None if nobody knows.
+        num_redundant_experts: slots that each device has beside those that hold every expert once; None: as many as
+            the policy wants.
 
     Raises:
         ConfigError: experts or devices that do not divide evenly.
@@ -58,6 +60,7 @@ class ExpertLayout:
     num_groups: int = 1
     num_nodes: int = 1
     copy_us: float | None = None
+    num_redundant_experts: int | None = None
 
     def __post_init__(self) -> None:
         for whole, of, part in (("experts", "devices", "num_devices"), ("experts", "groups", "num_groups")):
@@ -66,17 +69,24 @@ class ExpertLayout:
         if self.num_nodes < 1 or self.num_devices % self.num_nodes:
             raise ConfigError(f"{self.num_devices} devices on {self.num_nodes} nodes, a divisor is accepted")
 
-    def first_slots(self, num_redundant_experts: int) -> tuple[tuple[int, ...], ...]:
+    def first_slots(self, wanted: int) -> tuple[tuple[int, ...], ...]:
         """Of each layer, before anything is known.
+
+        Args:
+            wanted: redundant slots of each device, as the policy says.
 
         Raises:
             ConfigError: redundant experts have no place.
         """
         try:
-            first = contiguous(self.num_experts, self.num_devices, num_redundant_experts)
+            first = contiguous(self.num_experts, self.num_devices, self.num_redundant(wanted))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return (first,) * len(self.layers)
+
+    def num_redundant(self, wanted: int) -> int:
+        """Slots of each device beside those that hold every expert once."""
+        return wanted if self.num_redundant_experts is None else self.num_redundant_experts
 
 
 def layout_from(described: Mapping[str, Any]) -> ExpertLayout:
@@ -296,11 +306,12 @@ class Rebalancing:
 
     def described(self) -> dict[str, Any]:
         """For manifests: who shares the experts, where they lay at first, and what became of decisions."""
-        redundant_bytes = self.policy.num_redundant_experts * len(self.layout.layers) * self.layout.expert_bytes
+        redundant = self.layout.num_redundant(self.policy.num_redundant_experts)
+        redundant_bytes = redundant * len(self.layout.layers) * self.layout.expert_bytes
         return {
             **asdict(self.layout),
             "layers": list(self.layout.layers),
-            "num_redundant_experts": self.policy.num_redundant_experts,
+            "num_redundant_experts": redundant,
             "redundant_bytes": redundant_bytes,
             "counts": asdict(self.counts),
         }

@@ -23,6 +23,7 @@ from xllm_lab.engine.drafts.mtp import mtp_proposer
 from xllm_lab.engine.drafts.ngram import NgramProposer
 from xllm_lab.engine.drafts.suffix import SuffixProposer
 from xllm_lab.engine.drafts.verify import draw_draft, kept_until_stop
+from xllm_lab.engine.expert_mover import ExpertMover
 from xllm_lab.engine.expert_parallel import (
     ALL_GATHER,
     ExpertParallel,
@@ -34,6 +35,7 @@ from xllm_lab.engine.kv import KvLayout, KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.lead import Lead
+from xllm_lab.engine.live_experts import LiveExperts
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
 from xllm_lab.engine.ops.table import check_calls
 from xllm_lab.engine.page_mapper import PageMapper
@@ -52,9 +54,12 @@ from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.draft import METHODS, DraftPolicy
 from xllm_lab.policies.draft.off import Off
+from xllm_lab.policies.experts import ExpertsPolicy
+from xllm_lab.policies.experts.static import Static
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
+from xllm_lab.rebalancing import PREPARE_TIMEOUT_US, ExpertLayout
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
@@ -86,6 +91,7 @@ class EngineOptions:
         expert_dispatch: how tokens get there, one of `expert_parallel.DISPATCHES`.
         num_redundant_experts: slots of each rank beside those that hold every expert once.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
+        prepare_timeout_s: how long they may take to prepare experts for other places before that is given up.
         draft_model: what drafts by "draft_model": another model, or some layers of the served one, "layers:0-9,28-29".
         host_link_bytes_per_s: copies between device and host end no sooner than at that rate; None: when they end.
         store: of KV blocks below the host, as `store.open_store` names one; None: there is none.
@@ -106,6 +112,7 @@ class EngineOptions:
     expert_dispatch: str = ALL_GATHER
     num_redundant_experts: int = 0
     rank_timeout_s: float = 300.0
+    prepare_timeout_s: float = PREPARE_TIMEOUT_US / 1e6
     draft_model: str | None = None
     host_link_bytes_per_s: float | None = None
     store: str | None = None
@@ -124,6 +131,7 @@ class Engine:
     Attributes:
         ranks: this process and the others; None if there are none.
         is_divided: the others have parts of all that this one has, and do what rank 0 tells them.
+        served_experts: of the last run, who shared the experts, and what became of decisions on their places.
         expert_observer: as `Runner.expert_observer`, of the steps of runs that begin from now on.
 
     Raises:
@@ -149,6 +157,8 @@ class Engine:
         self.is_divided = self.options.tensor_parallel > 1
         self.ranks = self._others() if ranks is None else ranks
         self._store: BlockStore | None = None
+        self._live_experts: LiveExperts | None = None
+        self.served_experts: dict[str, Any] | None = None
         try:
             self._open()
         except BaseException:
@@ -255,6 +265,8 @@ class Engine:
             *(config, policies, recorder),
             proposer=self.proposer(policies, config),
             copier=self.copies(policies.cache, config),
+            mover=self.mover(policies.experts),
+            prepare_timeout_us=round(self.options.prepare_timeout_s * 1e6),
             step_time=step_time,
             draft_time=draft_time,
             copy_time=copy_time,
@@ -284,9 +296,13 @@ class Engine:
         """
         config = scheduler.config
         shapes = EAGER if scheduler.shapes is None else scheduler.shapes.policy
+        mover = None if scheduler.experts is None else scheduler.experts.mover
+        assert mover is None or isinstance(mover, ExpertMover), "experts are moved by the engine"
         with self._together():
+            if mover is not None and scheduler.experts is not None:
+                mover.begin(scheduler.experts.slots)
             with self.device.refusing_what_does_not_fit("a step at the configured limits"):
-                runner = self._runner(config, shapes)
+                runner = self._runner(config, shapes, counts_experts=mover is not None)
                 warm_up(runner, config, self._lead, self.device)
             runner.expert_observer = self.expert_observer
             if seat is not None:
@@ -305,10 +321,14 @@ class Engine:
                 assert drafts is None or isinstance(drafts, EngineDrafts), "drafts are the engine's own"
                 if drafts is not None:
                     drafts.serve(clock, runner)
-                launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts, mapper=mapper)
+                beside: dict[str, Any] = {"drafts": drafts, "mapper": mapper, "mover": mover}
+                launcher = Launcher(runner, scheduler, lane, clock, self._lead, **beside)
                 start_us = 0 if seat is None else seat.start_us
                 conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch, start_us=start_us)
                 self._answer(conversation, launcher, seat, copies)
+            if scheduler.experts is not None:
+                scheduler.experts.finish()
+        self.served_experts = None if scheduler.experts is None else scheduler.experts.described()
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
@@ -408,6 +428,7 @@ class Engine:
                 graphs=graphs,
                 store=None if isinstance(policies.cache, DeviceOnly) else self.describe_store(),
                 drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
+                expert_layout=self.served_experts,
                 **describe(config, policies, step_time, workload, draft_time=draft_time, copy_time=copy_time),
             )
             fill_run(folder, manifest, workload, records)
@@ -557,12 +578,52 @@ class Engine:
             f"draft policy {name}: method is {method!r}, and {missing[method]}; accepted here: {', '.join(known)}"
         )
 
-    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER, *, counts_experts: bool = False) -> Runner:
         self._lead.open(config, shapes)
-        return self.runner(config, shapes)
+        return self.runner(config, shapes, counts_experts=counts_experts)
 
-    def runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+    def live_experts(self) -> LiveExperts:
+        """What moves the experts of this rank.
+
+        Raises:
+            ConfigError: they cannot be read one by one.
+        """
+        if self._live_experts is None:
+            self._live_experts = LiveExperts(self.model, self.device)
+        return self._live_experts
+
+    def mover(self, policy: ExpertsPolicy) -> ExpertMover | None:
+        """What moves experts in a run; None where they do not lie on ranks that rank 0 drives.
+
+        Raises:
+            ConfigError: slots other than the policy's, or experts that cannot be read one by one.
+        """
+        parallel, o, mixture = self.model.model.experts, self.options, self.model.config.mixture
+        if parallel is None or parallel.has_own_tokens or mixture is None or self.ranks is None:
+            return None
+        if isinstance(policy, Static) and not Path(self.model.name).is_dir():
+            return None
+        if not isinstance(policy, Static) and policy.num_redundant_experts != o.num_redundant_experts:
+            raise ConfigError(
+                f"experts policy {policy_name(policy)} wants num_redundant_experts {policy.num_redundant_experts}, and "
+                f"the engine was opened with {o.num_redundant_experts}; accepted: the same"
+            )
+        weights = 3 * self.model.config.hidden_size * mixture.intermediate_size
+        layout = ExpertLayout(
+            layers=tuple(sorted(mixture.layers)),
+            num_experts=mixture.routing.num_experts,
+            num_groups=mixture.routing.num_groups,
+            num_devices=parallel.group.size,
+            expert_bytes=weights * self.model.model.dtype.itemsize,
+            num_redundant_experts=o.num_redundant_experts,
+        )
+        return ExpertMover(layout, self.live_experts(), self.ranks)
+
+    def runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER, *, counts_experts: bool = False) -> Runner:
         """What runs the steps of this rank.
+
+        Args:
+            counts_experts: somebody reads what each slot of experts had to do.
 
         Raises:
             ConfigError: the KV pool or the graphs' does not fit.
@@ -572,7 +633,7 @@ class Engine:
         tells = self.ranks is not None and self.is_divided and config.async_scheduling != "off"
         told = self.ranks.group if tells and self.ranks is not None else None
         runner = Runner(self.model.model, pool, self.device, told=told)
-        runner.workspace.counts_experts = self.expert_observer is not None
+        runner.workspace.counts_experts = counts_experts or self.expert_observer is not None
         if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),

@@ -11,22 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.engine.cluster.test_fleet import Killing, killer, serve, tokens
+from tests.engine.cluster.test_fleet import serve, tokens
 from tests.engine.test_engine_serving import config, crowd, served
 from tests.tiny_models import write_tiny_model
 from xllm_lab.engine.cluster.fleet import EngineFleet
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.expert_parallel import DISPATCHES
-from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.metrics import summarize
-from xllm_lab.outages import Outage
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import make_policy
 from xllm_lab.policies.of_instance import Policies
-from xllm_lab.policies.routing import InstanceId
-from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
-from xllm_lab.records import Records
 from xllm_lab.sim.parity import parity
 
 SHAPE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}

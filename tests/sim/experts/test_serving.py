@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.laws import experts_are_never_lost, obey_the_laws
-from tests.small_runs import VOCAB_SIZE, instance_config
+from tests.laws import VOCAB_SIZE, experts_are_never_lost, obey_the_laws
+from tests.small_runs import instance_config
 from xllm_lab.errors import ConfigError, PolicyError
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.batch.decode_first import DecodeFirst
@@ -46,7 +47,7 @@ class Flat:
         return Prices(us, np.zeros(num_steps, np.bool_))
 
 
-def served(*, exponent: float = 1.3, drift_ticks: float | None = None, seed: int = 0, **others: float) -> ServedExperts:
+def served(*, exponent: float = 1.3, drift_ticks: float | None = None, seed: int = 0, **others: Any) -> ServedExperts:
     loads = ZipfLoads(
         num_layers=len(LAYERS),
         num_experts=EXPERTS,
@@ -57,7 +58,7 @@ def served(*, exponent: float = 1.3, drift_ticks: float | None = None, seed: int
         exponent=exponent,
         drift_ticks=drift_ticks,
     ).drawn(40, seed=seed)
-    given = {"link_bytes_per_s": 2e8, "row_us": 3.0, "activation_us": 250, **others}
+    given: dict[str, Any] = {"link_bytes_per_s": 2e8, "row_us": 3.0, "activation_us": 250, **others}
     return ServedExperts(layout=LAYOUT, popularity=popularity_of(loads), experts_per_token=PER_TOKEN, **given)
 
 
@@ -232,5 +233,5 @@ def test_what_was_counted_drives_another_run() -> None:
     assert np.abs(np.mean(shares, axis=0) - true).max() < 0.01
     other = run(BALANCED, replace(experts, popularity=again))
     assert [d.layers for d in other.decisions][:1] == [d.layers for d in first.decisions][:1]
-    total = sum(expert_tokens(slots[r.placement], r.slot_tokens_LP, EXPERTS) for r in first.expert_loads)
-    assert total.sum() == sum(sum(s.num_tokens) for s in first.steps) * PER_TOKEN * len(LAYERS)
+    counted = [expert_tokens(slots[r.placement], r.slot_tokens_LP, EXPERTS).sum() for r in first.expert_loads]
+    assert sum(counted) == sum(sum(s.num_tokens) for s in first.steps) * PER_TOKEN * len(LAYERS)

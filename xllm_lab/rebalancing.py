@@ -48,6 +48,7 @@ class ExpertLayout:
         copy_us: time to bring them to a device; None if nobody knows.
         num_redundant_experts: slots that each device has beside those that hold every expert once; None: as many as
             the policy wants.
+        prepare_timeout_us: a change that some device is not ready for by then is given up.
 
     Raises:
         ConfigError: experts or devices that do not divide evenly.
@@ -61,6 +62,7 @@ class ExpertLayout:
     num_nodes: int = 1
     copy_us: float | None = None
     num_redundant_experts: int | None = None
+    prepare_timeout_us: int = PREPARE_TIMEOUT_US
 
     def __post_init__(self) -> None:
         for whole, of, part in (("experts", "devices", "num_devices"), ("experts", "groups", "num_groups")):
@@ -206,9 +208,8 @@ class Rebalancing:
         counts: since it was made.
     """
 
-    def __init__(self, policy: ExpertsPolicy, mover: Mover, *, timeout_us: int = PREPARE_TIMEOUT_US) -> None:
-        self.policy, self.mover, self._timeout_us = policy, mover, timeout_us
-        self.layout = mover.layout
+    def __init__(self, policy: ExpertsPolicy, mover: Mover) -> None:
+        self.policy, self.mover, self.layout = policy, mover, mover.layout
         self._first = self.layout.first_slots(policy.num_redundant_experts)
         self._interval_us = policy.interval_us
         self._record_us = RECORD_US if self._interval_us is None else min(self._interval_us, RECORD_US)
@@ -239,7 +240,7 @@ class Rebalancing:
         if self._window_mark_us is not None:
             times.append(self._window_mark_us)
         if self._pending is not None and not self._pending.is_ready:
-            times += [self._pending.record.decided_us + self._timeout_us]
+            times += [self._pending.record.decided_us + self.layout.prepare_timeout_us]
             times += [] if self.mover.next_us is None else [self.mover.next_us]
         return min(times)
 
@@ -248,7 +249,7 @@ class Rebalancing:
         pending, looked_us, self._looked_us = self._pending, self._looked_us, now_us
         if pending is None or pending.is_ready:
             return
-        deadline_us = pending.record.decided_us + self._timeout_us
+        deadline_us = pending.record.decided_us + self.layout.prepare_timeout_us
         ready_us = self.mover.ready_us(now_us)
         if ready_us is not None and (ready_us := max(ready_us, looked_us + 1)) <= min(now_us, deadline_us):
             # Not before somebody looked in vain: who replays this must find it ready at the same look.
@@ -426,16 +427,14 @@ def expert_tokens(slots: Sequence[Sequence[int]], slot_tokens_LP: Counts, num_ex
     return tokens_LE
 
 
-def rebalancing_of(
-    policy: ExpertsPolicy, mover: Mover | None, *, timeout_us: int = PREPARE_TIMEOUT_US
-) -> Rebalancing | None:
+def rebalancing_of(policy: ExpertsPolicy, mover: Mover | None) -> Rebalancing | None:
     """The policy at work; None where no experts are divided among devices, and nobody needs to ask.
 
     Raises:
         ConfigError: a policy that would never be asked; experts that do not divide, or redundant ones without a place.
     """
     if mover is not None:
-        return Rebalancing(policy, mover, timeout_us=timeout_us)
+        return Rebalancing(policy, mover)
     if policy != STATIC:
         raise ConfigError(
             f"experts is {policy_name(policy)!r}, and no experts are divided among devices here; accepted: experts "

@@ -8,7 +8,7 @@ from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import Proposer, drafting_of
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.of_instance import Policies
-from xllm_lab.rebalancing import PREPARE_TIMEOUT_US, Mover, rebalancing_of
+from xllm_lab.rebalancing import Mover, rebalancing_of
 from xllm_lab.records import Recorder
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.step_shape import Shapes, shapes_of
@@ -29,7 +29,6 @@ def scheduler_of(
     draft_time: DraftTime | None = None,
     copy_time: CopyTime | None = None,
     shapes: Shapes | None = None,
-    prepare_timeout_us: int = PREPARE_TIMEOUT_US,
     instance: int = 0,
 ) -> Scheduler:
     """Of an instance that begins.
@@ -40,7 +39,6 @@ def scheduler_of(
         mover: the host's, that copies experts; None: they are not divided among devices.
         step_time, draft_time, copy_time: what policies are told of the machine.
         shapes: the shapes policy at work, where it counts for several instances.
-        prepare_timeout_us: after which experts that were not copied stay where they were.
 
     Raises:
         ConfigError: a policy needs times and has none, or the host cannot do what it decides.
@@ -54,6 +52,6 @@ def scheduler_of(
         drafting=drafting_of(policies.draft, proposer, step_time=step_time, draft_time=draft_time),
         tiering=tiering_of(policies.cache, config, copier, step_time=step_time, copy_time=copy_time),
         pages=virtual_kv_of(policies.pages, config),
-        experts=rebalancing_of(policies.experts, mover, timeout_us=prepare_timeout_us),
+        experts=rebalancing_of(policies.experts, mover),
         instance=instance,
     )

@@ -1,4 +1,4 @@
-"""A tiny mixture whose router follows topics: tokens of a topic go to the same few neighbouring experts, layer by layer.
+"""A tiny mixture whose router follows topics: tokens of a topic go to the same few neighbouring experts.
 
 A text stays with its topic, so a change of topics among requests is a drift of loads.
 """

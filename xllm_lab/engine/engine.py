@@ -150,6 +150,8 @@ class Engine:
             raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if (rate := self.options.host_link_bytes_per_s) is not None and not rate > 0:
             raise ConfigError(f"host_link_bytes_per_s is {rate}, more than 0 is accepted")
+        if not self.options.prepare_timeout_s > 0:
+            raise ConfigError(f"prepare_timeout_s is {self.options.prepare_timeout_s}, more than 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         o = self.options
@@ -266,7 +268,6 @@ class Engine:
             proposer=self.proposer(policies, config),
             copier=self.copies(policies.cache, config),
             mover=self.mover(policies.experts),
-            prepare_timeout_us=round(self.options.prepare_timeout_s * 1e6),
             step_time=step_time,
             draft_time=draft_time,
             copy_time=copy_time,
@@ -616,6 +617,7 @@ class Engine:
             num_devices=parallel.group.size,
             expert_bytes=weights * self.model.model.dtype.itemsize,
             num_redundant_experts=o.num_redundant_experts,
+            prepare_timeout_us=round(o.prepare_timeout_s * 1e6),
         )
         return ExpertMover(layout, self.live_experts(), self.ranks)
 

@@ -43,11 +43,8 @@ class Checkpoint:
                 "policy static"
             )
         self._names, self._dtype = expert_names(model.config.architecture), model.model.dtype
-        files = safetensors_files(folder)
-        index = folder / "model.safetensors.index.json"
-        held = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if len(files) > 1 else {}
-        self._file_of = {name: folder / file for name, file in held.items()}
-        self._only = files[0]
+        self._folder = folder
+        self._file_of: dict[str, Path] | None = None
 
     def gate_up(self, layer: int, expert: int) -> Tensor:
         """Gate and up of an expert, one below the other, as a layer takes them."""
@@ -60,13 +57,23 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         name = f"model.layers.{layer}.{self._names.block}.experts.{expert}.{part}.weight"
-        path = self._file_of.get(name, self._only)
+        path = self._path(name)
         try:
             with safe_open(path, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: {name}: {' '.join(str(error).split())}") from error
         return tensor.to(self._dtype)
+
+    def _path(self, name: str) -> Path:
+        """Looked up when first asked: who is to prepare a change and finds no file is not ready, no more."""
+        files = safetensors_files(self._folder)
+        if len(files) == 1:
+            return files[0]
+        if self._file_of is None:
+            index = json.loads((self._folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+            self._file_of = {held: self._folder / file for held, file in index["weight_map"].items()}
+        return self._file_of[name]
 
 
 class _Prepared(NamedTuple):

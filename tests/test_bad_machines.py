@@ -170,7 +170,15 @@ CASES: dict[str, Case] = {
         calibrated("--shapes", "xllm-buckets"), ("shapes is 'xllm-buckets'", "no step calibrated on ran in a graph")
     ),
     "precision beside operators": Case(profiled("--precision", "w8a8"), ("--precision beside --profile",)),
-    "copies beside operators": Case(profiled("--data-parallel", "2"), ("--data-parallel beside --profile",)),
+    "a group without experts": Case(profiled("--data-parallel", "2"), ("data_parallel is 2", "share nothing")),
+    "a group that shares nothing": Case(
+        plain(*ROOFLINE, "--data-parallel", "2"), ("data_parallel is 2", "share nothing")
+    ),
+    "one of one": Case(plain(*ROOFLINE, "--alike"), ("one of alike instances", "data_parallel is 1")),
+    "skew of a dense model": Case(plain(*ROOFLINE, "--expert-skew", "1"), ("has none",)),
+    "skew and loads": Case(
+        plain(*ROOFLINE, "--expert-skew", "1", "--expert-loads", "x.npz"), ("--expert-skew or --expert-loads",)
+    ),
     "links of one device": Case(
         profiled("--hardware", "ascend-910c"), ("--hardware beside --profile", "--tensor-parallel")
     ),

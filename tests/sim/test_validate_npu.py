@@ -67,9 +67,9 @@ def test_only_the_hccl_and_the_step_table_are_fitted_to(found: PublishedValidati
 
 @pytest.mark.slow
 def test_every_published_row_is_shown(found: PublishedValidation) -> None:
-    """A step row has four figures, a share row three, an MTP row two, the others one each."""
+    """A step row has four figures, a share row three, an MTP row two, two streams five, the others one."""
     tables = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    per_row = {"steps": 4, "deepseek_shares": 3, "mtp": 2}
+    per_row = {"steps": 4, "deepseek_shares": 3, "mtp": 2, "dual_stream": 5}
     rows = sum(per_row.get(name, 1) * len(t["rows"]) for name, t in tables.items() if name != "sources")
     assert len(found.points) == rows
     for point in found.points:
@@ -101,6 +101,8 @@ def test_published_orders_are_predicted(found: PublishedValidation) -> None:
     prompts = list(ours("vllm-ascend nightly, prompts/s").values())
     assert prompts[0] < prompts[1]
     assert prompts[2] < prompts[3]
+    layers = list(ours("layers of DeepSeek-R1, us").values())
+    assert layers[0] < layers[1]
 
 
 def test_means_keep_residuals_and_predictions_apart() -> None:

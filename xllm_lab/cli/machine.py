@@ -11,7 +11,9 @@ from xllm_lab.errors import ConfigError
 
 if TYPE_CHECKING:
     from xllm_lab.fleet_config import FleetConfig
+    from xllm_lab.model_spec import ModelSpec
     from xllm_lab.page_time import PageTime
+    from xllm_lab.sim.experts.routing import Routing
     from xllm_lab.sim.machine import Deployment, Machine
 
 _DEPLOYMENT = ("tensor_parallel", "data_parallel", "expert_parallel")
@@ -25,6 +27,10 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model-config", metavar="NAME|FILE", help="a well-known model, or a transformers config.json")
     for name in _DEPLOYMENT:
         group.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N")
+    group.add_argument("--alike", action="store_true", help="simulate one of the data-parallel instances for all")
+    skew = "tokens choose experts as 1 / rank^X, dealt in each layer; with expert parallelism; else evenly"
+    group.add_argument("--expert-skew", type=float, metavar="X", help=skew)
+    group.add_argument("--expert-loads", type=Path, metavar="FILE", help="tokens choose experts as in recorded loads")
     group.add_argument("--precision", default="bf16", help="of weights and KV")
     group.add_argument("--host-us", type=float, default=0.0, metavar="US", help="of the host, per step")
     group.add_argument("--host-us-per-seq", type=float, default=0.0, metavar="US", help="of the host, per sequence")
@@ -61,22 +67,22 @@ def machine(o: argparse.Namespace) -> Machine:
     """The machine that the options describe; ConfigError if they describe none, or two."""
     from xllm_lab.hardware import hardware
     from xllm_lab.sim.calibrate import read_calibration
-    from xllm_lab.sim.machine import fitted_machine, model_of, profiled_machine, roofline_machine
+    from xllm_lab.sim.machine import fitted_machine, model_of, profiled_machine, profiled_model, roofline_machine
 
     if o.calibration is not None:
         _refuse_beside_calibration(o)
         return fitted_machine(read_calibration(o.calibration))
     device = None if o.hardware is None else hardware(o.hardware)
     model = None if o.model_config is None else model_of(o.model_config)
-    deployment = _deployment(o)
     if o.profile is not None:
         _refuse_beside_profile(o)
-        return profiled_machine(o.profile, model, deployment, device)
+        model = model or profiled_model(o.profile)
+        return profiled_machine(o.profile, model, _deployment(o, model), device)
     if device is None:
         raise ConfigError("no machine to simulate; accepted: --calibration FILE, --profile DIR, or --hardware NAME")
     if model is None:
         raise ConfigError("--hardware needs a model; accepted: --model-config with a name or a config.json")
-    return roofline_machine(device, model, deployment)
+    return roofline_machine(device, model, _deployment(o, model))
 
 
 def acceptance(o: argparse.Namespace) -> tuple[float, ...] | None:
@@ -132,7 +138,7 @@ def _policy(decides: str, text: str) -> Any:
     return make_policy(decides, name, {knob: value for knob, _, value in knobs})
 
 
-def _deployment(o: argparse.Namespace) -> Deployment:
+def _deployment(o: argparse.Namespace, model: ModelSpec) -> Deployment:
     from xllm_lab.sim.cost.host import HostOverhead
     from xllm_lab.sim.machine import Deployment
 
@@ -140,7 +146,22 @@ def _deployment(o: argparse.Namespace) -> Deployment:
         **{name: getattr(o, name) for name in _DEPLOYMENT},
         precision=o.precision,
         host=HostOverhead(step_us=o.host_us, sequence_us=o.host_us_per_seq),
+        is_one_of_alike=o.alike,
+        routing=_routing(o, model),
     )
+
+
+def _routing(o: argparse.Namespace, model: ModelSpec) -> Routing | None:
+    """How tokens choose experts; None: evenly."""
+    from xllm_lab.sim.experts.loads import load
+    from xllm_lab.sim.experts.routing import routing_of
+
+    if o.expert_skew is not None and o.expert_loads is not None:
+        raise ConfigError("give --expert-skew or --expert-loads, one of them")
+    if o.expert_skew is None and o.expert_loads is None:
+        return None
+    given = o.expert_skew if o.expert_loads is None else load(o.expert_loads)
+    return routing_of(given, model, num_devices=o.expert_parallel)
 
 
 def _refuse_beside_calibration(o: argparse.Namespace) -> None:
@@ -148,6 +169,8 @@ def _refuse_beside_calibration(o: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("profile", "hardware") if getattr(o, name) is not None]
     given += ["--model-config"] * (o.model_config is not None)
     given += [f"--{name.replace('_', '-')}" for name in _DEPLOYMENT if getattr(o, name) != 1]
+    given += ["--alike"] * o.alike
+    given += [f"--{name.replace('_', '-')}" for name in ("expert_skew", "expert_loads") if getattr(o, name) is not None]
     given += ["--precision"] * (o.precision != "bf16")
     given += ["--host-us"] * bool(o.host_us) + ["--host-us-per-seq"] * bool(o.host_us_per_seq)
     if given:
@@ -156,9 +179,9 @@ def _refuse_beside_calibration(o: argparse.Namespace) -> None:
 
 def _refuse_beside_profile(o: argparse.Namespace) -> None:
     """Options that measured operators leave without effect."""
-    given = ["--data-parallel"] * (o.data_parallel != 1) + ["--expert-parallel"] * (o.expert_parallel != 1)
-    given += ["--precision"] * (o.precision != "bf16")
-    if given:
-        raise ConfigError(f"{', '.join(given)} beside --profile, which was measured as it is; accepted: --hardware")
-    if o.hardware is not None and o.tensor_parallel == 1:
-        raise ConfigError("--hardware beside --profile is for links; accepted: with --tensor-parallel of at least 2")
+    if o.precision != "bf16":
+        raise ConfigError("--precision beside --profile, which was measured as it is; accepted: --hardware")
+    if o.hardware is not None and o.tensor_parallel * o.data_parallel == 1:
+        raise ConfigError(
+            "--hardware beside --profile is for links; accepted: with --tensor-parallel or --data-parallel above 1"
+        )

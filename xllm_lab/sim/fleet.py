@@ -26,6 +26,7 @@ from xllm_lab.scheduler_of import scheduler_of
 from xllm_lab.serving import Conversation, Event, serve
 from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.copies import SimulatedCopies
+from xllm_lab.sim.group import Group, GroupTiming, Member, refuse_group
 from xllm_lab.sim.instance import Instance, Timing, at
 from xllm_lab.sim.links import Transfer
 from xllm_lab.step_shape import shapes_of
@@ -95,12 +96,14 @@ class SimulatedSeat:
         dispatch: Dispatch,
         *,
         copies: SimulatedCopies,
+        group: Group | None = None,
     ) -> None:
         scheduler.is_index_watched = dispatch.router.needs_index
         self.scheduler = scheduler
         self.inbox = Inbox(dispatch)
-        self.instance: Instance | None = None
+        self.instance: Instance | Member | None = None
         self._env, self._timing, self._dispatch, self._copies = env, timing, dispatch, copies
+        self._group = group
 
     @property
     def is_up(self) -> bool:
@@ -111,6 +114,9 @@ class SimulatedSeat:
         return self.instance is not None and self.instance.stretch is None
 
     def begin(self) -> None:
+        if self._group is not None:
+            self.instance = self._group.join(self._conversation())
+            return
         self.instance = Instance(
             *(self._env, self._conversation(), self._timing, self.inbox),
             copies=self._copies,
@@ -152,6 +158,9 @@ class SimulatedSeat:
 class Fleet:
     """`run` serves the workload to its end.
 
+    Args:
+        group: instances step together in groups of so many; None: each by itself.
+
     Attributes:
         shapes: the shapes policy at work, which counts for all instances; None if every step is eager.
     """
@@ -172,7 +181,10 @@ class Fleet:
         on_transfer: Callable[[Transfer], None] | None = None,
         on_role: Callable[[RoleChange], None] | None = None,
         on_decision: OnDecision | None = None,
+        group: GroupTiming | None = None,
     ) -> None:
+        if group is not None:
+            refuse_group(group.size, config, policies, instance)
         self.shapes = shapes_of(policies.shapes, instance)
         self._env = simpy.Environment(initial_time=0)
         self._dispatch = Dispatch(
@@ -186,7 +198,8 @@ class Fleet:
             on_role=on_role,
             on_decision=on_decision,
         )
-        self._seats = []
+        self._seats: list[SimulatedSeat] = []
+        groups: list[Group] = []
         for k in range(config.num_instances):
             copies = SimulatedCopies(self._env, timing.links(instance.block_size), has_store=timing.has_store)
             scheduler = scheduler_of(
@@ -200,7 +213,14 @@ class Fleet:
                 shapes=self.shapes,
                 instance=k,
             )
-            self._seats.append(SimulatedSeat(self._env, scheduler, timing, self._dispatch, copies=copies))
+            if group is not None:
+                scheduler.shapes = None  # all of a group run in one
+                if k % group.size == 0:
+                    groups.append(Group(self._env, timing, group, instance, shapes=self.shapes, first=k))
+            seat_group = groups[-1] if groups else None
+            self._seats.append(
+                SimulatedSeat(self._env, scheduler, timing, self._dispatch, copies=copies, group=seat_group)
+            )
 
     @property
     def now_us(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,19 @@ from xllm_lab.policies.shapes.eager import Eager
 from xllm_lab.runs import Run
 from xllm_lab.sim.acceptance import GivenAcceptance
 from xllm_lab.sim.calibrate import Calibration
-from xllm_lab.sim.cost import CostModel, batch_of
+from xllm_lab.sim.cost import CostModel, GroupCost, batch_of
 from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.fitted import FittedCost
-from xllm_lab.sim.cost.host import Hosted, HostOverhead
+from xllm_lab.sim.cost.host import Hosted, HostedGroup, HostOverhead
 from xllm_lab.sim.cost.mtp import draft_spec, mtp_draft_time
-from xllm_lab.sim.cost.profile_bundle import read_bundle
+from xllm_lab.sim.cost.profile_bundle import bundle_model, read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
-from xllm_lab.sim.cost.roofline import RooflineCost, roofline_cost
+from xllm_lab.sim.cost.roofline import RooflineCost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
+from xllm_lab.sim.experts.routing import Routing
 from xllm_lab.sim.experts.serving import ServedExperts
+from xllm_lab.sim.group import GroupTiming, Waves
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.store import SimulatedStore, StoreRoom, store_room
 from xllm_lab.step_time import TERMS, Chunk, StepTime, features, fit
@@ -59,6 +62,7 @@ class Machine:
         copy_time: what copies between tiers take, where that is known.
         store: below the host, shared by all instances; None: there is none.
         experts: divided among the devices, where their loads are known; None: nobody counts them.
+        group: prices steps of `data_parallel` instances that share their experts; None: instances share nothing.
     """
 
     cost: CostModel
@@ -74,10 +78,19 @@ class Machine:
     copy_time: CopyTime = field(default_factory=CopyTime)
     store: StoreRoom | None = None
     experts: ServedExperts | None = None
+    group: GroupCost | None = None
+    data_parallel: int = 1
 
     def cost_of(self, config: InstanceConfig) -> CostModel:
         """Prices whole steps of such an instance: planned ahead, the device does not wait for the host."""
         return Hosted(self.cost, self.host, plans_ahead=config.async_scheduling != "off")
+
+    def steps_together(self, config: InstanceConfig) -> GroupTiming | None:
+        """How such instances step in groups, in one run; None: each by itself."""
+        if self.group is None:
+            return None
+        hosted = HostedGroup(self.group, self.host, plans_ahead=config.async_scheduling != "off")
+        return GroupTiming(self.data_parallel, hosted, Waves())
 
     def predicts(self, config: InstanceConfig, *, fast_forward: bool = True) -> Predicted:
         """What answers such an instance's loop, in one run."""
@@ -153,17 +166,31 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """How a model is put on devices that were not measured as a whole."""
+    """How a model is put on devices that were not measured as a whole.
+
+    Attributes:
+        is_one_of_alike: of data-parallel instances one is simulated, and the others are taken to do what it does.
+        routing: how tokens choose experts, and where these lie; None: evenly.
+    """
 
     tensor_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: int = 1
     precision: str = "bf16"
     host: HostOverhead = field(default_factory=HostOverhead)
+    is_one_of_alike: bool = False
+    routing: Routing | None = None
 
     def __post_init__(self) -> None:
+        if self.is_one_of_alike and self.data_parallel == 1:
+            raise ConfigError("one of alike instances is asked for, and data_parallel is 1; accepted: at least 2")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is {self.precision!r}, accepted: {', '.join(PRECISIONS)}")
+
+    @property
+    def has_group(self) -> bool:
+        """Whether instances that share their experts are simulated side by side."""
+        return self.data_parallel > 1 and not self.is_one_of_alike
 
     @property
     def bytes_and_rates(self) -> Precision:
@@ -268,14 +295,11 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         ConfigError: the model does not fit, or cannot be divided so.
     """
     d = deployment or Deployment()
-    cost = roofline_cost(
-        device,
-        model,
-        tensor_parallel=d.tensor_parallel,
-        data_parallel=d.data_parallel,
-        expert_parallel=d.expert_parallel,
-        precision=d.bytes_and_rates,
-    )
+    if d.has_group and d.expert_parallel == 1:
+        raise ConfigError(
+            f"data_parallel is {d.data_parallel} without expert_parallel: the instances share nothing; accepted: so "
+            "many instances, or one of alike ones"
+        )
     room = kv_blocks_that_fit(
         device,
         model,
@@ -286,6 +310,8 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         block_size=1,
     )
     sharding = Sharding(tensor=d.tensor_parallel, data=d.data_parallel, expert=d.expert_parallel)
+    cost = RooflineCost(device, model, sharding=sharding, precision=d.bytes_and_rates)
+    cost.route(d.routing)
     layer = RooflineCost(device, draft_spec(model), sharding=sharding, precision=d.bytes_and_rates)
     told = {"cost_model": "roofline", "device": device.name, "error": "unknown: nothing was measured", **_told(d)}
     return Machine(
@@ -296,6 +322,8 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         host=d.host,
         most_kv_tokens=room,
         draft_time=mtp_draft_time(layer),
+        group=cost if d.has_group else None,
+        data_parallel=d.data_parallel,
     )
 
 
@@ -307,27 +335,44 @@ def profiled_machine(
     Args:
         folder: a profile bundle.
         model: if it is not the bundle's own: that of its config.json, or the well-known one of its name.
-        device: whose links join the devices of tensor parallelism.
+        device: whose links join the devices of an instance, and of a group.
 
     Raises:
         ProfileError: the bundle cannot be read, or lacks an operator.
-        ConfigError: tensor parallelism without a `device`; or a deployment other than the profiled one.
+        ConfigError: several devices without a `device`; another precision; or a model that cannot be divided so.
     """
     d = deployment or Deployment()
-    if (d.data_parallel, d.expert_parallel, d.precision) != (1, 1, "bf16"):
+    if d.precision != "bf16":
         raise ConfigError(
-            f"a profile is of one instance as it was: data_parallel is {d.data_parallel}, expert_parallel "
-            f"{d.expert_parallel} and precision {d.precision!r}; 1, 1 and 'bf16' are accepted"
+            f"a profile is of the precision it was taken in: {d.precision!r} is given, 'bf16' is accepted"
         )
-    bundle = read_bundle(folder, d.tensor_parallel)
-    spec = model or (read_model_spec(folder) if (folder / "config.json").exists() else known_model(bundle.model))
-    links = None if device is None or d.tensor_parallel == 1 else collectives(device, d.tensor_parallel)
-    cost = ProfiledCost(bundle, spec, collectives=links)
+    bundle = read_bundle(folder, d.tensor_parallel, d.tensor_parallel * d.data_parallel)
+    spec = model or profiled_model(folder)
+    links = None if device is None else partial(collectives, device)
+    cost = ProfiledCost(bundle, spec, links=links, data_parallel=d.data_parallel, expert_parallel=d.expert_parallel)
+    cost.route(d.routing)
     told = {"cost_model": "profiled", "profile": str(folder), **_told(d)}
     step_time = step_time_of(Hosted(cost, d.host))
     return Machine(
-        cost=cost, model=_described(spec), timing=told, step_time=step_time, host=d.host, page_time=bundle.page_time
+        cost=cost,
+        model=_described(spec),
+        timing=told,
+        step_time=step_time,
+        host=d.host,
+        page_time=bundle.page_time,
+        group=cost if d.has_group else None,
+        data_parallel=d.data_parallel,
     )
+
+
+def profiled_model(folder: Path) -> ModelSpec:
+    """A bundle's own model: that of its config.json, or the well-known one of its name.
+
+    Raises:
+        ProfileError: no bundle.
+        ModelError: a name that is not known, and no config.json.
+    """
+    return read_model_spec(folder) if (folder / "config.json").exists() else known_model(bundle_model(folder))
 
 
 def step_time_of(cost: CostModel) -> StepTime:
@@ -360,4 +405,6 @@ def _told(d: Deployment) -> dict[str, Any]:
         "expert_parallel": d.expert_parallel,
         "precision": d.precision,
         "host": asdict(d.host),
+        **({"is_one_of_alike": True} if d.is_one_of_alike else {}),
+        **({} if d.routing is None else {"experts_peak_to_mean": round(d.routing.peak_to_mean, 4)}),
     }

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xllm_lab.errors import ConfigError
+from xllm_lab.sim.validate.published import Point
 
 FILE = Path(__file__).with_name("npu_points.toml")
+
+
+Row = Mapping[str, Any]
 
 
 class Points(NamedTuple):
@@ -48,3 +52,27 @@ def points(table: str, file: Path = FILE) -> Points:
             )
         rows.append({**row, "source": sources[source]})
     return Points(rows, found.get("is_fitted", False), found.get("assumed", ""))
+
+
+def point(
+    row: Row,
+    table: Points,
+    *,
+    name: str,
+    what: str,
+    published: float,
+    predicted: float | None,
+    is_fitted: bool = False,
+) -> Point:
+    """A row beside a prediction; None: it cannot be modelled."""
+    note = f"not modelled: {row['not_modelled']}" if "not_modelled" in row else row.get("assumed", "")
+    return Point(
+        table=name,
+        what=what,
+        published=published,
+        predicted=predicted,
+        source=row["source"],
+        is_fitted=is_fitted,
+        note=note,
+        assumed=table.assumed,
+    )

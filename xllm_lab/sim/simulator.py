@@ -26,6 +26,7 @@ from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.collector import seldom_collecting
 from xllm_lab.sim.copies import SimulatedCopies
 from xllm_lab.sim.fleet import Fleet
+from xllm_lab.sim.group import GroupTiming, fleet_of_group, refuse_group
 from xllm_lab.sim.instance import Instance, Timing
 from xllm_lab.sim.machine import Machine
 from xllm_lab.step_shape import Shapes
@@ -48,8 +49,12 @@ def run_simulation(
     draft_time: DraftTime | None = None,
     copy_time: CopyTime | None = None,
     fleet: FleetConfig | None = None,
+    group: GroupTiming | None = None,
 ) -> Records:
     """Records of one instance that serves `workload`, or of a fleet of them, in memory.
+
+    Args:
+        group: of a fleet whose instances step together.
 
     Raises:
         as `serve_alone`.
@@ -65,7 +70,7 @@ def run_simulation(
     if fleet is None:
         serve_alone(workload, config, policies, timing, **known)
     else:
-        Fleet(workload, fleet, config, policies, timing, **known).run()
+        Fleet(workload, fleet, config, policies, timing, group=group, **known).run()
     return records.sort()
 
 
@@ -133,7 +138,7 @@ def simulate(
     Records go to disk while the run goes on.
 
     Args:
-        fleet: equal instances behind a router; without it, one instance and no router.
+        fleet: equal instances behind a router; without it, one instance and no router, or one group of them.
         fast_forward: skip steps that repeat themselves; the records are the same without, and take longer.
         keep_steps: without them, steps.parquet has no rows.
         progress: called once for every request that ended.
@@ -148,7 +153,10 @@ def simulate(
     machine.refuse_if_not_priced(policies, config)
     for request in workload.requests:
         config.refuse_if_too_large(request)
-    timing = machine.predicts(config, fast_forward=fast_forward)
+    timing, group = machine.predicts(config, fast_forward=fast_forward), machine.steps_together(config)
+    if group is not None:
+        fleet = fleet or fleet_of_group(group.size)
+        refuse_group(group.size, fleet, policies, config)
     with new_folder(out) as folder:
         with RunWriter(folder, keep_steps=keep_steps, on_request=progress) as writer:
             known = {
@@ -165,12 +173,15 @@ def simulate(
                     *(workload, fleet, config, policies, timing),
                     on_transfer=writer.transfer,
                     on_role=writer.role,
+                    group=group,
                     **known,
                 )
                 writer.low_water_us = served.low_water_us
                 served.run()
                 shapes = served.shapes
         told = {**machine.timing, "extrapolated_frac": timing.extrapolated_frac}
+        if group is not None:
+            told["waves"] = asdict(group.waves)
         if machine.calibration is not None and keep_steps:
             told["total_error_frac"] = _total_error_frac(machine.calibration, folder)
         manifest = Manifest(

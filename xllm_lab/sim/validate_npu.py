@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from xllm_lab.hardware import Device, hardware
 from xllm_lab.instance_config import InstanceConfig
@@ -19,13 +18,13 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.records import Records
 from xllm_lab.sim.acceptance import GivenAcceptance
 from xllm_lab.sim.cost import Batch, batch_of
-from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
 from xllm_lab.sim.cost.roofline import RooflineCost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.machine import Deployment, Machine, roofline_machine, with_acceptance
+from xllm_lab.sim.npu_experts import dispatch, dual_stream, layer, micro_batches
 from xllm_lab.sim.npu_fit import FITTED_DEVICE, GRAPHS, collective_us, decoding, mean_step
-from xllm_lab.sim.npu_points import Points, points
+from xllm_lab.sim.npu_points import Points, Row, point, points
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.sim.validate.published import Point, PublishedValidation
 from xllm_lab.step_time import Chunk
@@ -34,6 +33,7 @@ from xllm_lab.workload import ClosedLoop, Prompt, Request, RequestId, Workload
 # Between two steps of vLLM-Ascend and xDeepServe the device waits about 2 ms for the host (Ascend/msmodeling's serving
 # overhead, 2026-08; arXiv 2508.02520).
 HOST = HostOverhead(step_us=2000.0)
+_DIES_PER_CHIP = 2
 _BLOCK_SIZE = 128  # the only one of vLLM-Ascend's kernels
 _MTP_ACCEPTANCE_FRAC = 0.7  # CloudMatrix384, arXiv 2506.12708
 _MTP = Fixed(method="mtp", num_speculative_tokens=1)
@@ -50,34 +50,8 @@ def validate_npu() -> PublishedValidation:
     return PublishedValidation(tuple(point for some in found for point in some), _FOOTNOTE)
 
 
-_Row = Mapping[str, Any]
-
-
-def _point(
-    row: _Row,
-    table: Points,
-    *,
-    name: str,
-    what: str,
-    published: float,
-    predicted: float | None,
-    is_fitted: bool = False,
-) -> Point:
-    note = f"not modelled: {row['not_modelled']}" if "not_modelled" in row else row.get("assumed", "")
-    return Point(
-        table=name,
-        what=what,
-        published=published,
-        predicted=predicted,
-        source=row["source"],
-        is_fitted=is_fitted,
-        note=note,
-        assumed=table.assumed,
-    )
-
-
-def _collective(row: _Row, table: Points) -> Iterator[Point]:
-    yield _point(
+def _collective(row: Row, table: Points) -> Iterator[Point]:
+    yield point(
         row,
         table,
         name="HCCL on an A3 node, us",
@@ -88,7 +62,7 @@ def _collective(row: _Row, table: Points) -> Iterator[Point]:
     )
 
 
-def _step(row: _Row, table: Points) -> Iterator[Point]:
+def _step(row: Row, table: Points) -> Iterator[Point]:
     parts = mean_step(hardware(FITTED_DEVICE), row["clients"])
     compute, communication, free = parts.compute_us / 1e3, parts.communication_us / 1e3, HOST.step_us / 1e3
     ours = {
@@ -98,7 +72,7 @@ def _step(row: _Row, table: Points) -> Iterator[Point]:
         "step_ms": compute + communication + free,
     }
     for key, predicted in ours.items():
-        yield _point(
+        yield point(
             row,
             table,
             name="Qwen3-32B bf16 TP16 step, ms",
@@ -109,12 +83,12 @@ def _step(row: _Row, table: Points) -> Iterator[Point]:
         )
 
 
-def _nightly(row: _Row, table: Points) -> Iterator[Point]:
+def _nightly(row: Row, table: Points) -> Iterator[Point]:
     per_s = None
     if "not_modelled" not in row:
         records = _serve(row, 3584, 1536, drafts=row.get("mtp", False))
         per_s = summarize(records).output_throughput_per_s * row.get("data", 1)
-    yield _point(
+    yield point(
         row,
         table,
         name="vllm-ascend nightly, output tokens/s",
@@ -124,9 +98,9 @@ def _nightly(row: _Row, table: Points) -> Iterator[Point]:
     )
 
 
-def _prefix(row: _Row, table: Points) -> Iterator[Point]:
+def _prefix(row: Row, table: Points) -> Iterator[Point]:
     records = _serve(row, 3584, 1, cached_frac=row["cached_frac"])
-    yield _point(
+    yield point(
         row,
         table,
         name="vllm-ascend nightly, prompts/s",
@@ -136,7 +110,7 @@ def _prefix(row: _Row, table: Points) -> Iterator[Point]:
     )
 
 
-def _share(row: _Row, table: Points) -> Iterator[Point]:
+def _share(row: Row, table: Points) -> Iterator[Point]:
     sharding = Sharding(tensor=8, data=2, expert=16)
     cost = RooflineCost(
         hardware(FITTED_DEVICE),
@@ -152,7 +126,7 @@ def _share(row: _Row, table: Points) -> Iterator[Point]:
     total_us = parts.compute_us + parts.communication_us + HOST.step_us
     ours = {"compute": parts.compute_us, "communication": parts.communication_us, "free": HOST.step_us}
     for key, us in ours.items():
-        yield _point(
+        yield point(
             row,
             table,
             name="DeepSeek-V3 w8a8 TP8 DP2 EP16, % of the time",
@@ -162,7 +136,7 @@ def _share(row: _Row, table: Points) -> Iterator[Point]:
         )
 
 
-def _iteration(row: _Row, table: Points) -> Iterator[Point]:
+def _iteration(row: Row, table: Points) -> Iterator[Point]:
     predicted = None
     if "not_modelled" not in row:
         machine = _machine({"precision": "w8a8", **row})
@@ -170,7 +144,7 @@ def _iteration(row: _Row, table: Points) -> Iterator[Point]:
             predicted = _us_per_token(machine, row) / 1e3
         else:
             predicted = Hosted(machine.cost, machine.host).step(_iterated(row)).us / 1e3
-    yield _point(
+    yield point(
         row,
         table,
         name="steps of DeepSeek and others, ms",
@@ -180,13 +154,13 @@ def _iteration(row: _Row, table: Points) -> Iterator[Point]:
     )
 
 
-def _iterated(row: _Row) -> Batch:
+def _iterated(row: Row) -> Batch:
     if "prompts" in row:
         return Batch((Chunk(row["prompt_tokens"], 0),) * row["prompts"], 0, 0, 0, row["prompts"])
     return decoding(row["seqs"], row["context"], _shapes(row))
 
 
-def _us_per_token(machine: Machine, row: _Row) -> float:
+def _us_per_token(machine: Machine, row: Row) -> float:
     """Of a sequence that drafts one token a step: drafting, and the step that verifies it, over what that yields."""
     seqs, context = row["seqs"], row["context"]
     shape = decoding(2 * seqs, context).graph_tokens
@@ -195,23 +169,12 @@ def _us_per_token(machine: Machine, row: _Row) -> float:
     return step_us / GivenAcceptance((row["acceptance_frac"],)).tokens_per_step(1)
 
 
-def _dispatch(row: _Row, table: Points) -> Iterator[Point]:
-    yield _point(
-        row,
-        table,
-        name="CloudMatrix384 dispatch and combine, us",
-        what=f"{row['op']}, EP{row['devices']}, 128 tokens a die",
-        published=row["us"],
-        predicted=collectives(hardware(FITTED_DEVICE), row["devices"]).all_to_all_us(row["num_bytes"]),
-    )
-
-
-def _mtp(row: _Row, table: Points) -> Iterator[Point]:
+def _mtp(row: Row, table: Points) -> Iterator[Point]:
     layout = {"model": "deepseek-r1", "precision": "w8a8", "tensor": 16, "clients": row["clients"], "is_eager": True}
     for key, is_on in (("tpot_ms", False), ("mtp_tpot_ms", True)):
         records = _serve(layout, 2500, 1500, policy="prefill-first", at_most=80, drafts=is_on)
         times = [tpot for request in records.requests if (tpot := tpot_us(request)) is not None]
-        yield _point(
+        yield point(
             row,
             table,
             name="DeepSeek-R1 TPOT with and without MTP, ms",
@@ -221,36 +184,67 @@ def _mtp(row: _Row, table: Points) -> Iterator[Point]:
         )
 
 
-_TABLES: dict[str, Callable[[_Row, Points], Iterator[Point]]] = {
+def _chip_throughput(row: Row, table: Points) -> Iterator[Point]:
+    predicted = None
+    if "not_modelled" not in row:
+        machine = _machine({"model": "deepseek-r1", "precision": "w8a8", **row})
+        if "prompts" in row:
+            us = Hosted(machine.cost, machine.host).step(_iterated(row)).us
+            tokens = row["prompts"] * row["prompt_tokens"]
+        else:
+            us, tokens = _us_per_token(machine, row), row["seqs"]
+        predicted = _DIES_PER_CHIP * tokens / us * 1e6
+    yield point(
+        row,
+        table,
+        name="DeepSeek-R1, tokens/s of a chip",
+        what=row["what"],
+        published=row["per_s"],
+        predicted=predicted,
+    )
+
+
+_TABLES: dict[str, Callable[[Row, Points], Iterator[Point]]] = {
     "collectives": _collective,
     "steps": _step,
     "nightly": _nightly,
     "prefix": _prefix,
     "deepseek_shares": _share,
     "iterations": _iteration,
-    "dispatch": _dispatch,
+    "dispatch": dispatch,
     "mtp": _mtp,
+    "dual_stream": dual_stream,
+    "layers": layer,
+    "chip_throughput": _chip_throughput,
+    "micro_batches": micro_batches,
 }
 
 
-def _device(row: _Row) -> Device:
+def _device(row: Row) -> Device:
     return hardware(row.get("device", FITTED_DEVICE))
 
 
-def _groups(row: _Row) -> dict[str, int]:
+def _groups(row: Row) -> dict[str, int]:
     tensor, data = row.get("tensor", 1), row.get("data", 1)
     expert = tensor * data if known_model(row["model"]).experts else 1
     return {"tensor_parallel": tensor, "data_parallel": data, "expert_parallel": expert}
 
 
-def _machine(row: _Row) -> Machine:
-    return roofline_machine(
-        _device(row), known_model(row["model"]), Deployment(**_groups(row), precision=row["precision"], host=HOST)
+def _machine(row: Row) -> Machine:
+    groups = _groups(row)
+    deployment = Deployment(
+        tensor_parallel=groups["tensor_parallel"],
+        data_parallel=groups["data_parallel"],
+        expert_parallel=groups["expert_parallel"],
+        precision=row["precision"],
+        host=HOST,
+        is_one_of_alike=groups["data_parallel"] > 1,
     )
+    return roofline_machine(_device(row), known_model(row["model"]), deployment)
 
 
 def _serve(
-    row: _Row,
+    row: Row,
     prompt_tokens: int,
     output_tokens: int,
     *,
@@ -284,11 +278,11 @@ def _serve(
     return run_simulation(workload, config, decide, machine.predicts(config), vocab_size=spec.vocab_size)
 
 
-def _shapes(row: _Row) -> ShapesPolicy:
+def _shapes(row: Row) -> ShapesPolicy:
     return EAGER if row.get("is_eager") else GRAPHS
 
 
-def _layout(row: _Row) -> str:
+def _layout(row: Row) -> str:
     groups = f"TP{row['tensor']}" + (f" DP{row['data']}" if "data" in row else "")
     mtp = " MTP" if row.get("mtp") else ""
     device = row["device"].removeprefix("ascend-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def cost(folder: Path) -> ProfiledCost:
 @pytest.fixture(scope="module")
 def skewed(skewed_folder: Path) -> ProfiledCost:
     return ProfiledCost(read_bundle(skewed_folder), MODEL)
+
+
+def links(num_devices: int) -> Collectives:
+    link = Link(bytes_per_s=1e12, latency_us=0.0, num_devices=num_devices, frac=1.0)
+    return Collectives(num_devices, link, kernel_us=0.0)
 
 
 def decodes(n: int, kv: int, longest: int | None = None) -> Batch:
@@ -196,7 +202,7 @@ def test_tensor_parallelism_needs_a_link_and_pays_for_it(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="need the link"):
         ProfiledCost(bundle, MODEL)
     fast, slow = (
-        ProfiledCost(bundle, MODEL, collectives=Collectives(2, link, kernel_us=0.0))
+        ProfiledCost(bundle, MODEL, links=partial(Collectives, link=link, kernel_us=0.0))
         for link in (
             Link(bytes_per_s=1e12, latency_us=1.0, num_devices=2, frac=1.0),
             Link(bytes_per_s=1e10, latency_us=1.0, num_devices=2, frac=1.0),
@@ -222,8 +228,7 @@ def experts_bundle(tmp_path_factory: pytest.TempPathFactory) -> ProfileBundle:
 
 def test_a_group_ends_with_its_slowest_and_pays_for_all_tokens(experts_bundle: ProfileBundle) -> None:
     model = known_model("qwen3-30b-a3b")
-    link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
-    group = ProfiledCost(experts_bundle, model, collectives=link, expert_parallel=2)
+    group = ProfiledCost(experts_bundle, model, links=links, data_parallel=2, expert_parallel=2)
     few, many, none = decodes(4, 64), decodes(16, 256), Batch((), 0, 0, 0, 0)
     both = group.together([few, many])
     assert both == group.together([many, few])
@@ -236,14 +241,39 @@ def test_a_group_ends_with_its_slowest_and_pays_for_all_tokens(experts_bundle: P
 
 def test_a_group_is_padded_to_the_most_tokens_where_a_graph_is_replayed(experts_bundle: ProfileBundle) -> None:
     model = known_model("qwen3-30b-a3b")
-    link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
-    group = ProfiledCost(experts_bundle, model, collectives=link, expert_parallel=2)
+    group = ProfiledCost(experts_bundle, model, links=links, data_parallel=2, expert_parallel=2)
     two, thirteen, sixteen = (decodes(n, 64)._replace(graph_tokens=16) for n in (2, 13, 16))
     assert group.together([two, sixteen]) == group.together([thirteen, sixteen])
 
 
-def test_tensor_and_expert_parallelism_together_are_refused(tmp_path: Path) -> None:
-    bundle = read_bundle(write_bundle(tmp_path / "profile", tensor_parallel=2), 2)
-    link = Collectives(2, Link(bytes_per_s=1e12, latency_us=0.0, num_devices=2, frac=1.0), kernel_us=0.0)
-    with pytest.raises(ConfigError, match="not both"):
-        ProfiledCost(bundle, MODEL, collectives=link, expert_parallel=2)
+@pytest.mark.parametrize(("data", "expert"), [(2, 1), (2, 3), (1, 2)])
+def test_impossible_groups_are_refused(experts_bundle: ProfileBundle, data: int, expert: int) -> None:
+    """Whole experts are spread over all devices or none; and devices are joined by something."""
+    with pytest.raises(ConfigError, match=r"expert_parallel is|need the link"):
+        ProfiledCost(experts_bundle, known_model("qwen3-30b-a3b"), data_parallel=data, expert_parallel=expert)
+
+
+def test_one_instance_of_a_group_of_one_steps_alone(experts_bundle: ProfileBundle) -> None:
+    cost = ProfiledCost(experts_bundle, known_model("qwen3-30b-a3b"))
+    for batch in (decodes(7, 100), Batch((Chunk(100, 3),), 4, 400, 120, 5)):
+        assert cost.together([batch]) == cost.step(batch)
+
+
+def test_alike_instances_step_as_a_group_of_them(experts_bundle: ProfileBundle) -> None:
+    group = ProfiledCost(experts_bundle, known_model("qwen3-30b-a3b"), links=links, data_parallel=4, expert_parallel=4)
+    for batch in (decodes(7, 100), Batch((Chunk(100, 3),), 4, 400, 120, 5)):
+        assert group.together([batch] * 4).us == pytest.approx(group.step(batch).us, rel=1e-12)
+
+
+def test_a_bundle_of_several_ep_is_read_by_a_devices_rows(tmp_path: Path) -> None:
+    """Later profilers count the tokens of all devices: half of a token's rows are on each of two."""
+    folder = write_bundle(tmp_path / "profile", model="Qwen/Qwen3-30B-A3B", more={"qk_norm": 3.0})
+    rows = [f"{ep},{n},{e},{e * 6.0 + n / ep}" for ep in (1, 2) for n in (8, 64) for e in (8 // ep, 128 // ep)]
+    table = folder / "tp1" / "moe.csv"
+    table.write_text("ep,tokens,activated_experts,time_us\n" + "\n".join(rows) + "\n")
+    assert read_bundle(folder).moe[8.0, 128] == 128 * 6.0 + 8
+    assert read_bundle(folder, 1, 2).moe == {(n / 2, e): e * 6.0 + n / 2 for n in (8, 64) for e in (4, 64)}
+    assert read_bundle(folder, 1, 4).moe == read_bundle(folder).moe  # a device's rows are a device's rows
+    table.write_text("ep,tokens,activated_experts,time_us\n2,8,8,9.0\n")
+    with pytest.raises(ProfileError, match="ep is 2; rows of 4 or 1 are expected"):
+        read_bundle(folder, 1, 4)

@@ -150,7 +150,7 @@ def test_a_folder_without_its_files_is_refused(tmp_path: Path) -> None:
         validate_measured(folder)
 
 
-def test_instances_that_share_no_experts_are_runs_of_their_own(tmp_path: Path) -> None:
+def test_instances_without_experts_are_runs_of_their_own(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "machine", meta={"engine_kwargs": {"data_parallel_size": 2}})
     with pytest.raises(TraceError, match="data_parallel_size is 2; more than 1 is accepted where"):
         validate_measured(path)

@@ -7,7 +7,7 @@ requests, and so that many steps of one decoding batch can be priced at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -99,5 +99,17 @@ class CostModel(Protocol):
         Bit for bit what `step` says of each: use the same additions, multiplications, divisions, minima and maxima in
         the same order, and nothing else that numpy may round its own way (no sums over an axis, no exp, no powers;
         square roots are exact enough everywhere).
+        """
+        ...
+
+
+class GroupCost(CostModel, Protocol):
+    """Of instances that share their experts, and so step together."""
+
+    def together(self, batches: Sequence[Batch]) -> Price:
+        """Predicted time of a step of all of them: that of the slowest.
+
+        Args:
+            batches: of those that have one, at least one, all with the same `graph_tokens`; the others compute nothing.
         """
         ...

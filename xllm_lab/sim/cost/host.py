@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xllm_lab.errors import ConfigError
-from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
+from xllm_lab.sim.cost import Batch, CostModel, GroupCost, Price, Prices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +49,27 @@ class Hosted:
         self._plans_ahead = plans_ahead
 
     def step(self, batch: Batch) -> Price:
-        price = self._device.step(batch)
-        host_us = self._host.us(batch.num_seqs)
+        return self._after_host(self._device.step(batch), batch.num_seqs)
+
+    def _after_host(self, price: Price, num_seqs: int) -> Price:
+        host_us = self._host.us(num_seqs)
         return price._replace(us=max(price.us, host_us) if self._plans_ahead else price.us + host_us)
 
     def decode_steps(self, batch: Batch, num_steps: int) -> Prices:
         prices = self._device.decode_steps(batch, num_steps)
         host_us = self._host.us(batch.num_seqs)
         return prices._replace(us=np.maximum(prices.us, host_us) if self._plans_ahead else prices.us + host_us)
+
+
+class HostedGroup(Hosted):
+    """A group's cost model, with a host in front of each instance; the one with most sequences decides."""
+
+    def __init__(self, device: GroupCost, host: HostOverhead, *, plans_ahead: bool = False) -> None:
+        super().__init__(device, host, plans_ahead=plans_ahead)
+        self._group = device
+
+    def together(self, batches: Sequence[Batch]) -> Price:
+        return self._after_host(self._group.together(batches), max(batch.num_seqs for batch in batches))
 
 
 def fit_host(num_seqs: Sequence[int], host_us: Sequence[float]) -> HostOverhead:

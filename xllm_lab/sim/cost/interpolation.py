@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+K = TypeVar("K", int, float)
 
 
 class Line:
@@ -109,7 +111,7 @@ def surface_between(first: Surface, second: Surface, weight: float) -> Surface:
     return Surface(xs, ys, [[first(x, y) + weight * (second(x, y) - first(x, y)) for y in ys] for x in xs])
 
 
-def bracket(keys: Sequence[int], x: float, *, extrapolate: bool) -> tuple[tuple[int, float], ...]:
+def bracket(keys: Sequence[K], x: float, *, extrapolate: bool) -> tuple[tuple[K, float], ...]:
     """The keys that surround `x`, and how much each weighs; the weights sum to 1.
 
     Beyond the last key the last two go on, if `extrapolate`, with weights below 0 and above 1.

@@ -5,6 +5,7 @@
     profile/tpN/per_sequence.csv  layer,sequences,time_us
     profile/tpN/attention.csv     prefill_chunk,kv_prefill,n_decode,kv_decode,time_us
     profile/tpN/moe.csv           tokens,activated_experts,time_us                       mixtures of experts only
+                                  ep,tokens,activated_experts,time_us                    of later profilers
     profile/tpN/skew.csv          one long decode among short ones, beside equally long ones
 
 The form is LLMServingSim's (casys-kaist, commit 5daddb2, docs/docs/profiler/output-bundle.md). Each time is one call of
@@ -60,7 +61,8 @@ class ProfileBundle:
         dense: operator -> tokens -> microseconds.
         per_sequence: operator -> rows -> microseconds.
         attention: (prefill chunk, KV before it, decodes, KV of each) -> microseconds.
-        moe: (tokens, activated experts) -> microseconds; empty without experts.
+        moe: (tokens, activated experts) -> microseconds; empty without experts. A token is as many rows as it has
+            experts, so that there may be half of one.
         skew: empty if there is none, or if the bundle says that it is not to be used.
         page_time: of mapping pages of virtual KV, if it was measured.
     """
@@ -72,13 +74,16 @@ class ProfileBundle:
     dense: Mapping[str, Mapping[int, float]]
     per_sequence: Mapping[str, Mapping[int, float]]
     attention: Mapping[Key, float]
-    moe: Mapping[Key, float]
+    moe: Mapping[tuple[float, int], float]
     skew: tuple[SkewShot, ...]
     page_time: PageTime | None = None
 
 
-def read_bundle(folder: Path, tensor_parallel: int = 1) -> ProfileBundle:
+def read_bundle(folder: Path, tensor_parallel: int = 1, expert_devices: int = 1) -> ProfileBundle:
     """Read a bundle's tables for one degree of tensor parallelism.
+
+    Args:
+        expert_devices: over which the experts are divided; matters where their table tells several apart.
 
     Raises:
         ProfileError: a missing file, column or operator, a cell that is no number, a time that cannot be microseconds,
@@ -102,10 +107,15 @@ def read_bundle(folder: Path, tensor_parallel: int = 1) -> ProfileBundle:
         dense=_by_layer(tables / "dense.csv", "tokens"),
         per_sequence=_by_layer(tables / "per_sequence.csv", "sequences"),
         attention=attention,
-        moe=_table(moe, ("tokens", "activated_experts"), least=1) if moe.exists() else {},
+        moe=_moe(moe, expert_devices) if moe.exists() else {},
         skew=_skew(tables / "skew.csv") if _uses_skew(meta) else (),
         page_time=_page_time(folder / "meta.yaml", meta.get("page_time")),
     )
+
+
+def bundle_model(folder: Path) -> str:
+    """The profiled model, as its repository is called. ProfileError if there is no bundle."""
+    return str(_meta(folder / "meta.yaml")["model"])
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -192,6 +202,24 @@ def _table(path: Path, keys: tuple[str, ...], least: int) -> dict[Key, float]:
             raise ProfileError(f"{path}, line {line}: {','.join(keys)} = {key} is there twice, once is expected")
         table[key] = _time_us(path, line, cells)
     return table
+
+
+def _moe(path: Path, expert_devices: int) -> dict[tuple[float, int], float]:
+    """The rows of as many devices, or of 1: a device's kernels depend on its own rows and experts."""
+    columns = ("tokens", "activated_experts")
+    if "ep" not in _columns(path):
+        return {(float(n), e): us for (n, e), us in _table(path, columns, least=1).items()}
+    table = _table(path, ("ep", *columns), least=1)
+    measured = sorted({ep for ep, _, _ in table})
+    ep = expert_devices if expert_devices in measured else 1
+    if ep not in measured:
+        raise ProfileError(f"{path}: ep is {', '.join(map(str, measured))}; rows of {expert_devices} or 1 are expected")
+    return {(n / ep, e): us for (of, n, e), us in table.items() if of == ep}
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _by_layer(path: Path, size: str) -> dict[str, dict[int, float]]:

@@ -18,10 +18,13 @@ import numpy as np
 from xllm_lab.errors import ConfigError, ProfileError
 from xllm_lab.model_spec import ModelSpec
 from xllm_lab.sim.cost import Batch, Price, Prices
-from xllm_lab.sim.cost.collectives import Collectives
-from xllm_lab.sim.cost.interpolation import Line, bracket
+from xllm_lab.sim.cost.exchanges import Exchanges, Links
+from xllm_lab.sim.cost.interpolation import Floats, Line, bracket
 from xllm_lab.sim.cost.profile_bundle import ProfileBundle
 from xllm_lab.sim.cost.profiled_attention import Attention, DecodeTime
+from xllm_lab.sim.cost.routed import refuse_routing
+from xllm_lab.sim.cost.sharding import Sharding
+from xllm_lab.sim.experts.routing import Routing
 
 # How often a layer calls an operator that acts on tokens; a row of the table is one call. Norms: before attention and
 # before the feed-forward; of queries and of keys.
@@ -54,13 +57,18 @@ class _Decoding(NamedTuple):
 class ProfiledCost:
     """Operator times of a bundle, for one instance of a model.
 
+    Experts are divided over all devices of all instances: whole ones with expert parallelism, else each is cut, which
+    moves and computes as much where tokens choose evenly. Their table is of one device: a token in it is as many rows
+    as it has experts.
+
     Args:
-        collectives: joins the devices of tensor or expert parallelism; the bundle has no time for that.
-        expert_parallel: devices over which the experts are spread, each with batches of its own; see `together`.
+        links: what joins so many devices; the bundle has no time for that.
+        data_parallel: instances that share the experts, each with batches of its own; see `together`.
+        expert_parallel: devices over which whole experts are spread: all, or 1.
 
     Raises:
         ProfileError: an operator that the model has is missing, or one is there that we do not know.
-        ConfigError: several devices without `collectives`, or tensor and expert parallelism together.
+        ConfigError: several devices without `links`; or parallelism that the model cannot have.
     """
 
     def __init__(
@@ -68,20 +76,31 @@ class ProfiledCost:
         bundle: ProfileBundle,
         model: ModelSpec,
         *,
-        collectives: Collectives | None = None,
+        links: Links | None = None,
+        data_parallel: int = 1,
         expert_parallel: int = 1,
     ) -> None:
-        if max(bundle.tensor_parallel, expert_parallel) > 1 and collectives is None:
+        sharding = Sharding(tensor=bundle.tensor_parallel, data=data_parallel, expert=expert_parallel)
+        sharding.refuse_if_impossible(model)
+        if data_parallel > 1 and model.experts is None:
             raise ConfigError(
-                f"{bundle.folder}: tensor parallelism of {bundle.tensor_parallel} and expert parallelism of "
-                f"{expert_parallel} need the link between the devices"
+                f"data_parallel is {data_parallel}; instances of {model.name}, which has no experts, share nothing, so "
+                "1 is accepted, and any number of instances"
             )
-        if min(bundle.tensor_parallel, expert_parallel) > 1:
-            raise ConfigError(f"{bundle.folder}: tensor or expert parallelism is accepted, not both")
+        if bundle.tensor_parallel * data_parallel > 1 and links is None:
+            raise ConfigError(
+                f"{bundle.folder}: tensor parallelism of {bundle.tensor_parallel} and data parallelism of "
+                f"{data_parallel} need the link between the devices"
+            )
         _refuse_operators(bundle, model)
-        self._model = model
-        self._collectives = collectives
-        self._expert_parallel = expert_parallel
+        self._model, self._sharding = model, sharding
+        self._num_devices = bundle.tensor_parallel * data_parallel
+        self._exchanges = None
+        if links is not None:
+            self._exchanges = Exchanges(
+                model=model, links=links, tensor=sharding.tensor, data=sharding.data, expert=sharding.expert
+            )
+        self._routing: Routing | None = None
         self._layers = model.num_layers
         self._on_tokens = [
             (calls * self._layers, _line(bundle.dense[name]))
@@ -91,6 +110,7 @@ class ProfiledCost:
         self._measured_tokens = sorted(bundle.dense["embedding"])
         self._on_rows = [_line(bundle.per_sequence[name]) for name in PER_SEQUENCE]
         self._experts = _by_tokens(bundle.moe)
+        self._expert_tokens = list(self._experts)
         self._attention = Attention(bundle.attention, bundle.skew)
         self._most_tokens = min(line.knots[-1] for _, line in self._on_tokens)
         self._most_rows = min(line.knots[-1] for line in self._on_rows)
@@ -111,11 +131,14 @@ class ProfiledCost:
         return Price(us, is_outside or tokens > self._most_tokens or rows > self._most_rows)
 
     def together(self, batches: Sequence[Batch]) -> Price:
-        """A step that an expert-parallel group takes together, and the slowest device ends.
+        """A step that a data-parallel group takes together, and the slowest device ends.
 
         In a graph all are padded to it; else each computes its own, as vLLM pads across a group only to replay
-        (`coordinate_batch_across_dp`). Devices without a batch have no tokens.
+        (`coordinate_batch_across_dp`). Instances without a batch have no tokens.
         """
+        if self._sharding.data == 1:
+            (alone,) = batches
+            return self.step(alone)
         most = max(batch.num_tokens for batch in batches)
         graph_tokens = batches[0].graph_tokens
         assert all(b.graph_tokens == graph_tokens for b in batches), "a group steps in one graph, or eagerly"
@@ -124,7 +147,7 @@ class ProfiledCost:
             shared_us = self._shared_us(float(graph_tokens))
         else:
             tokens = [batch.num_tokens for batch in batches]
-            shared_us = self._shared_us(sum(tokens) / self._expert_parallel)
+            shared_us = self._shared_us(sum(tokens) / self._sharding.data)
         us, is_outside = 0.0, most > self._most_tokens
         for batch, own in zip(batches, tokens, strict=True):
             attention_us, beyond = self._attention_us(batch)
@@ -184,35 +207,60 @@ class ProfiledCost:
         return found
 
     def _shared_us(self, tokens: float) -> float:
-        """Experts, when tokens choose theirs evenly, and activations of 2 bytes a number between devices.
+        """Experts, and what devices exchange, where each instance of the group has so many tokens."""
+        us = 0.0 if self._exchanges is None else self._exchanges.us(tokens)
+        if self._model.experts is None:
+            return us
+        if self._routing is None:
+            return us + self._even_us(tokens)
+        return us + self.experts_us(*self._routing.peak(tokens * self._sharding.data))
+
+    def _even_us(self, tokens: float) -> float:
+        """Experts, when tokens choose theirs evenly: each device has its share of them, and of all rows."""
+        experts = self._model.experts
+        assert experts is not None, "experts of a model without any"
+        everyones = tokens * self._sharding.data
+        activated = experts.num_activated(everyones) / self._num_devices
+        return experts.num_layers * self._layer_us(everyones / self._num_devices, activated)
+
+    def experts_us(self, rows_L: Floats, activated_L: Floats) -> float:
+        """What a step spends in experts, each layer waiting for its most loaded device.
 
         Args:
-            tokens: per device. In a group each device has a share of the experts, and their share of all tokens.
-
-        Tensor parallelism sums after attention and after the feed-forward. Expert parallelism gathers before the
-        experts, and sums and scatters what they give (vLLM's default, `all2all_backend` allgather_reducescatter).
+            rows_L: of that device, a token counting once for each of its experts there. Shape [layers with experts], or
+                fewer layers, which stand for all.
+            activated_L: its experts that have a row.
         """
-        experts, link, size = self._model.experts, self._collectives, self._expert_parallel
-        num_bytes = 2.0 * tokens * self._model.hidden_size
-        us = 0.0
-        if experts is not None:
-            activated = experts.num_activated(tokens * size) / size
-            shares = bracket(list(self._experts), tokens, extrapolate=True)
-            us += experts.num_layers * sum(share * self._experts[at](activated) for at, share in shares)
-        if link is None:
-            return us
-        if size > 1 and experts is not None:
-            return us + experts.num_layers * (link.all_gather_us(num_bytes) + link.reduce_scatter_us(num_bytes))
-        return us + 2 * self._layers * link.all_reduce_us(num_bytes)
+        experts = self._model.experts
+        assert experts is not None, "experts of a model without any"
+        tokens, activated = (rows_L / experts.num_per_token).tolist(), activated_L.tolist()
+        total_us = sum(self._layer_us(n, e) for n, e in zip(tokens, activated, strict=True))
+        return total_us * (experts.num_layers / len(tokens))
+
+    def route(self, routing: Routing | None) -> None:
+        """Price steps from now on with experts that are routed to so; None: evenly.
+
+        Raises:
+            ConfigError: experts that are not spread over as many devices.
+        """
+        refuse_routing(routing, self._model, self._sharding)
+        self._routing = routing
+        self._tokens_us.clear()
+        self._decoding.clear()
+
+    def _layer_us(self, tokens: float, activated: float) -> float:
+        """Experts of a layer on a device that has the rows of so many tokens."""
+        shares = bracket(self._expert_tokens, tokens, extrapolate=True)
+        return sum(share * self._experts[at](activated) for at, share in shares)
 
 
 def _line(times: Mapping[int, float]) -> Line:
     return Line(*zip(*sorted(times.items()), strict=True))
 
 
-def _by_tokens(moe: Mapping[tuple[int, ...], float]) -> dict[int, Line]:
+def _by_tokens(moe: Mapping[tuple[float, int], float]) -> dict[float, Line]:
     """tokens -> line over activated experts."""
-    rows: dict[int, dict[int, float]] = {}
+    rows: dict[float, dict[int, float]] = {}
     for (tokens, activated), us in sorted(moe.items()):
         rows.setdefault(tokens, {})[activated] = us
     return {tokens: _line(times) for tokens, times in rows.items()}

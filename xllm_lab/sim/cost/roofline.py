@@ -22,7 +22,10 @@ from xllm_lab.model_spec import PRECISIONS, GroupedAttention, LatentAttention, M
 from xllm_lab.sim.cost import Batch, CostModel, Price, Prices
 from xllm_lab.sim.cost.collectives import collectives
 from xllm_lab.sim.cost.host import Hosted, HostOverhead
+from xllm_lab.sim.cost.interpolation import Floats
+from xllm_lab.sim.cost.routed import refuse_routing
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
+from xllm_lab.sim.experts.routing import Routing
 
 # Bytes a vector operator moves per number of a token: of 2 bytes, so many times read or written.
 _NORM_BYTES = 2 * 4  # the residual and its update in, their sum and its norm out
@@ -106,6 +109,7 @@ class RooflineCost:
         self._expert_group = collectives(device, sharding.expert)
         self._set_attention()
         self._memo: dict[tuple[int, int, bool, int | None], StepParts] = {}
+        self._routing: Routing | None = None
 
     def step(self, batch: Batch) -> Price:
         fixed, kv_tokens = self._fixed(batch), batch.decode_kv_tokens + batch.num_decodes
@@ -117,6 +121,23 @@ class RooflineCost:
         kv_tokens = first + batch.num_decodes * np.arange(num_steps)
         us = np.maximum(self._total(fixed, 0.0, kv_tokens), fixed.launch_us)
         return Prices(us, np.zeros(num_steps, dtype=np.bool_))
+
+    def together(self, batches: Sequence[Batch]) -> Price:
+        """A step of the data-parallel instances, each with its own batch; see `GroupCost`."""
+        if self._sharding.data == 1:
+            (alone,) = batches
+            return self.step(alone)
+        graph = batches[0].graph_tokens
+        routed = sum(b.num_tokens for b in batches) if graph is None else graph * self._sharding.data
+        own_us, launch_us, most, most_logits = 0.0, 0.0, 0, 0
+        for batch in batches:
+            tokens, logits, launches_us = self._launched(batch)
+            kv_tokens = batch.decode_kv_tokens + batch.num_decodes
+            attention_us = self._prefill_us(batch) + self._decode_kv_us * kv_tokens
+            own_us = max(own_us, self._own_us(tokens, logits) + attention_us)
+            launch_us, most, most_logits = max(launch_us, launches_us), max(most, tokens), max(most_logits, logits)
+        us = own_us + self._experts_us(routed) + self._communication_us(most, most_logits)
+        return Price(us if us > launch_us else launch_us)
 
     def parts(self, batch: Batch) -> StepParts:
         """Where the time of `step` goes."""
@@ -146,17 +167,27 @@ class RooflineCost:
         return found
 
     def _fixed_parts(self, tokens: int, logits: int, is_decode: bool, graph_tokens: int | None) -> StepParts:
-        launch = self._launches_us
-        if graph_tokens is not None:
-            # The attention of prompts, whose lengths differ from step to step, is launched between pieces of graph.
-            launch = 0.0 if is_decode else self._attention_launches_us
-            tokens = graph_tokens
-            logits = tokens if is_decode else logits
+        tokens, logits, launch = self._launches(tokens, logits, is_decode, graph_tokens)
         compute = self._kernels_us
-        compute += self._body.us(tokens) + self._experts_us(tokens)
+        compute += self._body.us(tokens) + self._experts_us(tokens * self._sharding.data)
         if logits:
             compute += self._tail.us(logits)
         return StepParts(compute, self._communication_us(tokens, logits), launch)
+
+    def _launched(self, batch: Batch) -> tuple[int, int, float]:
+        return self._launches(batch.num_tokens, batch.num_logits, not batch.prefills, batch.graph_tokens)
+
+    def _launches(self, tokens: int, logits: int, is_decode: bool, graph_tokens: int | None) -> tuple[int, int, float]:
+        """Tokens and logits that are computed, padding included, and what launching takes at least."""
+        if graph_tokens is None:
+            return tokens, logits, self._launches_us
+        # The attention of prompts, whose lengths differ from step to step, is launched between pieces of graph.
+        launch = 0.0 if is_decode else self._attention_launches_us
+        return graph_tokens, graph_tokens if is_decode else logits, launch
+
+    def _own_us(self, tokens: int, logits: int) -> float:
+        """What an instance computes on its own tokens, attention excepted."""
+        return self._kernels_us + self._body.us(tokens) + (self._tail.us(logits) if logits else 0.0)
 
     def _matmuls(self) -> Iterator[Operator]:
         for m in self._spec.matmuls:
@@ -190,25 +221,55 @@ class RooflineCost:
             "activations", gated * _ACTIVATION_FLOPS * flops_us, 0.0, gated * _ACTIVATION_BYTES * self._hbm_us
         )
 
-    def _experts_us(self, tokens: int) -> float:
-        """Routed experts with uniform routing: those that get a token are read, each token is computed k times."""
+    def _experts_us(self, routed: int) -> float:
+        """Routed experts, of so many tokens of all instances: those that get one are read, each computes k times."""
         e, s = self._spec.experts, self._sharding
         if e is None:
             return 0.0
+        if self._routing is not None:
+            return self.experts_us(*self._routing.peak(routed))
         if s.expert > 1:
             held = self._sharding.experts_per_device(self._spec)
-            routed = tokens * s.data
             # Copies share their expert's tokens, as if there were that many experts.
             alike = e._replace(num_experts=held * s.expert)
             activated, part = alike.num_activated(routed) / s.expert, 1.0 / s.expert
         else:
-            routed = tokens
-            activated, part = e.num_activated(tokens) / s.tensor, 1.0 / s.tensor
+            # Each instance has all experts, and its own tokens.
+            activated, part = e.num_activated(routed / s.data) / s.tensor, 1.0 / s.tensor / s.data
+        return e.num_layers * self._layer_us(e.num_per_token * routed * part, activated)
+
+    def _layer_us(self, rows: float, activated: float) -> float:
+        """Experts of a layer on a device that computes so many rows, with so many experts."""
+        e = self._spec.experts
+        assert e is not None, "experts of a model without any"
         peak = self._device.flops_per_s(self._precision.matrix_dtype)
-        flops_us = 2.0 * e.params_per_expert * e.num_per_token * routed * part / peak * 1e6
-        moved = 2.0 * routed * e.num_per_token * part * 2 * (e.hidden_size + e.intermediate_size)
+        flops_us = 2.0 * e.params_per_expert * rows / peak * 1e6
+        moved = 2.0 * rows * 2 * (e.hidden_size + e.intermediate_size)
         weights = activated * e.params_per_expert * self._precision.weight_bytes
-        return e.num_layers * max(flops_us, (weights + moved) * self._hbm_us)
+        return max(flops_us, (weights + moved) * self._hbm_us)
+
+    def experts_us(self, rows_L: Floats, activated_L: Floats) -> float:
+        """What a step spends in experts, each layer waiting for its most loaded device.
+
+        Args:
+            rows_L: of that device, a token counting once for each of its experts there. Shape [layers with experts], or
+                fewer layers, which stand for all.
+            activated_L: its experts that have a row.
+        """
+        e = self._spec.experts
+        assert e is not None, "experts of a model without any"
+        layers = zip(rows_L.tolist(), activated_L.tolist(), strict=True)
+        return sum(self._layer_us(n, a) for n, a in layers) * (e.num_layers / len(rows_L))
+
+    def route(self, routing: Routing | None) -> None:
+        """Price steps from now on with experts that are routed to so; None: evenly.
+
+        Raises:
+            ConfigError: experts that are not spread over as many devices.
+        """
+        refuse_routing(routing, self._spec, self._sharding)
+        self._routing = routing
+        self._memo.clear()
 
     def _communication_us(self, tokens: int, logits: int) -> float:
         spec, s = self._spec, self._sharding

@@ -18,6 +18,7 @@ class Placement:
 
     Attributes:
         slots_LP: the expert in each slot.
+        copies_LE: of each expert.
     """
 
     def __init__(self, slots: Sequence[Sequence[int]], *, num_experts: int, num_devices: int) -> None:
@@ -29,7 +30,7 @@ class Placement:
         experts = (self.slots_LP + num_experts * self._layer_L1).ravel()
         copies = np.bincount(experts, minlength=num_layers * num_experts)
         assert copies.min() >= 1, "an expert that is nowhere"
-        self._copies_LE = copies.reshape(num_layers, num_experts)
+        self.copies_LE = copies.reshape(num_layers, num_experts)
         # Which copy of its expert each slot has, from 0 on: slots by expert, counted from each expert's first.
         by_expert = np.argsort(experts, kind="stable")
         copy = np.empty_like(experts)
@@ -38,7 +39,7 @@ class Placement:
 
     def slot_tokens(self, tokens_TLE: Counts) -> Counts:
         """Tokens of each slot, [T, L, P]. Copies share evenly; the first ones have what is over, so none is lost."""
-        even_TLE, over_TLE = np.divmod(tokens_TLE, self._copies_LE)
+        even_TLE, over_TLE = np.divmod(tokens_TLE, self.copies_LE)
         at = (slice(None), self._layer_L1, self.slots_LP)
         split: Counts = even_TLE[at] + (self._copy_LP < over_TLE[at])
         return split

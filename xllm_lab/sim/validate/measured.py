@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +23,15 @@ from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.records import Records
 from xllm_lab.sim.cost.collectives import Collectives
+from xllm_lab.sim.cost.exchanges import Links
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
+from xllm_lab.sim.group import GroupTiming, Waves, fleet_of_group
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.simulator import run_simulation
-from xllm_lab.sim.validate.lockstep import run_lockstep
 from xllm_lab.sim.validate.measured_folder import METRICS, STATISTICS, MeasuredFolder, read_measured_folder
 from xllm_lab.sim.validate.shared_prefixes import SharedPrefix, known_prefixes, prefixes_of_file, prompts_that_share
-from xllm_lab.workload import Request, RequestId, Workload, prompt_token_ids
+from xllm_lab.workload import Request, RequestId, Workload
 
 _Ms = npt.NDArray[np.float64]
 _TAKE: tuple[Callable[[_Ms], float], ...] = (
@@ -104,32 +104,32 @@ def validate_measured(
         TraceError, ProfileError, ModelError: something in the folder cannot be read or used.
     """
     folder = read_measured_folder(path)
-    bundle = read_bundle(folder.profile, int(folder.engine_argument("tensor_parallel_size", 1)))
+    tensor, data = (int(folder.engine_argument(f"{name}_parallel_size", 1)) for name in ("tensor", "data"))
+    bundle = read_bundle(folder.profile, tensor, tensor * data)
     model = known_model(bundle.model) if model_config is None else read_model_spec(model_config)
     config = instance_config(folder, model)
     policies = Policies(Vllm(), shapes=shapes_policy(folder))
     group = _group_size(folder, model)
-    links = _collectives(folder, max(bundle.tensor_parallel, group))
-    cost = ProfiledCost(bundle, model, collectives=links, expert_parallel=group)
+    num_devices = bundle.tensor_parallel * group
+    spread = num_devices if folder.engine_argument("enable_expert_parallel", False) else 1
+    cost = ProfiledCost(bundle, model, links=_links(folder, num_devices), data_parallel=group, expert_parallel=spread)
     shared = _shared(folder, config.block_size, workload_file)
     requests = workload(folder, shared, config.block_size)
-    if group > 1:
-        records, extrapolated_frac = run_lockstep(
-            _dealt(requests, group),
-            config,
-            policies,
-            cost,
-            partial(prompt_token_ids, vocab_size=model.vocab_size, seed=0),
-        )
-    else:
-        timing = Predicted(cost)
-        records = [run_simulation(requests, config, policies, timing, vocab_size=model.vocab_size)]
-        extrapolated_frac = timing.extrapolated_frac
+    timing = Predicted(cost)
+    records = run_simulation(
+        requests,
+        config,
+        policies,
+        timing,
+        vocab_size=model.vocab_size,
+        fleet=fleet_of_group(group) if group > 1 else None,
+        group=GroupTiming(group, cost, Waves()) if group > 1 else None,
+    )
     return MeasuredValidation(
         folder=path,
         rows=_rows(folder, records),
-        extrapolated_frac=extrapolated_frac,
-        num_preemptions=sum(r.num_preemptions for found in records for r in found.requests),
+        extrapolated_frac=timing.extrapolated_frac,
+        num_preemptions=sum(r.num_preemptions for r in records.requests),
         num_shared_prompts=len(shared),
     )
 
@@ -137,21 +137,12 @@ def validate_measured(
 def _group_size(folder: MeasuredFolder, model: ModelSpec) -> int:
     """Instances that share their experts; 1 if there is one instance."""
     size = int(folder.engine_argument("data_parallel_size", 1))
-    if size > 1 and not (model.experts and folder.engine_argument("enable_expert_parallel", False)):
+    if size > 1 and not model.experts:
         raise TraceError(
             f"{folder.path / 'vllm' / 'meta.json'}: data_parallel_size is {size}; more than 1 is accepted where the "
-            "instances share their experts (enable_expert_parallel), others are runs of their own"
+            "instances share experts, others are runs of their own"
         )
     return size
-
-
-def _dealt(requests: Workload, num_instances: int) -> list[Workload]:
-    """Requests in turns.
-
-    vLLM sends each to the instance with the least 4 * waiting + running, as told some 100 ms ago, and the first of
-    equals (`DPLBAsyncMPClient.get_core_engine_for_request` of 0.19): while little waits, in turns but for ends.
-    """
-    return [replace(requests, requests=requests.requests[i::num_instances]) for i in range(num_instances)]
 
 
 def workload(folder: MeasuredFolder, shared: Sequence[SharedPrefix], block_size: int) -> Workload:
@@ -220,7 +211,7 @@ def _gpu_blocks(folder: MeasuredFolder, model: ModelSpec, block_size: int) -> in
     return max(2, int(free / (model.kv_bytes_per_token() * block_size)))
 
 
-def _collectives(folder: MeasuredFolder, num_devices: int) -> Collectives | None:
+def _links(folder: MeasuredFolder, num_devices: int) -> Links | None:
     if num_devices == 1:
         return None
     gb_per_s, latency_ns = folder.config.get("link_bw"), folder.config.get("link_latency")
@@ -231,7 +222,7 @@ def _collectives(folder: MeasuredFolder, num_devices: int) -> Collectives | None
     link = Link(
         bytes_per_s=float(gb_per_s) * 1e9, latency_us=float(latency_ns) / 1e3, num_devices=num_devices, frac=1.0
     )
-    return Collectives(num_devices, link, kernel_us=0.0)
+    return lambda size: Collectives(size, link, kernel_us=0.0)
 
 
 def _machine(folder: MeasuredFolder, name: str) -> dict[str, float]:
@@ -245,12 +236,11 @@ def _machine(folder: MeasuredFolder, name: str) -> dict[str, float]:
         ) from None
 
 
-def _rows(folder: MeasuredFolder, records: Sequence[Records]) -> tuple[Row, ...]:
+def _rows(folder: MeasuredFolder, records: Records) -> tuple[Row, ...]:
     measured = _metrics(
         [(r.queued_s * 1e3, r.first_token_s * 1e3, r.last_token_s * 1e3, r.output_tokens) for r in folder.requests]
     )
-    lives = [life for found in records for life in _lives(found)]
-    ours = _metrics(lives)
+    ours = _metrics(_lives(records))
     rows = []
     for metric in METRICS:
         for statistic, take in zip(STATISTICS, _TAKE, strict=True):
@@ -263,9 +253,13 @@ def _rows(folder: MeasuredFolder, records: Sequence[Records]) -> tuple[Row, ...]
 
 def _lives(records: Records) -> list[tuple[float, float, float, int]]:
     """(queued, first token, last token in ms, output tokens) of each request: a plan sees it at the start of a step."""
-    starts_us = [s.start_us for s in records.steps]
+    starts_of: dict[int, list[int]] = {}
+    for step in records.steps:
+        starts_of.setdefault(step.instance, []).append(step.start_us)
     lives = []
     for r in records.requests:
+        assert r.instance is not None, f"request {r.id} was on no instance"
+        starts_us = starts_of[r.instance]
         assert r.token_times_us, f"request {r.id} got no token, though its folder says that it fits"
         queued_us = starts_us[bisect_left(starts_us, r.arrival_us)]
         lives.append((queued_us / 1e3, r.token_times_us[0] / 1e3, r.token_times_us[-1] / 1e3, r.output_tokens))

@@ -91,11 +91,46 @@ class ExpertLayout:
         return wanted if self.num_redundant_experts is None else self.num_redundant_experts
 
 
+def describe_experts(layout: ExpertLayout, wanted: int, decisions: Sequence[ExpertsRecord]) -> dict[str, Any]:
+    """For manifests: who shares the experts, the memory of slots beside one for each, and what became of decisions.
+
+    Args:
+        wanted: redundant slots of each device, as the policy says.
+    """
+    redundant = layout.num_redundant(wanted)
+    return {
+        **asdict(layout),
+        "layers": list(layout.layers),
+        "num_redundant_experts": redundant,
+        "redundant_bytes": redundant * len(layout.layers) * layout.expert_bytes,
+        "counts": {
+            "decisions": len(decisions),
+            "changes": sum(d.active_step is not None for d in decisions),
+            "dropped": sum(d.dropped_us is not None for d in decisions),
+            "moved_slots": sum(d.num_moved_slots for d in decisions),
+            "copied_bytes": sum(d.copied_bytes for d in decisions),
+        },
+    }
+
+
 def layout_from(described: Mapping[str, Any]) -> ExpertLayout:
-    """The layout in what `Rebalancing.described` says."""
+    """The layout in what `describe_experts` says."""
     names = {f.name for f in fields(ExpertLayout)}
     known = {name: value for name, value in described.items() if name in names}
     return ExpertLayout(**{**known, "layers": tuple(known["layers"])})
+
+
+def placements(
+    layout: ExpertLayout, num_redundant_experts: int, decisions: Sequence[ExpertsRecord]
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Of each placement that held in a run, in order, the slots of every layer."""
+    found = [layout.first_slots(num_redundant_experts)]
+    for decision in decisions:
+        if decision.active_step is not None:
+            size = len(found[0][0])
+            new = {layer: tuple(decision.slots[k * size : (k + 1) * size]) for k, layer in enumerate(decision.layers)}
+            found.append(tuple(new.get(layer, own) for layer, own in zip(layout.layers, found[-1], strict=True)))
+    return found
 
 
 class Move(NamedTuple):
@@ -172,24 +207,6 @@ class _View(NamedTuple):
     layers: tuple[_Layer, ...]
 
 
-@dataclass(slots=True)
-class RebalancingCounts:
-    """What became of decisions.
-
-    Attributes:
-        decisions: how often the policy was asked.
-        changes: that held from some step on.
-        dropped: that were not prepared in time.
-        moved_slots, copied_bytes: of all that were begun.
-    """
-
-    decisions: int = 0
-    changes: int = 0
-    dropped: int = 0
-    moved_slots: int = 0
-    copied_bytes: int = 0
-
-
 class _Pending:
     """A change under way."""
 
@@ -205,7 +222,6 @@ class Rebalancing:
     Attributes:
         slots: of each layer, where steps that are over ran.
         placement: how often they have changed since the instance began.
-        counts: since it was made.
     """
 
     def __init__(self, policy: ExpertsPolicy, mover: Mover) -> None:
@@ -213,7 +229,7 @@ class Rebalancing:
         self._first = self.layout.first_slots(policy.num_redundant_experts)
         self._interval_us = policy.interval_us
         self._record_us = RECORD_US if self._interval_us is None else min(self._interval_us, RECORD_US)
-        self.counts = RebalancingCounts()
+        self._num_decisions = 0
         self._pending: _Pending | None = None
 
     def serve(self, recorder: Recorder, instance: int) -> None:
@@ -256,7 +272,6 @@ class Rebalancing:
             pending.record.ready_us, pending.is_ready = ready_us, True
         elif now_us >= deadline_us:
             pending.record.dropped_us = deadline_us
-            self.counts.dropped += 1
             self._pending = None
             self.mover.drop(now_us)
 
@@ -305,18 +320,6 @@ class Rebalancing:
             self.mover.drop(max(self._counted_until_us, 0))
             self._pending = None
 
-    def described(self) -> dict[str, Any]:
-        """For manifests: who shares the experts, where they lay at first, and what became of decisions."""
-        redundant = self.layout.num_redundant(self.policy.num_redundant_experts)
-        redundant_bytes = redundant * len(self.layout.layers) * self.layout.expert_bytes
-        return {
-            **asdict(self.layout),
-            "layers": list(self.layout.layers),
-            "num_redundant_experts": redundant,
-            "redundant_bytes": redundant_bytes,
-            "counts": asdict(self.counts),
-        }
-
     def _no_tokens(self) -> Counts:
         return np.zeros((len(self._first), len(self._first[0]) if self._first else 0), np.int64)
 
@@ -333,7 +336,6 @@ class Rebalancing:
                 self._steps_since_L[layer] = 0
         self.slots, self.placement = experts.slots, experts.placement
         switching.record.active_step, switching.record.active_us = step.index, step.start_us
-        self.counts.changes += 1
 
     def _close_record(self) -> None:
         if self._num_in_record:
@@ -365,10 +367,8 @@ class Rebalancing:
         plan = self.policy.decide(view)
         if broken := experts_violations(view, plan):
             raise PolicyError(f"experts policy {policy_name(self.policy)} at {now_us} us: {'; '.join(broken)}")
-        number = self.counts.decisions
-        self.counts.decisions += 1
+        number, self._num_decisions = self._num_decisions, self._num_decisions + 1
         change = self._change(number, plan)
-        copied_bytes = len(change.moves) * self.layout.expert_bytes
         record = ExpertsRecord(
             decision=number,
             decided_us=now_us,
@@ -376,13 +376,11 @@ class Rebalancing:
             layers=sorted(plan.slots),
             slots=[expert for layer in sorted(plan.slots) for expert in plan.slots[layer]],
             num_moved_slots=len(change.moves),
-            copied_bytes=copied_bytes,
+            copied_bytes=len(change.moves) * self.layout.expert_bytes,
             instance=self._instance,
         )
         self._recorder.experts(record)
         if plan.slots:
-            self.counts.moved_slots += len(change.moves)
-            self.counts.copied_bytes += copied_bytes
             self._pending = _Pending(change, record)
             self.mover.prepare(change, now_us)
 

@@ -60,6 +60,9 @@ class RunWriter:
         low_water_us: says that no step will come that ended at or before that time; without it, steps come in order.
         keep_steps: else steps.parquet has no rows.
         on_request: called for every request that ended.
+
+    Attributes:
+        decisions: on places of experts, so far.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class RunWriter:
         self._copies: _Groups | None = None  # nor has one without tiers
         self._asked: deque[CopyRecord] = deque()
         self._roles: list[RoleChange] = []  # nor one without roles
-        self._decisions: list[ExpertsRecord] = []  # nor one without divided experts
+        self.decisions: list[ExpertsRecord] = []  # nor one without divided experts
         self._loads: list[ExpertLoadRecord] = []
         self._expert_loads: pq.ParquetWriter | None = None
         self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
@@ -112,7 +115,7 @@ class RunWriter:
             self._write_copies(lambda copy: copy.end_us is not None)
 
     def experts(self, record: ExpertsRecord) -> None:
-        self._decisions.append(record)
+        self.decisions.append(record)
 
     def expert_load(self, record: ExpertLoadRecord) -> None:
         self._loads.append(record)
@@ -133,8 +136,8 @@ class RunWriter:
         self._write_copies(lambda _: True)
         if self._roles:
             pq.write_table(role_table(self._roles), self._folder / ROLES_FILE, write_page_checksum=True)
-        if self._decisions:
-            pq.write_table(experts_table(self._decisions), self._folder / EXPERTS_FILE, write_page_checksum=True)
+        if self.decisions:
+            pq.write_table(experts_table(self.decisions), self._folder / EXPERTS_FILE, write_page_checksum=True)
         self._write_loads()
         if self._expert_loads is not None:
             self._expert_loads.close()

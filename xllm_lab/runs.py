@@ -75,7 +75,7 @@ class Manifest:
         store: below the host, and what became of its blocks, see `store.StoreCounters`; of a fleet, by instance.
         graphs: what became of steps, see `step_shape.ShapeCounts`; of an engine, with its captures and their memory.
             None if every step was eager.
-        expert_layout: who shares the experts, see `rebalancing.Rebalancing.described`; None: there are none.
+        expert_layout: who shares the experts, see `rebalancing.describe_experts`; None: there are none.
         drafts: of an engine that may speculate, the methods that it could draft by, and what its draft model was.
     """
 

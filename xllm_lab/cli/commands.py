@@ -121,6 +121,7 @@ def _simulate(o: argparse.Namespace) -> int:
         page_time=page_time(o),
         host_link_bytes_per_s=o.host_link,
         store=o.store,
+        expert_trace=o.expert_trace,
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
         progress=not o.quiet,
@@ -190,6 +191,7 @@ def _tune(o: argparse.Namespace) -> int:
         workers=o.workers,
         host_link_bytes_per_s=o.host_link,
         store=o.store,
+        expert_trace=o.expert_trace,
         fleet=fleet(o),
         progress=not o.quiet,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ from xllm_lab.policies.experts.static import Static
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
-from xllm_lab.rebalancing import PREPARE_TIMEOUT_US, ExpertLayout
+from xllm_lab.progress import tell
+from xllm_lab.rebalancing import PREPARE_TIMEOUT_US, ExpertLayout, describe_experts
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
@@ -118,6 +119,12 @@ class EngineOptions:
     store: str | None = None
     check_ops: bool = False
 
+    def serving(self, policies: Policies) -> EngineOptions:
+        """The same, with as many slots for experts as these policies want, unless it says how many."""
+        if not self.expert_parallel or self.num_redundant_experts:
+            return self
+        return replace(self, num_redundant_experts=policies.experts.num_redundant_experts)
+
 
 class Engine:
     """A loaded model on an open device; serves any number of workloads, one after another.
@@ -131,7 +138,6 @@ class Engine:
     Attributes:
         ranks: this process and the others; None if there are none.
         is_divided: the others have parts of all that this one has, and do what rank 0 tells them.
-        served_experts: of the last run, who shared the experts, and what became of decisions on their places.
         expert_observer: as `Runner.expert_observer`, of the steps of runs that begin from now on.
 
     Raises:
@@ -160,7 +166,6 @@ class Engine:
         self.ranks = self._others() if ranks is None else ranks
         self._store: BlockStore | None = None
         self._live_experts: LiveExperts | None = None
-        self.served_experts: dict[str, Any] | None = None
         try:
             self._open()
         except BaseException:
@@ -329,7 +334,6 @@ class Engine:
                 self._answer(conversation, launcher, seat, copies)
             if scheduler.experts is not None:
                 scheduler.experts.finish()
-        self.served_experts = None if scheduler.experts is None else scheduler.experts.described()
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
@@ -429,10 +433,13 @@ class Engine:
                 graphs=graphs,
                 store=None if isinstance(policies.cache, DeviceOnly) else self.describe_store(),
                 drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
-                expert_layout=self.served_experts,
+                expert_layout=self.describe_places(policies.experts, records),
                 **describe(config, policies, step_time, workload, draft_time=draft_time, copy_time=copy_time),
             )
             fill_run(folder, manifest, workload, records)
+        if dropped := sum(decision.dropped_us is not None for decision in records.decisions):
+            limit_s = self.options.prepare_timeout_s
+            tell(f"xllm-lab: {dropped} changes of experts were given up: a rank was not ready within {limit_s:g} s")
         return Run(out, manifest)
 
     def describe(self) -> dict[str, Any]:
@@ -457,6 +464,13 @@ class Engine:
             return {}
         told = {"expert_dispatch": o.expert_dispatch, "num_redundant_experts": o.num_redundant_experts}
         return {"expert_parallel": parallel.group.size, **told}
+
+    def describe_places(self, policy: ExpertsPolicy, records: Records) -> dict[str, Any] | None:
+        """Of the experts in a run, for manifests; None where they do not lie on ranks that rank 0 drives."""
+        mover = self.mover(policy)
+        if mover is None:
+            return None
+        return describe_experts(mover.layout, policy.num_redundant_experts, records.decisions)
 
     def describe_drafts(self) -> dict[str, Any]:
         """What a policy may choose from, for manifests."""

@@ -19,8 +19,10 @@ from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spe
 from xllm_lab.page_time import PageTime
 from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.experts.static import Static
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.rebalancing import ExpertLayout
 from xllm_lab.runs import Run
 from xllm_lab.sim.acceptance import GivenAcceptance
 from xllm_lab.sim.calibrate import Calibration
@@ -62,6 +64,8 @@ class Machine:
         copy_time: what copies between tiers take, where that is known.
         store: below the host, shared by all instances; None: there is none.
         experts: divided among the devices, where their loads are known; None: nobody counts them.
+        expert_layout: of the experts, if they are divided, whether or not their loads are known; of those,
+        experts_per_token, expert_link_bytes_per_s: that each token goes to, and at which rate one is copied.
         group: prices steps of `data_parallel` instances that share their experts; None: instances share nothing.
     """
 
@@ -78,6 +82,9 @@ class Machine:
     copy_time: CopyTime = field(default_factory=CopyTime)
     store: StoreRoom | None = None
     experts: ServedExperts | None = None
+    expert_layout: ExpertLayout | None = None
+    experts_per_token: int = 0
+    expert_link_bytes_per_s: float | None = None
     group: GroupCost | None = None
     data_parallel: int = 1
 
@@ -138,6 +145,11 @@ class Machine:
             raise ConfigError(
                 "kv_layout is 'virtual': what mapping its pages costs is not known; accepted: a calibration on runs "
                 "with virtual KV, or given times"
+            )
+        if not isinstance(policies.experts, Static) and self.experts is None:
+            raise ConfigError(
+                f"experts is {policy_name(policies.experts)!r}, and what there is to balance is not known; accepted: "
+                "experts 'static', or --expert-trace"
             )
         if self.calibration is None:
             return
@@ -324,7 +336,26 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         draft_time=mtp_draft_time(layer),
         group=cost if d.has_group else None,
         data_parallel=d.data_parallel,
+        **_divided_experts(model, d, device),
     )
+
+
+def _divided_experts(model: ModelSpec, d: Deployment, device: Device | None) -> dict[str, Any]:
+    """What a machine knows of experts that are spread over devices."""
+    e = model.experts
+    if e is None or d.expert_parallel == 1:
+        return {}
+    layers = tuple(range(model.num_dense_layers, model.num_dense_layers + e.num_layers))
+    return {
+        "expert_layout": ExpertLayout(
+            layers=layers,
+            num_experts=e.num_experts,
+            num_devices=d.expert_parallel,
+            expert_bytes=round(e.params_per_expert * d.bytes_and_rates.weight_bytes),
+        ),
+        "experts_per_token": e.num_per_token,
+        "expert_link_bytes_per_s": None if device is None else device.link_for(d.expert_parallel).bytes_per_s,
+    }
 
 
 def profiled_machine(
@@ -362,6 +393,7 @@ def profiled_machine(
         page_time=bundle.page_time,
         group=cost if d.has_group else None,
         data_parallel=d.data_parallel,
+        **_divided_experts(spec, d, device),
     )
 
 

@@ -21,7 +21,7 @@ from xllm_lab.policies.experts import ExpertsPlan, ExpertsPolicy, ExpertsView
 from xllm_lab.policies.experts.static import STATIC, Static
 from xllm_lab.policies.experts.xllm_balanced import XllmBalanced
 from xllm_lab.policies.of_instance import Policies
-from xllm_lab.rebalancing import ExpertLayout, expert_tokens
+from xllm_lab.rebalancing import ExpertLayout, expert_tokens, placements
 from xllm_lab.records import Records
 from xllm_lab.sim.cost import Batch, Price, Prices
 from xllm_lab.sim.experts.loads import ZipfLoads
@@ -89,17 +89,6 @@ def run(
     decide = Policies(DecodeFirst(), experts=policy)
     timing = Predicted(Flat(), fast_forward=fast_forward, experts=experts)
     return run_simulation(workload or work(), config, decide, timing, vocab_size=VOCAB_SIZE)
-
-
-def slots_in_force(records: Records, policy: ExpertsPolicy) -> list[tuple[tuple[int, ...], ...]]:
-    """Of each placement, in order, the slots of every layer."""
-    found = [LAYOUT.first_slots(policy.num_redundant_experts)]
-    for decision in records.decisions:
-        if decision.active_step is not None:
-            size = len(found[0][0])
-            new = {layer: tuple(decision.slots[k * size : (k + 1) * size]) for k, layer in enumerate(decision.layers)}
-            found.append(tuple(new.get(layer, own) for layer, own in zip(LAYERS, found[-1], strict=True)))
-    return found
 
 
 @pytest.mark.parametrize("scheduling", ["off", "on", "length_aware"])
@@ -224,7 +213,7 @@ def test_what_was_counted_drives_another_run() -> None:
     """Counters of a run are the popularity of the next, whatever was moved meanwhile."""
     experts = served(exponent=1.4)
     first = run(BALANCED, experts)
-    slots = slots_in_force(first, BALANCED)
+    slots = placements(LAYOUT, BALANCED.num_redundant_experts, first.decisions)
     assert len(slots) > 1
     again = recorded_popularity(first.expert_loads, slots)
     shares = [again.shared_out(row, 10_000) / 10_000 for row in range(len(again.ends_us))]

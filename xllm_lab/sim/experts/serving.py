@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from xllm_lab.errors import ConfigError, TraceError
 from xllm_lab.expert_records import ExpertLoadRecord
 from xllm_lab.rebalancing import Change, ExpertLayout, expert_tokens
 from xllm_lab.sim.experts.loads import Counts, ExpertLoads
+from xllm_lab.sim.experts.routing import Routing
 from xllm_lab.sim.experts.shares import Placement
 from xllm_lab.step import Step, StepExperts
 
@@ -57,13 +58,18 @@ class Popularity:
         row = bisect.bisect_right(self.ends_us, within_us)
         return row, rounds * self.ends_us[-1] + self.ends_us[row]
 
+    def shares(self, row: int) -> npt.NDArray[np.float64]:
+        """Each expert's part of its layer's rows, [L, E]."""
+        tokens_LE = self._tokens_TLE[row].astype(np.float64)
+        tokens_LE[tokens_LE.sum(axis=1) == 0] = 1.0
+        parts_LE: npt.NDArray[np.float64] = tokens_LE / tokens_LE.sum(axis=1, keepdims=True)
+        return parts_LE
+
     def shared_out(self, row: int, num_rows: int) -> Counts:
         """`num_rows` rows shared out by popularity; none is lost."""
         edges_LE = self._edges.get(row)
         if edges_LE is None:
-            tokens_LE = self._tokens_TLE[row].astype(np.float64)
-            tokens_LE[tokens_LE.sum(axis=1) == 0] = 1.0
-            edges_LE = self._edges[row] = tokens_LE.cumsum(axis=1) / tokens_LE.sum(axis=1, keepdims=True)
+            edges_LE = self._edges[row] = self.shares(row).cumsum(axis=1)
             edges_LE[:, -1] = 1.0
         # Each expert's rows are those between its edge and the one before: they add up, whatever is rounded.
         at_LE = np.floor(edges_LE * num_rows + 0.5).astype(np.int64)
@@ -105,6 +111,8 @@ class ServedExperts:
         link_bytes_per_s: at which a device receives weights beside its steps.
         activation_us: for which the step is held up that begins a change.
         row_us: what a row more on the most loaded device costs, where the cost model does not price that.
+        num_alike: instances whose experts these are, each with as many tokens; one of them is simulated.
+        route: tells the cost model how tokens choose experts, and where these lie, if it wants to know.
     """
 
     layout: ExpertLayout
@@ -113,6 +121,8 @@ class ServedExperts:
     link_bytes_per_s: float
     activation_us: int = 0
     row_us: float = 0.0
+    route: Callable[[Routing | None], None] | None = None
+    num_alike: int = 1
 
     def __post_init__(self) -> None:
         wanted = len(self.layout.layers), self.layout.num_experts
@@ -123,7 +133,7 @@ class ServedExperts:
             )
         if not 0 < self.link_bytes_per_s < math.inf:
             raise ConfigError(f"link_bytes_per_s is {self.link_bytes_per_s}, more than 0 is accepted")
-        for name, least in (("experts_per_token", 1), ("activation_us", 0), ("row_us", 0)):
+        for name, least in (("experts_per_token", 1), ("num_alike", 1), ("activation_us", 0), ("row_us", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, at least {least} is accepted")
 
@@ -157,14 +167,23 @@ class StepLoads:
     def __init__(self, experts: ServedExperts) -> None:
         self._experts = experts
         self._placements: dict[tuple[tuple[int, ...], ...], Placement] = {}
+        self._routed: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         self._known: dict[tuple[int, int], tuple[Counts, float]] = {}
 
     def of(self, step: Step, num_tokens: int) -> StepLoad:
         """Of a step that begins."""
         assert step.experts is not None, f"step {step.index} has no experts"
         row, until_us = self._experts.popularity.at(step.start_us)
+        if self._experts.route is not None and self._routed != (row, step.experts.slots):
+            self._routed = row, step.experts.slots
+            self._experts.route(self._routing(row, step.experts.slots))
         rows_LP, extra_us = self._rows(step.experts, row, num_tokens)
         return StepLoad(rows_LP, extra_us, until_us)
+
+    def _routing(self, row: int, slots: tuple[tuple[int, ...], ...]) -> Routing:
+        layout, popularity = self._experts.layout, self._experts.popularity
+        shape: dict[str, Any] = {"num_devices": layout.num_devices, "num_per_token": self._experts.experts_per_token}
+        return Routing(popularity.shares(row), slots_LP=np.asarray(slots, np.int64), **shape)
 
     def _rows(self, experts: StepExperts, row: int, num_tokens: int) -> tuple[Counts, float]:
         placement = self._placements.get(experts.slots)
@@ -177,7 +196,7 @@ class StepLoads:
         if key not in self._known:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            num_units = num_tokens * self._experts.experts_per_token * ROW_UNITS
+            num_units = num_tokens * self._experts.num_alike * self._experts.experts_per_token * ROW_UNITS
             rows_LE = self._experts.popularity.shared_out(row, num_units)
             rows_LP = placement.slot_tokens(rows_LE[None])[0]
             on_device_LD = rows_LP.reshape(len(rows_LP), placement.num_devices, -1).sum(axis=-1)

@@ -7,7 +7,7 @@
     │   ├── RequestTooLargeError a request that could never run on this configuration
     │   ├── ModelError           a model that cannot be loaded
     │   ├── ProfileError         a profiler's output that cannot be read
-    │   ├── RankError            a process of a tensor-parallel engine that is lost
+    │   ├── RankError            a process of an engine of several that is lost
     │   ├── InstanceError        an engine process of a fleet that does not come up
     │   └── RunError             a run folder that is missing, unfinished, or cannot be written
     └── PolicyError              a policy returned an illegal plan; its author is to blame, not the user
@@ -47,7 +47,7 @@ class ProfileError(UserError):
 
 
 class RankError(UserError):
-    """A process of a tensor-parallel engine that failed, died, or does not answer."""
+    """A process of an engine of several, or one that shares experts with it, that failed, died, or does not answer."""
 
 
 class InstanceError(UserError):

@@ -314,3 +314,13 @@ def test_experts_may_lie_elsewhere(case: Spread, captures: bool, random: Random)
 
     for found in on_ranks(case.ranks, serve):
         assert_same(found, logits(runner(case.config), case.config.vocab_size))
+
+
+def test_graphs_are_refused_where_others_decide_shapes() -> None:
+    case = Spread(replace(CONFIG, mixture=replace(MIXTURE, intermediate_size=8)), 2, "all-gather", 0)
+
+    def capture(group: ThreadedGroup) -> None:
+        with pytest.raises(ConfigError, match="each has its own tokens; accepted: shapes 'eager'"):
+            case.runner(group, is_data_parallel=True, captures=True)
+
+    on_ranks(2, capture)

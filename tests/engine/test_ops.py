@@ -25,7 +25,7 @@ from xllm_lab.engine.ops.linear import Linear, OneDnnLinear, TorchLinear, onednn
 from xllm_lab.engine.ops.table import OF_EXPERTS, OF_LATENTS, TABLE, choose
 
 CPU = torch.device("cpu")
-DENSE = set(TABLE) - set(OF_EXPERTS) - set(OF_LATENTS)
+DENSE = set(TABLE) - {*OF_EXPERTS, *OF_LATENTS, "exchange"}
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5
 

@@ -18,6 +18,10 @@ class ThreadedGroup:
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size, self._meeting = rank, meeting.size, meeting
 
+    @property
+    def communicator(self) -> str:
+        raise AssertionError("nobody speaks in it but who has it")
+
     def all_reduce(self, x: Tensor) -> None:
         x.copy_(torch.stack(self._meeting.exchange(self.rank, x)).sum(0))
 

@@ -30,7 +30,7 @@ from xllm_lab.engine.expert_parallel import (
     refuse_dispatch,
     refuse_if_not_spreadable,
 )
-from xllm_lab.engine.graphs import Graphs
+from xllm_lab.engine.graphs import Graphs, refuse_what_nothing_captures
 from xllm_lab.engine.kv import KvLayout, KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
@@ -594,6 +594,8 @@ class Engine:
         )
 
     def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER, *, counts_experts: bool = False) -> Runner:
+        if not isinstance(shapes, Eager):
+            refuse_what_nothing_captures(self.model.model, self.device)  # before others are told, and refuse it, too
         self._lead.open(config, shapes)
         return self.runner(config, shapes, counts_experts=counts_experts)
 

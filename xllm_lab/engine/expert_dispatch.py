@@ -8,7 +8,8 @@
                  the layer's all-reduce joins the slices
 
 xLLM's dispatch levels 1 and 2. Rows of an all-to-all are as many as the router says: their counts are exchanged first,
-and the host waits for them.
+and the host waits for them. Where a device has kernels that do all that by themselves, it does not; every rank then
+sends as many tokens, and those that pad are counted among the rows that slots computed.
 """
 
 # Shapes: T packed tokens, N of them ours to send, A tokens of all ranks, k experts of a token, X rows that we send, Y
@@ -25,7 +26,7 @@ from torch import Tensor
 from xllm_lab.engine.expert_parallel import ALL_GATHER, ExpertParallel, LayerSlots
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.expert_slots import blank_if_none, keep_own, put_between
-from xllm_lab.engine.ops.experts import Routes
+from xllm_lab.engine.ops.experts import Exchange, Routes
 from xllm_lab.engine.ops.table import ExpertOps, Ops
 from xllm_lab.engine.ops.tape import taped
 from xllm_lab.engine.workspace import Rows
@@ -113,14 +114,19 @@ class AllToAll:
 
     def feed(self, layer: MixtureLayer, normed_TD: Tensor, rows: Rows, loads: Loads, ops: Ops) -> Tensor:
         """As `MixtureLayer.feed`; the result is whole where each rank has its own tokens."""
+        of_experts, most = _of_experts(ops), self._most(len(normed_TD), loads)
+        fused = of_experts.exchange if of_experts.exchange and most <= of_experts.exchange.most_rows else None
         if not len(normed_TD):
-            return self._nothing(layer, rows, loads, ops)
-        of_experts = _of_experts(ops)
+            return self._nothing(layer, rows, loads, ops, fused=fused, most=most)
         routes = layer.route(normed_TD, rows, loads, ops)
         slot_Tk = _slots(layer).assign(routes.expert_Tk, rows.slot_Tk)
         _count(routes.expert_Tk, slot_Tk, loads, of_experts)
         shared_TD = layer.shared(normed_TD, rows, ops)
         first, end = self._ours(len(normed_TD))
+        if fused is not None:
+            ours = normed_TD[first:end], Routes(routes.weight_Tk[first:end], slot_Tk[first:end])
+            part_ND = self._fused(fused, layer, *ours, most=most, loads=loads, ops=ops)
+            return _joined(part_ND, first, shared_TD, rows.branch_TD)
         rows_XD, place_X = rows.expert_rows_TkD[first:end].flatten(0, 1), rows.place_Tk[first:end].flatten()
         count_S = torch.zeros(len(_slots(layer).slots), dtype=torch.int64, device=normed_TD.device)
         if end > first:
@@ -132,18 +138,59 @@ class AllToAll:
             part_ND = of_experts.unpermute(rows_XD, place_X, routes.weight_Tk[first:end], None, part_ND)
         return _joined(part_ND, first, shared_TD, rows.branch_TD)
 
-    def _nothing(self, layer: MixtureLayer, rows: Rows, loads: Loads, ops: Ops) -> Tensor:
+    def _nothing(
+        self, layer: MixtureLayer, rows: Rows, loads: Loads, ops: Ops, *, fused: Exchange | None, most: int
+    ) -> Tensor:
         """Others have tokens."""
         loads.count_E.zero_()
         loads.slot_rows_S.zero_()
+        if fused is not None:
+            nobody = Routes(rows.weight_Tk, rows.slot_Tk)
+            self._fused(fused, layer, rows.branch_TD, nobody, most=most, loads=loads, ops=ops)
+            return rows.branch_TD
         self._exchange(layer, rows.expert_rows_TkD.flatten(0, 1), torch.zeros_like(loads.slot_rows_S), loads, ops)
         return rows.branch_TD
 
     def _ours(self, num_tokens: int) -> tuple[int, int]:
         if not self._slices:
             return 0, num_tokens
-        rank, size = self._group.rank, self._group.size
-        return rank * num_tokens // size, (rank + 1) * num_tokens // size
+        share = -(-num_tokens // self._group.size)
+        first = min(self._group.rank * share, num_tokens)
+        return first, min(first + share, num_tokens)
+
+    def _most(self, num_tokens: int, loads: Loads) -> int:
+        """Tokens that a rank sends at most."""
+        return -(-num_tokens // self._group.size) if self._slices else max(loads.tokens_of_ranks, default=0)
+
+    def _fused(
+        self,
+        exchange: Exchange,
+        layer: MixtureLayer,
+        x_ND: Tensor,
+        routes: Routes,
+        *,
+        most: int,
+        loads: Loads,
+        ops: Ops,
+    ) -> Tensor:
+        """In the device's own kernels, for which every rank has as many rows: those that pad go anywhere."""
+        N, (weight_Nk, slot_Nk) = len(x_ND), routes
+        if most > N:
+            k, padding = slot_Nk.shape[1], most - N
+            x_ND = torch.cat([x_ND, x_ND.new_zeros(padding, x_ND.shape[1])])
+            anywhere_Rk = torch.arange(k, dtype=slot_Nk.dtype, device=slot_Nk.device).expand(padding, k)
+            slot_Nk = torch.cat([slot_Nk, anywhere_Rk])
+            weight_Nk = torch.cat([weight_Nk, weight_Nk.new_zeros(padding, k)])
+        width = layer.mixture.intermediate_size
+
+        def compute(rows_XD: Tensor, count_P: Tensor) -> Tensor:
+            X = len(rows_XD)
+            return layer.compute(rows_XD, count_P, rows_XD.new_empty(X, 2 * width), rows_XD.new_empty(X, width), ops)
+
+        num_slots = len(_slots(layer).slots)
+        made_RD, count_P = exchange(x_ND.contiguous(), slot_Nk.contiguous(), weight_Nk.float(), num_slots, compute)
+        loads.own_rows_P.copy_(count_P)
+        return made_RD[:N]
 
     @taped
     def _exchange(self, layer: MixtureLayer, rows_XD: Tensor, count_S: Tensor, loads: Loads, ops: Ops) -> None:

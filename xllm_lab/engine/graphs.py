@@ -116,13 +116,13 @@ class Graphs:
             PolicyError: the policy plans something illegal.
         """
         assert kv_pool.num_blocks == config.num_kv_blocks + 1, "a block to pad with"
-        _refuse_what_nothing_captures(model, device)
+        refuse_what_nothing_captures(model, device)
         self._model, self._kv_pool, self._workspace = model, kv_pool, workspace
         self._decode_sizes = graph_sizes(policy, config, is_decode=True)
         longest_table = kv_pool.blocks_per_sequence
-        self.plan = _plan(
-            workspace, config, longest_table, [*self._decode_sizes, *graph_sizes(policy, config, is_decode=False)]
-        )
+        sizes = [*self._decode_sizes, *graph_sizes(policy, config, is_decode=False)]
+        _refuse_longer_than_exchanged(model, device, sizes)
+        self.plan = _plan(workspace, config, longest_table, sizes)
         _refuse(self.plan, device, pool_bytes)
         self._recorder: Recorder = recorder_for(device)
         self._memory = InputMemory(
@@ -211,7 +211,7 @@ def _plan(workspace: Workspace, config: InstanceConfig, longest_table: int | Non
     )
 
 
-def _refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
+def refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
     """An accelerator's graph cannot hold what the host decides by looking at results; a tape of a CPU can. Nobody's can
     hold shapes that other ranks decide.
     """
@@ -219,7 +219,8 @@ def _refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
         raise ConfigError("graphs where ranks share experts and each has its own tokens; accepted: shapes 'eager'")
     if device.streams is None:
         return
-    if experts is not None and experts.dispatch == ALL_TO_ALL:
+    is_fused = model.ops.experts is not None and model.ops.experts.exchange is not None
+    if experts is not None and experts.dispatch == ALL_TO_ALL and not is_fused:
         raise ConfigError(
             f"graphs with expert_dispatch {ALL_TO_ALL!r}, whose counts {device.name} cannot capture; accepted: shapes "
             f"'eager', or {ALL_GATHER!r}"
@@ -231,6 +232,16 @@ def _refuse_what_nothing_captures(model: DecoderModel, device: Device) -> None:
     if loops or replaces:
         op = "grouped_matmul" if loops else "paged_attention"
         raise ConfigError(f"graphs with {op} by 'torch', which {device.name} cannot capture; accepted: shapes 'eager'")
+
+
+def _refuse_longer_than_exchanged(model: DecoderModel, device: Device, sizes: Sequence[int]) -> None:
+    """Fused kernels that exchange experts' rows take so many; beyond those the host looks at counts."""
+    experts, of_experts = model.experts, model.ops.experts
+    if device.streams is None or experts is None or of_experts is None or of_experts.exchange is None:
+        return
+    most = of_experts.exchange.most_rows * experts.group.size
+    if max(sizes, default=0) > most:
+        raise ConfigError(f"a graph of {max(sizes)} tokens with expert_dispatch {ALL_TO_ALL!r}; accepted: up to {most}")
 
 
 def _refuse(plan: PoolPlan, device: Device, pool_bytes: int | None) -> None:

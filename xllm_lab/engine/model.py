@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xllm_lab.engine.expert_parallel import ExpertParallel
+from xllm_lab.engine.expert_parallel import ALL_TO_ALL, ExpertParallel
 from xllm_lab.engine.kv import LayerKv
 from xllm_lab.engine.latent_attention import LatentAttention, take_latent_attention
 from xllm_lab.engine.layer_config import expert_names
@@ -119,6 +119,7 @@ class DecoderModel:
             is_latent=config.latent is not None,
             without=without,
             group=group,
+            exchanges=experts.group if experts is not None and experts.dispatch == ALL_TO_ALL else None,
         )
 
         embedding_VD = weights.pop("model.embed_tokens.weight").to(device)

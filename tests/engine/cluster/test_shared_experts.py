@@ -11,17 +11,24 @@ from typing import Any
 
 import pytest
 
-from tests.engine.cluster.test_fleet import serve, tokens
+from tests.engine.cluster.test_fleet import Killing, killer, serve, tokens
 from tests.engine.test_engine_serving import config, crowd, served
+from tests.tiny_loop import INSTANCE, said, window
 from tests.tiny_models import write_tiny_model
 from xllm_lab.engine.cluster.fleet import EngineFleet
 from xllm_lab.engine.engine import Engine, EngineOptions
 from xllm_lab.engine.expert_parallel import DISPATCHES
+from xllm_lab.errors import ConfigError, InstanceError
 from xllm_lab.fleet_config import FleetConfig
+from xllm_lab.formats import own
 from xllm_lab.metrics import summarize
+from xllm_lab.outages import Outage
 from xllm_lab.policies.batch.fcfs import Fcfs
 from xllm_lab.policies.catalog import make_policy
 from xllm_lab.policies.of_instance import Policies
+from xllm_lab.policies.routing import InstanceId
+from xllm_lab.records import Records
+from xllm_lab.runs import read_run
 from xllm_lab.sim.parity import parity
 
 SHAPE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
@@ -83,3 +90,52 @@ def test_a_run_says_that_experts_were_shared(two: EngineFleet, tmp_path: Path) -
     assert (model["tensor_parallel"], model["expert_parallel"], model["num_redundant_experts"]) == (1, 2, 1)
     assert model["expert_dispatch"] in DISPATCHES
     assert parity(run).is_identical
+
+
+@pytest.mark.parametrize("dispatch", ["all-to-all", pytest.param("all-gather", marks=pytest.mark.slow)])
+def test_four_instances_draw_the_tokens_of_one(dispatch: str) -> None:
+    """Two experts each."""
+    work = crowd(10)
+    with EngineFleet(options(expert_dispatch=dispatch), 4) as four:
+        records, _ = serve(four, work, fleet(4), config())
+    assert tokens(records) == tokens(served(work, config(), Fcfs(), host=alone()))
+    assert len({r.instance for r in records.requests}) == 4
+
+
+@pytest.mark.parametrize("dispatch", ["all-gather", pytest.param("all-to-all", marks=pytest.mark.slow)])
+def test_a_lost_instance_ends_all_in_one_line(dispatch: str) -> None:
+    """Its experts are nowhere else; nothing of the others is left."""
+    with EngineFleet(options(expert_dispatch=dispatch), 2) as two:
+        processes = [two.processes.process(InstanceId(k)) for k in (0, 1)]
+        with pytest.raises(InstanceError, match=r"^instance 1 ended with signal SIGKILL$"):
+            serve(two, crowd(12), fleet(), config(), Killing({4: killer(two, 1)}))
+        assert [p.popen.poll() is not None for p in processes if p is not None] == [True, True]
+
+
+def test_what_shared_experts_cannot_have_is_refused(two: EngineFleet) -> None:
+    """In one line each, before anything starts or is served."""
+    refused: list[tuple[dict[str, Any], int, str]] = [
+        ({"clock": "virtual"}, 2, "clock 'virtual' where instances share experts and step together; accepted: 'wall'"),
+        ({}, 1, "expert_parallel with one rank; accepted: tensor_parallel or instances of at least 2"),
+        ({}, 3, "8 experts do not divide among 3 devices, a multiple is accepted"),
+        ({"num_redundant_experts": 5}, 2, "num_redundant_experts is 5, 0 to 4 is accepted"),
+    ]
+    for changes, num_instances, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            EngineFleet(options(**changes), num_instances)
+    down = (Outage(instance=InstanceId(1), start_us=2000, end_us=6000),)
+    with pytest.raises(
+        ConfigError, match="outages where instances share experts, and all end with one; accepted: none"
+    ):
+        two.serve(crowd(2), fleet(outages=down), config(), Policies(Fcfs()), Records())
+
+
+def test_the_command_serves_on_instances_that_share_experts(tmp_path: Path) -> None:
+    own.write(window(0, gap_us=0), tmp_path / "trace.jsonl")
+    knobs = [word for knob in INSTANCE for word in ("--set", knob)]
+    words = ("--model", model(), "--device", "cpu", "--clock", "wall", "--instances", 2, "--expert-parallel")
+    found = said("replay", tmp_path / "trace.jsonl", *knobs, *words, "--out", tmp_path / "run", "--quiet")
+    assert found.status == 0, found
+    run = read_run(tmp_path / "run")
+    assert run.manifest.model["expert_parallel"] == 2
+    assert len(run.records.requests) == 16

@@ -24,6 +24,11 @@ class Group(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def communicator(self) -> str:
+        """Its name for operators that speak in it themselves, which NPUs have."""
+        ...
+
     def all_reduce(self, x: Tensor) -> None:
         """x becomes the sum of every rank's x, the same bits everywhere."""
         ...
@@ -84,6 +89,13 @@ class TorchGroup:
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
         )
+
+    @property
+    def communicator(self) -> str:
+        """As `Group.communicator`. The group's first collective makes it, which a step has before its first layer."""
+        whole: Any = dist.group.WORLD
+        name: str = whole._get_backend(torch.device("npu")).get_hccl_comm_name(self.rank)
+        return name
 
     def all_reduce(self, x: Tensor) -> None:
         """As `Group.all_reduce`."""

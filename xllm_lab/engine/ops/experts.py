@@ -178,6 +178,35 @@ def unpermute(rows_XD: Tensor, place_X: Tensor, weight_Tk: Tensor, shared_TD: Te
     return out_TD if shared_TD is None else out_TD.add_(shared_TD)
 
 
+class Exchange(Protocol):
+    """Rows to the ranks of their slots' experts, and back as sums, without a look of the host: a graph can hold it.
+
+    Attributes:
+        most_rows: of a rank, that it takes.
+    """
+
+    most_rows: int
+
+    def __call__(
+        self,
+        x_RD: Tensor,
+        slot_Rk: Tensor,
+        weight_Rk: Tensor,
+        num_slots: int,
+        compute: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of each row's experts, and how many rows our slots had, shape [P].
+
+        Args:
+            x_RD: as many rows on every rank.
+            slot_Rk: int32.
+            weight_Rk: float32.
+            num_slots: of all ranks.
+            compute: our experts, of rows in their order, so many each.
+        """
+        ...
+
+
 class GroupedLinear(Protocol):
     """`y = x W_e'` with the weights of each row's expert, over weights that it has taken over.
 

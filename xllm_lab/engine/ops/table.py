@@ -22,6 +22,7 @@ from xllm_lab.engine.ops.build import NotBuiltError
 from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.experts import (
     EachLinear,
+    Exchange,
     GroupedLinear,
     GroupedMmLinear,
     Permuted,
@@ -60,10 +61,12 @@ TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "npu": ("torch_npu", "torch"),
     },
     "unpermute": {**_TORCH, "npu": ("torch_npu", "torch")},
+    "exchange": {"cpu": ("gloo",), "cuda": ("nccl",), "npu": ("torch_npu", "hccl")},
     "latent_query": _TORCH,
     "cache_latent": _TORCH,
     "head_linear": _TORCH,
 }
+_MADE_APART = ("all_reduce", "grouped_matmul", "exchange")
 OF_EXPERTS = ("route", "permute", "grouped_matmul", "unpermute")
 OF_LATENTS = ("latent_query", "cache_latent", "head_linear")
 
@@ -100,6 +103,7 @@ class ExpertOps(NamedTuple):
     """See `experts`; `grouped_matmul` makes a layer over weights [E, O, I].
 
     Attributes:
+        exchange: rows to other ranks' experts and back in kernels of their own; None: by collectives.
         skips_padding: tokens that only pad may be nobody's; else they are routed like any other, and do no harm.
     """
 
@@ -109,6 +113,7 @@ class ExpertOps(NamedTuple):
     unpermute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
     permute_own: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Permuted]
     count_rows: Callable[[Tensor, Tensor | None, Tensor], None]
+    exchange: Exchange | None
     skips_padding: bool
 
 
@@ -186,6 +191,7 @@ def choose(
     is_latent: bool = False,
     without: Sequence[str] = (),
     group: Group | None = None,
+    exchanges: Group | None = None,
 ) -> Ops:
     """The best operators for a model here.
 
@@ -195,6 +201,7 @@ def choose(
         is_latent: whether its KV holds compressed vectors.
         without: implementations not to use, e.g. "native".
         group: who shares the model; None: nobody.
+        exchanges: ranks whose experts get rows of tokens; None: nobody's do.
 
     Warns:
         Once a process, if the kernels could not be compiled.
@@ -202,7 +209,7 @@ def choose(
     left_out = frozenset(without)
     served: dict[str, Served] = {}
     for op in TABLE:
-        if op == "all_reduce" and group is None:
+        if (op == "all_reduce" and group is None) or (op == "exchange" and exchanges is None):
             continue
         if (op in OF_EXPERTS and expert_shape is None) or (op in OF_LATENTS and not is_latent):
             continue
@@ -222,7 +229,7 @@ def choose(
         "triton": lambda: gpu.operators(device),
         "torch": _References,
     }
-    chosen = {op: s.by for op, s in served.items() if op not in ("linear", "all_reduce", "grouped_matmul")}
+    chosen = {op: s.by for op, s in served.items() if op not in (*_MADE_APART, "linear")}
     made: dict[str, Any] = {by: makers[by]() for by in set(chosen.values())}
     functions = {op: getattr(made[by], op) for op, by in chosen.items()}
     functions["all_reduce"] = _nothing if group is None else _all_reduce(served["all_reduce"].by, group)
@@ -232,6 +239,8 @@ def choose(
         functions["grouped_matmul"] = _GROUPED[served["grouped_matmul"].by]
         skips_padding = all(served[op].by != "torch_npu" for op in OF_EXPERTS)
         parts_of_experts: dict[str, Any] = {op: functions.pop(op) for op in OF_EXPERTS}
+        fuses = exchanges is not None and served["exchange"].by == "torch_npu"
+        parts_of_experts["exchange"] = npu.NpuExchange(exchanges) if exchanges is not None and fuses else None
         parts_of_experts["permute_own"] = made[chosen["permute"]].permute_own
         of_experts = ExpertOps(**parts_of_experts, count_rows=taped(experts.count_rows), skips_padding=skips_padding)
     parts: dict[str, Any] = {**functions, "experts": of_experts, "latents": latents}
@@ -337,6 +346,8 @@ def _op_fails(
     def npu_fails() -> str | None:
         if op == "paged_attention":
             return npu.attention_fails(dtype, head_dim)
+        if op == "exchange":
+            return npu.exchange_fails(dtype)
         return npu.route_fails(routing) if op == "route" and routing is not None else None
 
     def fails(name: str) -> str | None:

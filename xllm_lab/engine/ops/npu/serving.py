@@ -9,6 +9,7 @@ Most results lie in memory that the operators allocate themselves, in a captured
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from xllm_lab.engine.ops import reference
 from xllm_lab.engine.ops.batch import PagedBatch
+from xllm_lab.engine.ops.collectives import Group
 from xllm_lab.engine.ops.experts import Permuted, Routes, Routing
 from xllm_lab.engine.ops.npu import calls, limits
 from xllm_lab.engine.ops.tape import is_captured, reads_host
@@ -39,6 +41,13 @@ def route_fails(routing: Routing) -> str | None:
     """Why the fused gate cannot be had for this routing."""
     if routing.is_sigmoid or routing.top_groups < routing.num_groups:
         return "the fused gate is a softmax over all experts"
+    return None
+
+
+def exchange_fails(dtype: torch.dtype) -> str | None:
+    """Why the fused exchange cannot be had for this type."""
+    if dtype not in limits.EXCHANGE_DTYPES:
+        return f"no fused exchange for {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -165,6 +174,29 @@ class NpuOps:
     def argmax(self, logits_RV: Tensor) -> list[int]:
         """As `reference.argmax`."""
         return reference.argmax(logits_RV)
+
+
+class NpuExchange:
+    """As `experts.Exchange`."""
+
+    most_rows = limits.MOST_EXCHANGED_ROWS
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def __call__(
+        self,
+        x_RD: Tensor,
+        slot_Rk: Tensor,
+        weight_Rk: Tensor,
+        num_slots: int,
+        compute: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """As `experts.Exchange`."""
+        ranks = calls.ExpertGroup(self._group.communicator, self._group.size, self._group.rank, num_slots)
+        sent = calls.dispatch(x_RD, slot_Rk, ranks)
+        made_XD = compute(sent.rows_XD, sent.count_E)
+        return calls.combine(made_XD, slot_Rk, weight_Rk, sent, ranks), sent.count_E
 
 
 class NpuGroupedLinear:

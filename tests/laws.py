@@ -5,6 +5,7 @@
     time            steps are numbered without gaps and never overlap
     capacity        tokens, sequences and KV blocks of every step stay within the configuration
     catching up     step by step, computed tokens catch up with known ones; after a preemption from a cached prefix
+    experts         each has a slot at any time; a change is decided, copied, and only then holds
     speculation     of a request's drafts as many are computed as there are, and what is not kept leaves no trace
 
 `obey_the_laws` runs them all. Each raises AssertionError with a sentence.
@@ -25,6 +26,7 @@ from xllm_lab.errors import RequestTooLargeError
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.api import ceil_div
+from xllm_lab.rebalancing import ExpertLayout
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord
 from xllm_lab.workload import Prompt, Request, RequestId, TokenIds, Workload, prompt_token_ids
 
@@ -605,3 +607,39 @@ def _draw(
             assert told == step.end_us, f"{who} has a token at {told}, drawn in a step to {step.end_us}"
             one.known, one.drawn = one.known + 1, one.drawn + 1
     return rows
+
+
+def experts_are_never_lost(records: Records, layout: ExpertLayout, num_redundant_experts: int) -> None:
+    """At any time every expert has a slot, every step one placement, and a change comes after its cause."""
+    slots = dict(zip(layout.layers, layout.first_slots(num_redundant_experts), strict=True))
+    size = len(next(iter(slots.values())))
+    starts = {s.step: s.start_us for s in records.steps}
+    free_from_us, begun = 0, []
+    for number, d in enumerate(records.decisions):
+        assert d.decision == number, f"decision {d.decision} comes as number {number}"
+        assert d.decided_us >= free_from_us, f"decision {number} was taken while another change was under way"
+        assert len(d.slots) == size * len(d.layers), f"decision {number} fills {len(d.slots)} slots"
+        after = {layer: tuple(d.slots[k * size : (k + 1) * size]) for k, layer in enumerate(d.layers)}
+        moved = sum(a != b for layer, own in after.items() for a, b in zip(slots[layer], own, strict=True))
+        assert d.num_moved_slots == moved, f"decision {number} copies {d.num_moved_slots} slots, {moved} change"
+        for layer, own in after.items():
+            assert set(own) == set(range(layout.num_experts)), f"decision {number} loses an expert of layer {layer}"
+            per_device = size // layout.num_devices
+            for device in range(layout.num_devices):
+                here = own[device * per_device : (device + 1) * per_device]
+                assert len(set(here)) == len(here), f"decision {number} doubles an expert on device {device}"
+        if d.dropped_us is not None:
+            assert (d.ready_us, d.active_step) == (None, None), f"decision {number} was given up and holds"
+            free_from_us = d.dropped_us
+        if d.active_step is not None:
+            assert d.active_us == starts[d.active_step], f"decision {number} does not begin with its step"
+            assert d.ready_us is not None, f"decision {number} holds and was never ready"
+            assert d.decided_us <= d.ready_us <= d.active_us, f"decision {number} holds before it is ready"
+            step = next(s for s in records.steps if s.step == d.active_step)
+            assert set(step.num_tokens) == {1}, f"decision {number} begins with a step that computes prompts"
+            slots |= after
+            free_from_us = d.active_us
+            begun.append(d.active_us)
+    for load in records.expert_loads:
+        num_begun = sum(us < load.end_us for us in begun)
+        assert load.placement == num_begun, f"counters until {load.end_us} are of placement {load.placement}"

@@ -25,6 +25,7 @@ from xllm_lab.policies.draft import DraftPlan, DraftPolicy, DraftView, Room, dra
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
+from xllm_lab.rebalancing import Mover
 from xllm_lab.records import Records, RequestRecord
 from xllm_lab.scheduler import Sampled, Scheduler
 from xllm_lab.serving import Completion, Idle, Woke, WorkloadFeed, serve
@@ -65,6 +66,9 @@ class EqualSteps:
     @property
     def has_store(self) -> bool:
         return False
+
+    def mover(self) -> Mover | None:
+        return None
 
     def end_us(self, step: Step) -> int:
         return step.start_us + self.step_us

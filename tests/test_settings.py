@@ -90,7 +90,7 @@ def test_an_unknown_setting_is_refused_with_all_that_are_accepted(namesakes: Can
     with pytest.raises(ConfigError) as refused:
         changed(DEFAULT, names, {"width": 4})
     told, _, accepted = str(refused.value).partition("; accepted: ")
-    assert told == "unknown setting 'width' for policies thrifty, eager, guesses, on-demand, device-only"
+    assert told == "unknown setting 'width' for policies thrifty, eager, guesses, on-demand, device-only, static"
     assert {"batch.depth", "draft.depth", "instance.block_size", "num_kv_blocks"} <= set(accepted.split(", "))
     assert not {"depth", "block_size"} & set(accepted.split(", "))
 

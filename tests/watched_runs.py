@@ -15,6 +15,7 @@ from tests.laws import (
     obey_the_laws,
 )
 from xllm_lab.copies import CopyRecord
+from xllm_lab.expert_records import ExpertLoadRecord, ExpertsRecord
 from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.of_instance import Policies
@@ -46,6 +47,14 @@ class Listening:
     def copy(self, record: CopyRecord) -> None:
         self.heard.copy(record)  # the very one: its end is filled in
         self._recorder.copy(record)
+
+    def experts(self, record: ExpertsRecord) -> None:
+        self.heard.experts(record)
+        self._recorder.experts(record)
+
+    def expert_load(self, record: ExpertLoadRecord) -> None:
+        self.heard.expert_load(record)
+        self._recorder.expert_load(record)
 
     @property
     def is_long(self) -> bool:

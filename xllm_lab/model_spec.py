@@ -167,6 +167,11 @@ class ModelSpec:
     max_position: int
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether it has routed experts."""
+        return self.experts is not None
+
+    @property
     def embedding_params(self) -> int:
         return self.vocab_size * self.hidden_size
 

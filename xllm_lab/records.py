@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from xllm_lab.copies import CopyRecord
+from xllm_lab.expert_records import ExpertLoadRecord, ExpertsRecord
 from xllm_lab.policies.api import RequestId
 from xllm_lab.step import PageRun, Step, Work
 
@@ -239,11 +240,19 @@ class Recorder(Protocol):
         """A copy between tiers is asked for; its end is filled in when it comes."""
         ...
 
+    def experts(self, record: ExpertsRecord) -> None:
+        """Where experts are to lie was decided; what comes of it is filled in when it comes."""
+        ...
+
+    def expert_load(self, record: ExpertLoadRecord) -> None:
+        """What the slots of experts had to do in some steps."""
+        ...
+
 
 class Records:
-    """Records in memory: requests in order of id once sorted, steps in order of end, then instance; copies as asked."""
+    """Records in memory: requests by id once sorted, steps by end, then instance, and the others as they come."""
 
-    __slots__ = ("_num_expanded", "_steps", "copies", "requests", "spans")
+    __slots__ = ("_num_expanded", "_steps", "copies", "decisions", "expert_loads", "requests", "spans")
 
     def __init__(
         self,
@@ -251,6 +260,8 @@ class Records:
         steps: list[StepRecord] | None = None,
         copies: list[CopyRecord] | None = None,
     ) -> None:
+        self.decisions: list[ExpertsRecord] = []
+        self.expert_loads: list[ExpertLoadRecord] = []
         self.copies: list[CopyRecord] = [] if copies is None else copies
         self.requests: list[RequestRecord] = [] if requests is None else requests
         self._steps: list[StepRecord] = [] if steps is None else steps
@@ -276,6 +287,12 @@ class Records:
     def copy(self, record: CopyRecord) -> None:
         self.copies.append(record)
 
+    def experts(self, record: ExpertsRecord) -> None:
+        self.decisions.append(record)
+
+    def expert_load(self, record: ExpertLoadRecord) -> None:
+        self.expert_loads.append(record)
+
     def sort(self) -> Records:
         """Put requests, which end in any order, in order of id."""
         self.requests.sort(key=lambda r: r.id)
@@ -284,7 +301,8 @@ class Records:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Records):
             return NotImplemented
-        return (self.requests, self.steps, self.copies) == (other.requests, other.steps, other.copies)
+        mine, others = ((r.requests, r.steps, r.copies, r.decisions) for r in (self, other))
+        return mine == others
 
     __hash__ = None  # type: ignore[assignment]
 

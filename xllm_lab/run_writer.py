@@ -21,6 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from xllm_lab.copies import CopyRecord
+from xllm_lab.expert_records import (
+    EXPERT_LOADS_FILE,
+    EXPERT_LOADS_SCHEMA,
+    EXPERTS_FILE,
+    ExpertLoadRecord,
+    ExpertsRecord,
+    expert_loads_table,
+    experts_table,
+)
 from xllm_lab.records import (
     COPY_SCHEMA,
     REQUEST_SCHEMA,
@@ -40,7 +49,7 @@ from xllm_lab.step import Step
 STEPS_FILE, REQUESTS_FILE, TRANSFERS_FILE = "steps.parquet", "requests.parquet", "transfers.parquet"
 COPIES_FILE, ROLES_FILE = "copies.parquet", "roles.parquet"
 # Of a row group, and of what is kept in memory until it is one. A step has many entries, one per request.
-_STEPS_PER_GROUP, _REQUESTS_PER_GROUP = 1 << 15, 1 << 12
+_STEPS_PER_GROUP, _REQUESTS_PER_GROUP, _LOADS_PER_GROUP = 1 << 15, 1 << 12, 1 << 6
 _MOST_ENTRIES = 1 << 20
 
 
@@ -51,6 +60,9 @@ class RunWriter:
         low_water_us: says that no step will come that ended at or before that time; without it, steps come in order.
         keep_steps: else steps.parquet has no rows.
         on_request: called for every request that ended.
+
+    Attributes:
+        decisions: on places of experts, so far.
     """
 
     def __init__(
@@ -70,6 +82,9 @@ class RunWriter:
         self._copies: _Groups | None = None  # nor has one without tiers
         self._asked: deque[CopyRecord] = deque()
         self._roles: list[RoleChange] = []  # nor one without roles
+        self.decisions: list[ExpertsRecord] = []  # nor one without divided experts
+        self._loads: list[ExpertLoadRecord] = []
+        self._expert_loads: pq.ParquetWriter | None = None
         self._steps = _Groups(folder / STEPS_FILE, STEP_SCHEMA, _STEPS_PER_GROUP)
         self._requests = _Groups(folder / REQUESTS_FILE, REQUEST_SCHEMA, _REQUESTS_PER_GROUP)
         self._spans: list[Step] = []
@@ -99,6 +114,14 @@ class RunWriter:
         if len(self._asked) >= 2 * _REQUESTS_PER_GROUP:
             self._write_copies(lambda copy: copy.end_us is not None)
 
+    def experts(self, record: ExpertsRecord) -> None:
+        self.decisions.append(record)
+
+    def expert_load(self, record: ExpertLoadRecord) -> None:
+        self._loads.append(record)
+        if len(self._loads) >= _LOADS_PER_GROUP:
+            self._write_loads()
+
     def request(self, record: RequestRecord) -> None:
         self._on_request()
         self._ended.append(record)
@@ -113,6 +136,11 @@ class RunWriter:
         self._write_copies(lambda _: True)
         if self._roles:
             pq.write_table(role_table(self._roles), self._folder / ROLES_FILE, write_page_checksum=True)
+        if self.decisions:
+            pq.write_table(experts_table(self.decisions), self._folder / EXPERTS_FILE, write_page_checksum=True)
+        self._write_loads()
+        if self._expert_loads is not None:
+            self._expert_loads.close()
         for file in self._files():
             file.close()
 
@@ -154,6 +182,15 @@ class RunWriter:
         if self._copies is None:
             self._copies = _Groups(self._folder / COPIES_FILE, COPY_SCHEMA, _REQUESTS_PER_GROUP)
         self._copies.add(copy_table(settled), None)
+
+    def _write_loads(self) -> None:
+        if not self._loads:
+            return
+        if self._expert_loads is None:
+            path, told = self._folder / EXPERT_LOADS_FILE, {"compression": "zstd", "write_page_checksum": True}
+            self._expert_loads = pq.ParquetWriter(path, EXPERT_LOADS_SCHEMA, **told)
+        self._expert_loads.write_table(expert_loads_table(self._loads))
+        self._loads.clear()
 
     def _write_requests(self) -> None:
         self._requests.add(request_table(self._ended), None)

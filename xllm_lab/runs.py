@@ -1,6 +1,6 @@
 """A run is a folder: manifest.json, workload.jsonl, requests.parquet, steps.parquet; whole, or not there.
 
-Of an instance with tiers, copies.parquet, too.
+Of an instance with tiers, copies.parquet, too; of one with divided experts, experts.parquet and expert_loads.parquet.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ from xllm_lab import provenance
 from xllm_lab.copy_time import CopyTime, CopyWeights
 from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.errors import ConfigError, RunError
+from xllm_lab.expert_records import (
+    EXPERT_LOADS_FILE,
+    EXPERT_LOADS_SCHEMA,
+    EXPERTS_FILE,
+    EXPERTS_SCHEMA,
+    ExpertLoadRecord,
+    ExpertsRecord,
+    decisions_from,
+    expert_loads_from,
+    expert_loads_table,
+    experts_table,
+)
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.catalog import configured, values_of
@@ -63,6 +75,7 @@ class Manifest:
         store: below the host, and what became of its blocks, see `store.StoreCounters`; of a fleet, by instance.
         graphs: what became of steps, see `step_shape.ShapeCounts`; of an engine, with its captures and their memory.
             None if every step was eager.
+        expert_layout: who shares the experts, see `rebalancing.describe_experts`; None: there are none.
         drafts: of an engine that may speculate, the methods that it could draft by, and what its draft model was.
     """
 
@@ -83,6 +96,7 @@ class Manifest:
     hardware: dict[str, Any] = field(default_factory=provenance.hardware)
     format: int = FORMAT
     drafts: dict[str, Any] | None = None
+    expert_layout: dict[str, Any] | None = None
 
     def instance_config(self) -> InstanceConfig:
         return configured(InstanceConfig, self.instance)
@@ -149,9 +163,24 @@ class Run:
         copies = self.path / "copies.parquet"
         copied = read_parquet(copies, COPY_SCHEMA) if copies.exists() else None
         try:
-            return records_from(requests, read_parquet(self.path / "steps.parquet", STEP_SCHEMA), copied)
+            records = records_from(requests, read_parquet(self.path / "steps.parquet", STEP_SCHEMA), copied)
+            records.decisions += self.decisions
+            records.expert_loads += self.expert_loads
+            return records
         except ValueError as error:
             raise RunError(f"{self.path / 'requests.parquet'}: {error}; accepted: {_FINISHED}") from None
+
+    @cached_property
+    def decisions(self) -> list[ExpertsRecord]:
+        """On where experts lie; none where they are not divided, or the policy was never asked."""
+        path = self.path / EXPERTS_FILE
+        return decisions_from(read_parquet(path, EXPERTS_SCHEMA)) if path.exists() else []
+
+    @cached_property
+    def expert_loads(self) -> list[ExpertLoadRecord]:
+        """What the slots of experts had to do; nothing where they are not divided."""
+        path = self.path / EXPERT_LOADS_FILE
+        return expert_loads_from(read_parquet(path, EXPERT_LOADS_SCHEMA)) if path.exists() else []
 
     def expect_all(self, name: str, count: int) -> None:
         """RunError unless a file of the folder holds as many requests as the manifest says."""
@@ -176,6 +205,10 @@ def fill_run(folder: Path, manifest: Manifest, workload: Workload, records: Reco
     tables = {"requests": request_table(records.sort().requests), "steps": steps}
     if records.copies:
         tables["copies"] = copy_table(records.copies)
+    if records.decisions:
+        tables[EXPERTS_FILE.removesuffix(".parquet")] = experts_table(records.decisions)
+    if records.expert_loads:
+        tables[EXPERT_LOADS_FILE.removesuffix(".parquet")] = expert_loads_table(records.expert_loads)
     for name, table in tables.items():
         # With checksums a flipped bit is an error, not another result.
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd", write_page_checksum=True)
@@ -212,6 +245,8 @@ def _refuse_other_manifests(manifest: Manifest) -> None:
     ]
     if manifest.drafts is not None:
         needed.append(("drafts", manifest.drafts, "methods", list))
+    if manifest.expert_layout is not None:
+        needed.append(("expert_layout", manifest.expert_layout, "layers", list))
     for part, value, name, kind in needed:
         if not isinstance(value, dict) or not isinstance(value.get(name), kind):
             raise TypeError(f"{part} has no {name}")

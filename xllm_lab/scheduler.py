@@ -45,6 +45,7 @@ from xllm_lab.policies.api import (
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.checks import batch_violations
 from xllm_lab.policies.draft import Ask
+from xllm_lab.rebalancing import Rebalancing
 from xllm_lab.records import FinishReason, Recorder, RequestRecord
 from xllm_lab.request_state import NO_QUEUE, RequestState, new_record, placeholder
 from xllm_lab.step import NO_DECODES, Decodes, Draft, ScheduledChunk, Step
@@ -77,6 +78,7 @@ class Scheduler:
         drafting: says who drafts; None: nobody.
         pages: says what of virtual KV is mapped; None: KV is paged.
         tiering: says what is copied between the tiers of KV; None: nothing.
+        experts: says where experts lie; None: they are not divided among devices.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Scheduler:
         drafting: Drafting | None = None,
         pages: VirtualKv | None = None,
         tiering: Tiering | None = None,
+        experts: Rebalancing | None = None,
         instance: int = 0,
     ) -> None:
         if getattr(policy, "needs_step_time", False) and step_time is None:
@@ -102,6 +105,7 @@ class Scheduler:
         self.drafting = drafting
         self.pages = pages
         self.tiering = tiering
+        self.experts = experts
         self._recorder = recorder
         self.ledger = self._new_ledger()
         self._under_way: Step | None = None
@@ -209,6 +213,8 @@ class Scheduler:
             return None
         if self.tiering is not None:
             self._copy(self.tiering, now_us)
+        if self.experts is not None:
+            self.experts.look(now_us)
         waits = self._under_way is not None and self.drafting is not None and self.drafting.is_waited_for()
         while self._live:
             plan = self._decide(now_us)
@@ -262,6 +268,8 @@ class Scheduler:
             ahead: the step that was planned while `step` runs; then it, too, is one of them.
         """
         most = self._num_alike(step, ahead)
+        if self.experts is not None:
+            step.repeats_until_us = self.experts.next_us
         if self.pages is not None and most:
             most = self.pages.most_repeats(most, step, ahead)
         return most if self.shapes is None or not most else self.shapes.num_alike(step, most)
@@ -284,7 +292,7 @@ class Scheduler:
         most = next_end - lockstep.done - 1
         if self._foresees_length:
             most = min(most, next_end - lockstep.clock)
-        if most < 1:
+        if most < 1 or latest.experts is not step.experts:
             return 0
         if self.tiering is not None:
             return 0  # records of copies name blocks, which are handed out in another order when steps are skipped
@@ -404,6 +412,8 @@ class Scheduler:
             ledger.changed = {}
         if self.tiering is not None:
             self.tiering.serve(ledger, self._recorder, self.instance)
+        if self.experts is not None:
+            self.experts.serve(self._recorder, self.instance)
         return ledger
 
     def _copy(self, tiering: Tiering, now_us: int) -> None:
@@ -461,6 +471,7 @@ class Scheduler:
             decodes = self._begin_decodes(speculating)
             if decodes.ids:
                 self._advance_decodes(1)
+        only_decodes = all(state.is_decoding for state in scheduled)
         if speculating:
             others = tuple([self._speculate(self._live[d.id], len(d.token_ids)) for d in drafts if d.token_ids])
             scheduled = [state for state in scheduled if state not in speculating]
@@ -495,6 +506,8 @@ class Scheduler:
         )
         if self.pages is not None:
             self.pages.place(step, ledger, self._lockstep, tuple(self._singles.values()), self._num_kv_tokens())
+        if self.experts is not None:
+            self.experts.place(step, only_decodes=only_decodes)
         return step
 
     def _num_kv_tokens(self) -> int:
@@ -767,6 +780,8 @@ class Scheduler:
         if self.shapes is not None:
             self.shapes.count(step, len(ends_us))
         self._recorder.span(step)
+        if self.experts is not None:
+            self.experts.completed(step)
         self._num_recorded = step.index + len(ends_us)
 
 

@@ -8,6 +8,7 @@ from xllm_lab.draft_time import DraftTime
 from xllm_lab.drafting import Proposer, drafting_of
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.of_instance import Policies
+from xllm_lab.rebalancing import Mover, rebalancing_of
 from xllm_lab.records import Recorder
 from xllm_lab.scheduler import Scheduler
 from xllm_lab.step_shape import Shapes, shapes_of
@@ -23,6 +24,7 @@ def scheduler_of(
     *,
     proposer: Proposer | None,
     copier: Copier | None,
+    mover: Mover | None = None,
     step_time: StepTime | None = None,
     draft_time: DraftTime | None = None,
     copy_time: CopyTime | None = None,
@@ -34,6 +36,7 @@ def scheduler_of(
     Args:
         proposer: the host's, that makes drafts; None: there is none.
         copier: the host's, that copies between tiers; None: it cannot.
+        mover: the host's, that copies experts; None: they are not divided among devices.
         step_time, draft_time, copy_time: what policies are told of the machine.
         shapes: the shapes policy at work, where it counts for several instances.
 
@@ -49,5 +52,6 @@ def scheduler_of(
         drafting=drafting_of(policies.draft, proposer, step_time=step_time, draft_time=draft_time),
         tiering=tiering_of(policies.cache, config, copier, step_time=step_time, copy_time=copy_time),
         pages=virtual_kv_of(policies.pages, config),
+        experts=rebalancing_of(policies.experts, mover),
         instance=instance,
     )

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from xllm_lab.policies.api import RequestId
 from xllm_lab.policies.shapes import ShapePlan, eagerly
 
@@ -92,6 +95,20 @@ class PageMoves(NamedTuple):
         return self._replace(kv_tokens=self.kv_tokens + num_tokens)
 
 
+class StepExperts(NamedTuple):
+    """Where the experts lie in a step.
+
+    Attributes:
+        placement: how often they had been put elsewhere before.
+        slots: of each layer with experts, the expert in each slot of all devices.
+        activates: the decision that begins with this step; None: they lay so before.
+    """
+
+    placement: int
+    slots: tuple[tuple[int, ...], ...]
+    activates: int | None = None
+
+
 class Decodes:
     """The decodes of a step. `kv_tokens` and `max_kv_tokens` are those in KV before it: their sum, the longest."""
 
@@ -135,6 +152,11 @@ class Step:
         pages: of virtual KV; None where KV is paged.
         map_us: how long the host waited for `pages.maps`, where it was measured.
         beside_us: how long the rest of `pages` took beside the step, where it was measured.
+        experts: where they lie; None where they are not divided among devices.
+        expert_rows_LP: once it is over, what each slot had to do in each of its repeats, see `Mover.row_units`; None if
+            nobody counted.
+        repeats_until_us: its repeats end with the first that ends at or after this, as something may be decided then.
+        held_up_us: how long it waited for a change of experts to take hold, where that is known.
         num_accepted: once it is over: of each of `drafts`, how many tokens were kept.
         num_copies: between tiers, asked for since the instance began until the step was planned.
         num_repeats: how many further steps, all alike, the host may run in one go.
@@ -164,6 +186,10 @@ class Step:
     pages: PageMoves | None = None
     map_us: int | None = None
     beside_us: int | None = None
+    experts: StepExperts | None = None
+    expert_rows_LP: npt.NDArray[np.int64] | None = None  # noqa: N815
+    repeats_until_us: int | None = None
+    held_up_us: int | None = None
     num_accepted: tuple[int, ...] = ()
     num_copies: int = 0
     num_repeats: int = 0

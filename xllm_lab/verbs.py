@@ -105,7 +105,7 @@ def replay(
             records = watched(len(workload.requests), "replay", show=progress)
             with records.bar:
                 return all_of_them.replay(workload, whole, chosen.instance, chosen.policies, recorder=records, **known)
-    with _opened(engine) as host:
+    with _opened(engine, chosen) as host:
         records = watched(len(workload.requests), "replay", show=progress)  # last, so that no bar precedes a refusal
         with records.bar:
             return host.replay(workload, chosen.instance, chosen.policies, recorder=records, **known)
@@ -155,6 +155,7 @@ def simulate(
     page_time: PageTime | None = None,
     host_link_bytes_per_s: float | None = None,
     store: str | None = None,
+    expert_trace: str | None = None,
     fast_forward: bool = True,
     keep_steps: bool = True,
     progress: bool = False,
@@ -170,11 +171,13 @@ def simulate(
         page_time: what mapping pages of virtual KV takes; without it as calibrated.
         host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
         store: of KV blocks below the host, see `sim.machine.with_store`; of a run that had one, "sim:" without it.
+        expert_trace: loads of experts divided among devices, see `sim.expert_trace.with_expert_trace`.
         fast_forward: skip steps that repeat themselves; the records are the same without.
         keep_steps: without them a run of a million requests is smaller, and says nothing of its steps.
         beside: policies beside the batch policy, see `configure`.
     """
     from xllm_lab.fleet_config import fleet_config
+    from xllm_lab.sim.expert_trace import with_expert_trace
     from xllm_lab.sim.machine import (
         Machine,
         fitted_machine,
@@ -204,6 +207,8 @@ def simulate(
         priced = with_store(priced, store, chosen.policies)
     elif isinstance(trace, Run):
         priced = with_store_of(priced, trace, chosen.policies)
+    if expert_trace is not None:
+        priced = with_expert_trace(priced, expert_trace)
     if isinstance(trace, Run) and fleet is None and trace.manifest.fleet is not None:
         fleet = fleet_config(trace.manifest.fleet)
     ended = bar(len(workload.requests), "simulate", show=progress)
@@ -260,6 +265,7 @@ def tune(
     workers: int = 2,
     host_link_bytes_per_s: float | None = None,
     store: str | None = None,
+    expert_trace: str | None = None,
     fleet: FleetConfig | PathLike | None = None,
     progress: bool = True,
     **beside: str | None,
@@ -270,6 +276,7 @@ def tune(
         also: further policies to choose from, of any decision.
         host_link_bytes_per_s: at which KV is copied to the host and back, each way; without it as calibrated.
         store: of KV blocks below the host, see `sim.machine.with_store`; knobs that need one are searched, too.
+        expert_trace: loads of experts divided among devices, see `sim.expert_trace.with_expert_trace`.
         fleet: a fleet, or the cluster file of one, whose policies' knobs are searched, too; None is a single instance.
         beside: policies beside the batch policy, see `configure`; their knobs are searched, too.
     """
@@ -289,7 +296,7 @@ def tune(
             out=Path(out),
             min_slo_attainment_frac=min_slo_attainment_frac,
             num_workers=workers,
-            tiers=Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store),
+            tiers=Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store, expert_trace=expert_trace),
             on_trial=lambda trial: drawn.update(),
         )
 
@@ -527,8 +534,10 @@ def _opened_fleet(
 
 
 @contextlib.contextmanager
-def _opened(engine: Engine | EngineOptions | EngineFleet | None) -> Iterator[Engine]:
-    """An engine, closed in the end if it was opened here."""
+def _opened(
+    engine: Engine | EngineOptions | EngineFleet | None, candidate: Candidate | None = None
+) -> Iterator[Engine]:
+    """An engine, closed in the end if it was opened here: for that candidate."""
     from xllm_lab.engine.cluster.fleet import EngineFleet
     from xllm_lab.engine.engine import Engine
 
@@ -537,7 +546,7 @@ def _opened(engine: Engine | EngineOptions | EngineFleet | None) -> Iterator[Eng
     if isinstance(engine, Engine):
         yield engine
         return
-    with Engine(engine) as opened:
+    with Engine(engine if engine is None or candidate is None else engine.serving(candidate.policies)) as opened:
         yield opened
 
 

@@ -24,6 +24,7 @@ from tests.small_runs import (
 )
 from xllm_lab.copies import CopyRecord
 from xllm_lab.errors import PolicyError
+from xllm_lab.expert_records import ExpertLoadRecord, ExpertsRecord
 from xllm_lab.fleet_config import FleetConfig, LinkConfig
 from xllm_lab.instance_config import ASYNC_SCHEDULING, InstanceConfig
 from xllm_lab.outages import Outage
@@ -301,6 +302,8 @@ class Forgetful:
 
     def span(self, span: Step) -> None: ...
     def copy(self, record: CopyRecord) -> None: ...
+    def experts(self, record: ExpertsRecord) -> None: ...
+    def expert_load(self, record: ExpertLoadRecord) -> None: ...
     def request(self, record: RequestRecord) -> None:
         self.num_held.append(num_states())
 

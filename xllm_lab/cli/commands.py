@@ -121,6 +121,7 @@ def _simulate(o: argparse.Namespace) -> int:
         page_time=page_time(o),
         host_link_bytes_per_s=o.host_link,
         store=o.store,
+        expert_trace=o.expert_trace,
         fast_forward=not o.no_fast_forward,
         keep_steps=not o.no_steps,
         progress=not o.quiet,
@@ -149,12 +150,12 @@ def _parity(o: argparse.Namespace) -> int:
     found = verbs.parity(o.run, **configuration(o))
     if found.is_identical:
         line = f"identical: {found.num_steps} decisions"
-        line += f" of instances, {found.num_decisions} of the router" * bool(found.num_decisions)
+        line += f" of instances, {found.num_decisions} {found.of}" * bool(found.num_decisions)
     else:
         where = f"instance {found.instance}: " * (found.instance is not None)
         line = f"{where}step {found.step} differs\n  engine     {found.engine}\n  simulator  {found.simulator}"
         if found.decision is not None:
-            what = f"the router's decision {found.decision} differs"
+            what = f"decision {found.decision} {found.of} differs"
             line = f"{what}\n  engine     {found.routed}\n  simulator  {found.routed_again}"
     _print(o, {**asdict(found), "is_identical": found.is_identical}, line)
     return 0 if found.is_identical else 1
@@ -190,6 +191,7 @@ def _tune(o: argparse.Namespace) -> int:
         workers=o.workers,
         host_link_bytes_per_s=o.host_link,
         store=o.store,
+        expert_trace=o.expert_trace,
         fleet=fleet(o),
         progress=not o.quiet,
     )

@@ -51,6 +51,8 @@ def _tier_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host-link", type=float, metavar="BYTES_PER_S", help=rate)
     store = "KV below the host: sim:, and any of ?bytes=SIZE&bytes_per_s=RATE&latency_us=TIME; else as calibrated"
     group.add_argument("--store", metavar="STORE", help=store)
+    trace = "loads of experts as they come: RUN or FILE, and any of ?bytes_per_s=RATE&row_us=US&activation_us=US"
+    group.add_argument("--expert-trace", metavar="TRACE", help=trace)
 
 
 def fleet_options(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from xllm_lab.engine.drafts.mtp import mtp_proposer
 from xllm_lab.engine.drafts.ngram import NgramProposer
 from xllm_lab.engine.drafts.suffix import SuffixProposer
 from xllm_lab.engine.drafts.verify import draw_draft, kept_until_stop
+from xllm_lab.engine.expert_mover import ExpertMover
 from xllm_lab.engine.expert_parallel import (
     ALL_GATHER,
     ExpertParallel,
@@ -34,6 +35,7 @@ from xllm_lab.engine.kv import KvLayout, KvPool
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.launcher import Launched, Launcher
 from xllm_lab.engine.lead import Lead
+from xllm_lab.engine.live_experts import LiveExperts
 from xllm_lab.engine.models import DEFAULT_MODEL, LoadedModel, load_model, model_config
 from xllm_lab.engine.ops.table import check_calls
 from xllm_lab.engine.page_mapper import PageMapper
@@ -52,9 +54,13 @@ from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
 from xllm_lab.policies.draft import METHODS, DraftPolicy
 from xllm_lab.policies.draft.off import Off
+from xllm_lab.policies.experts import ExpertsPolicy
+from xllm_lab.policies.experts.static import Static
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER, Eager
+from xllm_lab.progress import tell
+from xllm_lab.rebalancing import PREPARE_TIMEOUT_US, ExpertLayout, describe_experts
 from xllm_lab.records import Recorder, Records
 from xllm_lab.runs import Manifest, Run, describe, fill_run, new_folder
 from xllm_lab.scheduler import Sampled, Scheduler
@@ -86,6 +92,7 @@ class EngineOptions:
         expert_dispatch: how tokens get there, one of `expert_parallel.DISPATCHES`.
         num_redundant_experts: slots of each rank beside those that hold every expert once.
         rank_timeout_s: how long one of them waits for another in a step before the run ends.
+        prepare_timeout_s: how long they may take to prepare experts for other places before that is given up.
         draft_model: what drafts by "draft_model": another model, or some layers of the served one, "layers:0-9,28-29".
         host_link_bytes_per_s: copies between device and host end no sooner than at that rate; None: when they end.
         store: of KV blocks below the host, as `store.open_store` names one; None: there is none.
@@ -106,10 +113,17 @@ class EngineOptions:
     expert_dispatch: str = ALL_GATHER
     num_redundant_experts: int = 0
     rank_timeout_s: float = 300.0
+    prepare_timeout_s: float = PREPARE_TIMEOUT_US / 1e6
     draft_model: str | None = None
     host_link_bytes_per_s: float | None = None
     store: str | None = None
     check_ops: bool = False
+
+    def serving(self, policies: Policies) -> EngineOptions:
+        """The same, with as many slots for experts as these policies want, unless it says how many."""
+        if not self.expert_parallel or self.num_redundant_experts:
+            return self
+        return replace(self, num_redundant_experts=policies.experts.num_redundant_experts)
 
 
 class Engine:
@@ -142,6 +156,8 @@ class Engine:
             raise ConfigError(f"graph_pool_bytes is {self.options.graph_pool_bytes}, at least 0 is accepted")
         if (rate := self.options.host_link_bytes_per_s) is not None and not rate > 0:
             raise ConfigError(f"host_link_bytes_per_s is {rate}, more than 0 is accepted")
+        if not self.options.prepare_timeout_s > 0:
+            raise ConfigError(f"prepare_timeout_s is {self.options.prepare_timeout_s}, more than 0 is accepted")
         if self.options.timer == "cpu" and self.options.threads != 1:
             raise ConfigError(f"timer 'cpu' with {self.options.threads} threads counts each; accepted: 1 thread")
         o = self.options
@@ -149,6 +165,7 @@ class Engine:
         self.is_divided = self.options.tensor_parallel > 1
         self.ranks = self._others() if ranks is None else ranks
         self._store: BlockStore | None = None
+        self._live_experts: LiveExperts | None = None
         try:
             self._open()
         except BaseException:
@@ -255,6 +272,7 @@ class Engine:
             *(config, policies, recorder),
             proposer=self.proposer(policies, config),
             copier=self.copies(policies.cache, config),
+            mover=self.mover(policies.experts),
             step_time=step_time,
             draft_time=draft_time,
             copy_time=copy_time,
@@ -284,9 +302,13 @@ class Engine:
         """
         config = scheduler.config
         shapes = EAGER if scheduler.shapes is None else scheduler.shapes.policy
+        mover = None if scheduler.experts is None else scheduler.experts.mover
+        assert mover is None or isinstance(mover, ExpertMover), "experts are moved by the engine"
         with self._together():
+            if mover is not None and scheduler.experts is not None:
+                mover.begin(scheduler.experts.slots)
             with self.device.refusing_what_does_not_fit("a step at the configured limits"):
-                runner = self._runner(config, shapes)
+                runner = self._runner(config, shapes, counts_experts=mover is not None)
                 warm_up(runner, config, self._lead, self.device)
             runner.expert_observer = self.expert_observer
             if seat is not None:
@@ -305,10 +327,13 @@ class Engine:
                 assert drafts is None or isinstance(drafts, EngineDrafts), "drafts are the engine's own"
                 if drafts is not None:
                     drafts.serve(clock, runner)
-                launcher = Launcher(runner, scheduler, lane, clock, self._lead, drafts=drafts, mapper=mapper)
+                beside: dict[str, Any] = {"drafts": drafts, "mapper": mapper, "mover": mover}
+                launcher = Launcher(runner, scheduler, lane, clock, self._lead, **beside)
                 start_us = 0 if seat is None else seat.start_us
                 conversation = serve(scheduler, feed, prompt_ids, launch=launcher.launch, start_us=start_us)
                 self._answer(conversation, launcher, seat, copies)
+            if scheduler.experts is not None:
+                scheduler.experts.finish()
         if scheduler.shapes is None or runner.graphs is None:
             return None
         return {**scheduler.shapes.counts.as_dict(), **runner.graphs.describe()}
@@ -408,9 +433,13 @@ class Engine:
                 graphs=graphs,
                 store=None if isinstance(policies.cache, DeviceOnly) else self.describe_store(),
                 drafts=None if isinstance(policies.draft, Off) else self.describe_drafts(),
+                expert_layout=self.describe_places(policies.experts, records),
                 **describe(config, policies, step_time, workload, draft_time=draft_time, copy_time=copy_time),
             )
             fill_run(folder, manifest, workload, records)
+        if dropped := sum(decision.dropped_us is not None for decision in records.decisions):
+            limit_s = self.options.prepare_timeout_s
+            tell(f"xllm-lab: {dropped} changes of experts were given up: a rank was not ready within {limit_s:g} s")
         return Run(out, manifest)
 
     def describe(self) -> dict[str, Any]:
@@ -435,6 +464,13 @@ class Engine:
             return {}
         told = {"expert_dispatch": o.expert_dispatch, "num_redundant_experts": o.num_redundant_experts}
         return {"expert_parallel": parallel.group.size, **told}
+
+    def describe_places(self, policy: ExpertsPolicy, records: Records) -> dict[str, Any] | None:
+        """Of the experts in a run, for manifests; None where they do not lie on ranks that rank 0 drives."""
+        mover = self.mover(policy)
+        if mover is None:
+            return None
+        return describe_experts(mover.layout, policy.num_redundant_experts, records.decisions)
 
     def describe_drafts(self) -> dict[str, Any]:
         """What a policy may choose from, for manifests."""
@@ -557,14 +593,55 @@ class Engine:
             f"draft policy {name}: method is {method!r}, and {missing[method]}; accepted here: {', '.join(known)}"
         )
 
-    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+    def _runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER, *, counts_experts: bool = False) -> Runner:
         if not isinstance(shapes, Eager):
             refuse_what_nothing_captures(self.model.model, self.device)  # before others are told, and refuse it, too
         self._lead.open(config, shapes)
-        return self.runner(config, shapes)
+        return self.runner(config, shapes, counts_experts=counts_experts)
 
-    def runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER) -> Runner:
+    def live_experts(self) -> LiveExperts:
+        """What moves the experts of this rank.
+
+        Raises:
+            ConfigError: they cannot be read one by one.
+        """
+        if self._live_experts is None:
+            self._live_experts = LiveExperts(self.model, self.device)
+        return self._live_experts
+
+    def mover(self, policy: ExpertsPolicy) -> ExpertMover | None:
+        """What moves experts in a run; None where they do not lie on ranks that rank 0 drives.
+
+        Raises:
+            ConfigError: slots other than the policy's, or experts that cannot be read one by one.
+        """
+        parallel, o, mixture = self.model.model.experts, self.options, self.model.config.mixture
+        if parallel is None or parallel.has_own_tokens or mixture is None or self.ranks is None:
+            return None
+        if isinstance(policy, Static) and not Path(self.model.name).is_dir():
+            return None
+        if not isinstance(policy, Static) and policy.num_redundant_experts != o.num_redundant_experts:
+            raise ConfigError(
+                f"experts policy {policy_name(policy)} wants num_redundant_experts {policy.num_redundant_experts}, and "
+                f"the engine was opened with {o.num_redundant_experts}; accepted: the same"
+            )
+        weights = 3 * self.model.config.hidden_size * mixture.intermediate_size
+        layout = ExpertLayout(
+            layers=tuple(sorted(mixture.layers)),
+            num_experts=mixture.routing.num_experts,
+            num_groups=mixture.routing.num_groups,
+            num_devices=parallel.group.size,
+            expert_bytes=weights * self.model.model.dtype.itemsize,
+            num_redundant_experts=o.num_redundant_experts,
+            prepare_timeout_us=round(o.prepare_timeout_s * 1e6),
+        )
+        return ExpertMover(layout, self.live_experts(), self.ranks)
+
+    def runner(self, config: InstanceConfig, shapes: ShapesPolicy = EAGER, *, counts_experts: bool = False) -> Runner:
         """What runs the steps of this rank.
+
+        Args:
+            counts_experts: somebody reads what each slot of experts had to do.
 
         Raises:
             ConfigError: the KV pool or the graphs' does not fit.
@@ -574,7 +651,7 @@ class Engine:
         tells = self.ranks is not None and self.is_divided and config.async_scheduling != "off"
         told = self.ranks.group if tells and self.ranks is not None else None
         runner = Runner(self.model.model, pool, self.device, told=told)
-        runner.workspace.counts_experts = self.expert_observer is not None
+        runner.workspace.counts_experts = counts_experts or self.expert_observer is not None
         if captures:
             runner.graphs = Graphs(
                 *(self.model.model, pool, self.device, runner.workspace),

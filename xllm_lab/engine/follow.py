@@ -6,6 +6,7 @@ import signal
 import sys
 
 from xllm_lab.engine.engine import Engine, EngineOptions
+from xllm_lab.engine.expert_mover import obey as obey_on_experts
 from xllm_lab.engine.lead import chunks_of, opened
 from xllm_lab.engine.rank_place import Place, place_in_environment
 from xllm_lab.engine.rank_processes import LOST_STATUS
@@ -42,6 +43,9 @@ def _obey(engine: Engine, ranks: Ranks) -> None:
         if message["do"] == "open":
             runner = None  # its memory goes before the next one's comes
             runner = engine.runner(*opened(message))
+            continue
+        if message["do"].endswith(" experts"):
+            obey_on_experts(message, engine.live_experts(), ranks)
             continue
         assert runner is not None, "a run was opened"
         if message["do"] == "warm":

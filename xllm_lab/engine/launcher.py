@@ -12,11 +12,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from xllm_lab.engine.clock import Clock
 from xllm_lab.engine.drafts.engine_drafts import EngineDrafts, Prefill
 from xllm_lab.engine.drafts.verify import Row
+from xllm_lab.engine.expert_mover import ExpertMover
 from xllm_lab.engine.lane import Done, Lane
 from xllm_lab.engine.lead import Lead
 from xllm_lab.engine.page_mapper import PageMapper
@@ -45,12 +47,26 @@ class Inputs(NamedTuple):
     has_drafts: bool
 
 
+class Counted:
+    """What each slot of the layers with experts had to do in a step, once it is over."""
+
+    __slots__ = ("_layers", "rows_LP")
+
+    def __init__(self, layers: list[int]) -> None:
+        self._layers, self.rows_LP = layers, np.zeros((0, 0), np.int64)
+
+    def read(self, slot_rows_LS: Tensor) -> None:
+        """From a step's counters, which the next one overwrites."""
+        self.rows_LP = slot_rows_LS[self._layers].cpu().numpy()
+
+
 class Launched(NamedTuple):
     """A step that is with the device. `host_us` is the time it took the host to get there."""
 
     inputs: Inputs
     future: Future[Done[list[list[int]]]]
     host_us: int
+    counted: Counted | None = None
 
 
 class Launcher:
@@ -66,9 +82,10 @@ class Launcher:
         *,
         drafts: EngineDrafts | None = None,
         mapper: PageMapper | None = None,
+        mover: ExpertMover | None = None,
     ) -> None:
         self._runner, self._scheduler, self._lane, self._clock, self._lead = runner, scheduler, lane, clock, lead
-        self._drafts, self._mapper = drafts, mapper
+        self._drafts, self._mapper, self._mover = drafts, mapper, mover
         self._launched: dict[int, Launched] = {}
         self._rows: dict[RequestId, int] = {}  # of the tokens that the step launched last draws
         self._working_since_us = clock.now_us()  # on the step to be launched next, without the time it waited
@@ -83,11 +100,15 @@ class Launcher:
             step.map_us = self._clock.now_us() - before_us
         inputs = self._inputs(step)
         self._rows = {request.id: row for row, request in enumerate(inputs.drawing)}
+        begins = None
+        if self._mover is not None and step.experts is not None and step.experts.activates is not None:
+            begins = self._mover.activation(step.experts)
         self._lead.step(inputs.chunks, inputs.graph_tokens, draws=True, tells=not inputs.has_drafts)
         host_us = self._clock.now_us() - self._working_since_us
         beside = () if self._drafts is None else self._drafts.follow(self._prefills(step))
-        future = self._lane.launch(partial(_compute, self._runner, inputs, beside))
-        self._launched[step.index] = Launched(inputs, future, host_us)
+        counted = None if self._mover is None else Counted(self._mover.rows)
+        future = self._lane.launch(partial(_compute, self._runner, inputs, beside, begins, counted))
+        self._launched[step.index] = Launched(inputs, future, host_us, counted)
         self._working_since_us = self._clock.now_us() if self._lane.is_beside else future.result().end_us
 
     def wait_for(self, step: Step) -> tuple[Launched, Done[list[list[int]]]]:
@@ -98,6 +119,8 @@ class Launcher:
         self._working_since_us += self._clock.wait_until(done.end_us) - before_us
         if self._mapper is not None:
             self._mapper.finish(step)
+        if launched.counted is not None:
+            step.expert_rows_LP = launched.counted.rows_LP
         return launched, done
 
     def run_beside(self) -> int:
@@ -168,5 +191,17 @@ class Launcher:
         return tokens
 
 
-def _compute(runner: Runner, inputs: Inputs, beside: Sequence[Callable[[], None]]) -> list[list[int]]:
-    return runner.draw(inputs.chunks, inputs.rows, inputs.graph_tokens, tells=not inputs.has_drafts, beside=beside)
+def _compute(
+    runner: Runner,
+    inputs: Inputs,
+    beside: Sequence[Callable[[], None]],
+    begins: Callable[[], None] | None,
+    counted: Counted | None,
+) -> list[list[int]]:
+    if begins is not None:
+        begins()
+    tells = not inputs.has_drafts
+    drawn = runner.draw(inputs.chunks, inputs.rows, inputs.graph_tokens, tells=tells, beside=beside)
+    if counted is not None:
+        counted.read(runner.workspace.slot_rows_LS)
+    return drawn

@@ -15,7 +15,7 @@ import os
 import socket
 import subprocess
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -124,6 +124,23 @@ class Ranks:
         """Another rank leaves word why it ends, if anybody is there to read it."""
         with contextlib.suppress(RuntimeError):
             self._store.set(_failed(self.place.rank), reason)
+
+    def reporter(self) -> Callable[[str], None]:
+        """With what another rank reports from any thread, whatever this one waits for: its store is its own."""
+        store, rank = self._store.clone(), self.place.rank
+
+        def report(what: str) -> None:
+            with contextlib.suppress(RuntimeError):  # nobody is there any more to hear it
+                store.set(f"{what}/{rank}", "")
+
+        return report
+
+    def have_reported(self, what: str) -> bool:
+        """Rank 0 looks whether all others have reported so; it waits for nobody."""
+        try:
+            return self.place.size == 1 or bool(self._store.check([f"{what}/{r}" for r in range(1, self.place.size)]))
+        except RuntimeError as error:
+            raise self.lost(error) from error
 
     def lost(self, error: RuntimeError) -> RankError:
         """What is known of the rank that made an operation fail."""

@@ -13,6 +13,8 @@ from xllm_lab.policies.cache.device_only import DEVICE_ONLY
 from xllm_lab.policies.catalog import make_policy, policy_name, values_of
 from xllm_lab.policies.draft import DraftPolicy
 from xllm_lab.policies.draft.off import OFF
+from xllm_lab.policies.experts import ExpertsPolicy
+from xllm_lab.policies.experts.static import STATIC
 from xllm_lab.policies.pages import PagesPolicy
 from xllm_lab.policies.pages.on_demand import ON_DEMAND
 from xllm_lab.policies.shapes import ShapesPolicy
@@ -33,6 +35,7 @@ class Policies:
     draft: DraftPolicy = OFF
     pages: PagesPolicy = ON_DEMAND
     cache: CachePolicy = DEVICE_ONLY
+    experts: ExpertsPolicy = STATIC
 
     def __post_init__(self) -> None:
         for decides, policy in self:

@@ -206,6 +206,7 @@ class Fleet:
                 *(instance, policies, recorder),
                 proposer=timing.proposer,
                 copier=copies,
+                mover=timing.mover(),
                 step_time=step_time,
                 draft_time=draft_time,
                 copy_time=copy_time,
@@ -238,6 +239,9 @@ class Fleet:
         self._dispatch.begin(self._seats)
         with seldom_collecting():
             self._env.run()
+        for seat in self._seats:
+            if seat.scheduler.experts is not None:
+                seat.scheduler.experts.finish()
         starved = sum(s.scheduler.num_live for s in self._seats)
         if starved:
             name = policy_name(self._seats[0].scheduler.policy)

@@ -25,12 +25,14 @@ from xllm_lab.dispatch import FIRST_INSTANCE
 from xllm_lab.draft_time import DraftTime, draft_loads
 from xllm_lab.drafting import Proposer
 from xllm_lab.page_time import PageTime
+from xllm_lab.rebalancing import Mover
 from xllm_lab.request_state import placeholder
 from xllm_lab.scheduler import Sampled
 from xllm_lab.serving import Completion, Conversation, Feed, Idle, Woke
 from xllm_lab.sim.copies import Links, PricedLinks, SimulatedCopies
 from xllm_lab.sim.cost import Batch, CostModel
 from xllm_lab.sim.drafts import SimulatedDrafts
+from xllm_lab.sim.experts.serving import ServedExperts, SimulatedMover, StepLoads
 from xllm_lab.sim.store import SimulatedStore
 from xllm_lab.step import Step
 from xllm_lab.step_time import Chunk
@@ -74,6 +76,10 @@ class Timing(Protocol):
         """Whether instances share a store of KV blocks."""
         ...
 
+    def mover(self) -> Mover | None:
+        """Of the experts of one instance; each call are another's. None: they are not divided."""
+        ...
+
     def wake_us(self, until_us: int) -> int:
         """When an instance that has nothing to do before `until_us` looks again."""
         ...
@@ -100,6 +106,7 @@ class Predicted:
         store: that instances share.
         drafting_cost: prices steps with drafts, which no host plans ahead; without it `cost` does.
         page_time: of mapping pages of virtual KV.
+        experts: divided among devices.
         hides_mapping: a step's pages are mapped while the one before it computes, as steps are planned ahead.
 
     Attributes:
@@ -120,7 +127,9 @@ class Predicted:
         drafting_cost: CostModel | None = None,
         page_time: PageTime | None = None,
         hides_mapping: bool = False,
+        experts: ServedExperts | None = None,
     ) -> None:
+        self._experts, self._loads = experts, None if experts is None else StepLoads(experts)
         self._page_time = page_time or PageTime()
         self._hides_mapping = hides_mapping
         # By instance: mapping beside a step may last longer than it, and the next mapping waits for that.
@@ -144,12 +153,27 @@ class Predicted:
     def has_store(self) -> bool:
         return self._store is not None
 
+    def mover(self) -> Mover | None:
+        return None if self._experts is None else SimulatedMover(self._experts)
+
     def wake_us(self, until_us: int) -> int:
         return until_us
 
     def stretch(self, step: Step) -> Stretch:
-        batch = batch_of_step(step)
+        batch, extra_us = batch_of_step(step), 0.0
+        if self._loads is not None and self._experts is not None and step.experts is not None:
+            load = self._loads.of(step, batch.num_tokens)
+            step.expert_rows_LP, extra_us = load.rows_LP, load.extra_us
+            until_us = step.repeats_until_us
+            step.repeats_until_us = load.until_us if until_us is None else min(until_us, load.until_us)
+            step.held_up_us = 0 if step.experts.activates is None else self._experts.activation_us
+        stretch = self._priced(step, batch, extra_us)
+        return stretch if step.repeats_until_us is None else stretch.until(step.repeats_until_us)
+
+    def _priced(self, step: Step, batch: Batch, extra_us: float) -> Stretch:
+        """As many repeats as one likes, each of them `extra_us` longer than its price."""
         num_steps = min(step.num_repeats + 1, self._most_steps)
+        held_up_us = step.held_up_us or 0
         if num_steps == 1:
             cost = self._drafting_cost if step.drafts else self._cost
             us, is_extrapolated = cost.step(batch)[:2]
@@ -158,23 +182,23 @@ class Predicted:
                 draft_us = sum([self._draft_time.us(*load) for load in loads])
                 step.draft_us = round(draft_us)
                 us += draft_us
-            us += self._mapping_us(step, us)
-            return Stretch((step.start_us + max(1, round(us)),), (is_extrapolated,))
+            us += self._mapping_us(step, us) + extra_us
+            return Stretch((step.start_us + max(1, round(us)) + held_up_us,), (is_extrapolated,))
         if num_steps < _FEWEST_STEPS or step.others or self._maps(step):
-            return self._one_by_one(step, batch, num_steps)
+            return self._one_by_one(step, batch, num_steps, extra_us)
         prices = self._cost.decode_steps(batch, num_steps)
-        times = np.maximum(1, np.rint(prices.us)).astype(np.int64)
-        times[0] += step.start_us
+        times = np.maximum(1, np.rint(prices.us + extra_us)).astype(np.int64)
+        times[0] += step.start_us + held_up_us
         # As an array: the records keep it, and a list of integers takes five times the memory.
         return Stretch(array("q", times.cumsum().tobytes()), prices.is_extrapolated)
 
-    def _one_by_one(self, step: Step, batch: Batch, num_steps: int) -> Stretch:
-        ends_us, are_extrapolated, now_us = array("q"), list[bool](), step.start_us
+    def _one_by_one(self, step: Step, batch: Batch, num_steps: int, extra_us: float) -> Stretch:
+        ends_us, are_extrapolated, now_us = array("q"), list[bool](), step.start_us + (step.held_up_us or 0)
         for ahead in range(num_steps):
             us, is_extrapolated = self._cost.step(batch.later(ahead))[:2]
             if ahead == 0:
                 us += self._mapping_us(step, us)
-            now_us += max(1, round(us))
+            now_us += max(1, round(us + extra_us))
             ends_us.append(now_us)
             are_extrapolated.append(is_extrapolated)
         return Stretch(ends_us, tuple(are_extrapolated))

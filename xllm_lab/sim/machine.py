@@ -19,8 +19,10 @@ from xllm_lab.model_spec import PRECISIONS, ModelSpec, Precision, read_model_spe
 from xllm_lab.page_time import PageTime
 from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name
+from xllm_lab.policies.experts.static import Static
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.eager import Eager
+from xllm_lab.rebalancing import ExpertLayout
 from xllm_lab.runs import Run
 from xllm_lab.sim.acceptance import GivenAcceptance
 from xllm_lab.sim.calibrate import Calibration
@@ -35,6 +37,7 @@ from xllm_lab.sim.cost.roofline import RooflineCost
 from xllm_lab.sim.cost.sharding import Sharding, kv_blocks_that_fit
 from xllm_lab.sim.drafts import Acceptance, SimulatedDrafts
 from xllm_lab.sim.experts.routing import Routing
+from xllm_lab.sim.experts.serving import ServedExperts
 from xllm_lab.sim.group import GroupTiming, Waves
 from xllm_lab.sim.instance import Predicted
 from xllm_lab.sim.store import SimulatedStore, StoreRoom, store_room
@@ -60,6 +63,9 @@ class Machine:
         page_time: what mapping pages of virtual KV takes; None: nobody knows, and nobody may have any.
         copy_time: what copies between tiers take, where that is known.
         store: below the host, shared by all instances; None: there is none.
+        experts: divided among the devices, where their loads are known; None: nobody counts them.
+        expert_layout: of the experts, if they are divided, whether or not their loads are known; of those,
+        experts_per_token, expert_link_bytes_per_s: that each token goes to, and at which rate one is copied.
         group: prices steps of `data_parallel` instances that share their experts; None: instances share nothing.
     """
 
@@ -75,6 +81,10 @@ class Machine:
     page_time: PageTime | None = None
     copy_time: CopyTime = field(default_factory=CopyTime)
     store: StoreRoom | None = None
+    experts: ServedExperts | None = None
+    expert_layout: ExpertLayout | None = None
+    experts_per_token: int = 0
+    expert_link_bytes_per_s: float | None = None
     group: GroupCost | None = None
     data_parallel: int = 1
 
@@ -101,6 +111,7 @@ class Machine:
             drafting_cost=Hosted(self.cost, self.host),
             page_time=self.page_time,
             hides_mapping=config.async_scheduling != "off",
+            experts=self.experts,
         )
 
     def _opened_store(self, config: InstanceConfig) -> SimulatedStore | None:
@@ -134,6 +145,11 @@ class Machine:
             raise ConfigError(
                 "kv_layout is 'virtual': what mapping its pages costs is not known; accepted: a calibration on runs "
                 "with virtual KV, or given times"
+            )
+        if not isinstance(policies.experts, Static) and self.experts is None:
+            raise ConfigError(
+                f"experts is {policy_name(policies.experts)!r}, and what there is to balance is not known; accepted: "
+                "experts 'static', or --expert-trace"
             )
         if self.calibration is None:
             return
@@ -320,7 +336,26 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
         draft_time=mtp_draft_time(layer),
         group=cost if d.has_group else None,
         data_parallel=d.data_parallel,
+        **_divided_experts(model, d, device),
     )
+
+
+def _divided_experts(model: ModelSpec, d: Deployment, device: Device | None) -> dict[str, Any]:
+    """What a machine knows of experts that are spread over devices."""
+    e = model.experts
+    if e is None or d.expert_parallel == 1:
+        return {}
+    layers = tuple(range(model.num_dense_layers, model.num_dense_layers + e.num_layers))
+    return {
+        "expert_layout": ExpertLayout(
+            layers=layers,
+            num_experts=e.num_experts,
+            num_devices=d.expert_parallel,
+            expert_bytes=round(e.params_per_expert * d.bytes_and_rates.weight_bytes),
+        ),
+        "experts_per_token": e.num_per_token,
+        "expert_link_bytes_per_s": None if device is None else device.link_for(d.expert_parallel).bytes_per_s,
+    }
 
 
 def profiled_machine(
@@ -358,6 +393,7 @@ def profiled_machine(
         page_time=bundle.page_time,
         group=cost if d.has_group else None,
         data_parallel=d.data_parallel,
+        **_divided_experts(spec, d, device),
     )
 
 

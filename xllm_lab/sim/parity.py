@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 from xllm_lab.copies import Copy, CopyEnd, CopyRecord
 from xllm_lab.drafting import Asked
 from xllm_lab.errors import ConfigError, PolicyError
+from xllm_lab.expert_records import ExpertsRecord
 from xllm_lab.policies.draft import METHODS
 from xllm_lab.policies.of_instance import Policies
+from xllm_lab.rebalancing import Change, ExpertLayout, layout_from
 from xllm_lab.records import FinishReason, Records, RequestRecord, StepRecord, flat
 from xllm_lab.request_state import placeholder
 from xllm_lab.runs import Run
@@ -19,6 +22,8 @@ from xllm_lab.sim.instance import Stretch
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.step import PageMoves, Step
 from xllm_lab.workload import RequestId, Workload
+
+_ON_EXPERTS = "on places of experts"
 
 
 class AskedCopy(NamedTuple):
@@ -46,7 +51,7 @@ class Decision(NamedTuple):
 
 
 class RouterDecision(NamedTuple):
-    """What parity compares of a router: the instance or the action that was chosen, and why."""
+    """What parity compares beside steps: the instance, action, or places of experts that were chosen, and why."""
 
     chosen: str
     reason: str
@@ -58,8 +63,9 @@ class Parity:
 
     Attributes:
         instance: of a fleet, whose step it is.
-        num_decisions: of a fleet's router, all alike if `decision` is None, which else is the first that differs:
-            `routed` as it was recorded, `routed_again` as the policy takes it on the same view.
+        num_decisions: of a fleet's router, or on experts, all alike if `decision` is None, which else is the first that
+            differs: `routed` as it was recorded, `routed_again` as the policy takes it on the same view.
+        of: what was decided so.
     """
 
     num_steps: int
@@ -71,10 +77,43 @@ class Parity:
     decision: int | None = None
     routed: RouterDecision | None = None
     routed_again: RouterDecision | None = None
+    of: str = "of the router"
 
     @property
     def is_identical(self) -> bool:
         return self.step is None and self.decision is None
+
+
+class RecordedMover:
+    """A `Mover` whose devices are ready when an engine's were."""
+
+    def __init__(self, layout: ExpertLayout, decisions: Sequence[ExpertsRecord]) -> None:
+        self._layout, self._decisions = layout, decisions
+        self._number: int | None = None
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return self._layout
+
+    @property
+    def row_units(self) -> int:
+        return 1
+
+    @property
+    def next_us(self) -> int | None:
+        return None
+
+    def prepare(self, change: Change, now_us: int) -> None:
+        self._number = change.number
+
+    def ready_us(self, now_us: int) -> int | None:
+        if self._number is None or self._number >= len(self._decisions):
+            return None
+        ready_us = self._decisions[self._number].ready_us
+        return None if ready_us is None or ready_us > now_us else ready_us
+
+    def drop(self, now_us: int) -> None:
+        self._number = None
 
 
 class DifferenceError(Exception):
@@ -87,9 +126,19 @@ class Recorded:
     Args:
         methods: of drafting, those that the engine had.
         has_store: whether it had a store below the host.
+        layout: of its experts, if they were divided; what it counted of them and decided is in the records.
     """
 
-    def __init__(self, records: Records, *, methods: Sequence[str] = METHODS, has_store: bool = False) -> None:
+    def __init__(
+        self,
+        records: Records,
+        *,
+        methods: Sequence[str] = METHODS,
+        has_store: bool = False,
+        layout: ExpertLayout | None = None,
+    ) -> None:
+        self._layout, self._decisions = layout, records.decisions
+        self._loads = {load.end_us: load.slot_tokens_LP for load in records.expert_loads}
         self.methods, self._has_store = methods, has_store
         self._steps = records.steps
         self._requests = {r.id: r for r in records.requests}
@@ -118,6 +167,9 @@ class Recorded:
     @property
     def has_store(self) -> bool:
         return self._has_store
+
+    def mover(self) -> RecordedMover | None:
+        return None if self._layout is None else RecordedMover(self._layout, self._decisions)
 
     def fail(self, now_us: int) -> None:
         """A life ends there."""
@@ -153,6 +205,8 @@ class Recorded:
         if self._next == len(self._steps) or self.recorded_decision(self._next) != decided:
             raise DifferenceError(step.index, decided)
         self._next += 1
+        # All that was counted since it was recorded last: only sums over recorded stretches decide anything.
+        step.expert_rows_LP = self._loads.get(self._steps[step.index].end_us)
         return Stretch((self._steps[step.index].end_us,), (False,))
 
     def recorded_decision(self, index: int) -> Decision:
@@ -202,9 +256,11 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
     records = run.records
     # Where the engine did not speculate, a policy that would may choose from all.
     methods = METHODS if run.manifest.drafts is None else run.manifest.drafts["methods"]
-    recorded = Recorded(records, methods=methods, has_store=run.manifest.store is not None)
+    layout = None if run.manifest.expert_layout is None else layout_from(run.manifest.expert_layout)
+    recorded = Recorded(records, methods=methods, has_store=run.manifest.store is not None, layout=layout)
+    again = Records()
     try:
-        run_simulation(
+        again = run_simulation(
             as_it_arrived(run.workload, records),
             run.manifest.instance_config(),
             policies or run.manifest.instance_policies(),
@@ -225,7 +281,31 @@ def parity(run: Run, *, policies: Policies | None = None) -> Parity:
         return Parity(num_steps=len(records.steps), step=step, engine=recorded.recorded_decision(step))
     if recorded.asked != [*map(_asked_copy, records.copies)]:  # behind the last step
         return Parity(num_steps=len(records.steps), step=step)
-    return Parity(num_steps=len(records.steps))
+    return _of_experts(len(records.steps), records.decisions, again.decisions)
+
+
+def _of_experts(num_steps: int, engine: Sequence[ExpertsRecord], simulator: Sequence[ExpertsRecord]) -> Parity:
+    """All steps are alike; so may be where experts were put, when and why."""
+    for number, (own, other) in enumerate(zip_longest(engine, simulator)):
+        if own != other:
+            return Parity(
+                num_steps=num_steps,
+                num_decisions=len(engine),
+                decision=number,
+                routed=_said(own),
+                routed_again=_said(other),
+                of=_ON_EXPERTS,
+            )
+    return Parity(num_steps=num_steps, num_decisions=len(engine), of=_ON_EXPERTS)
+
+
+def _said(decision: ExpertsRecord | None) -> RouterDecision | None:
+    if decision is None:
+        return None
+    d = decision
+    what = f"layers {d.layers} slots {d.slots}" if d.layers else "experts stay"
+    came = f"ready {d.ready_us}, step {d.active_step} at {d.active_us}, given up {d.dropped_us}"
+    return RouterDecision(what, f"{d.reason}; decided {d.decided_us} us, {came}")
 
 
 def _drawn(request: RequestRecord, num_tokens: int, num_accepted: int) -> Sampled:

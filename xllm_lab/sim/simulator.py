@@ -17,6 +17,7 @@ from xllm_lab.fleet_config import FleetConfig
 from xllm_lab.formats import own
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.policies.of_instance import Policies
+from xllm_lab.rebalancing import describe_experts
 from xllm_lab.records import Recorder, Records
 from xllm_lab.run_writer import STEPS_FILE, RunWriter
 from xllm_lab.runs import Manifest, Run, describe, new_folder, write_json
@@ -107,6 +108,7 @@ def serve_alone(
         *(config, policies, recorder),
         proposer=timing.proposer,
         copier=copies,
+        mover=timing.mover(),
         step_time=step_time,
         draft_time=draft_time,
         copy_time=copy_time,
@@ -115,6 +117,8 @@ def serve_alone(
     Instance(env, serve(scheduler, feed, prompt_ids), timing, feed, copies=copies)
     with seldom_collecting():
         env.run()
+    if scheduler.experts is not None:
+        scheduler.experts.finish()
     return scheduler.shapes
 
 
@@ -187,6 +191,7 @@ def simulate(
             model=dict(machine.model),
             fleet=None if fleet is None else fleet.as_dict(),
             graphs=None if shapes is None else shapes.counts.as_dict(),
+            expert_layout=_places(machine, policies, writer),
             **describe(
                 *(config, policies, machine.step_time, workload),
                 draft_time=machine.draft_time,
@@ -196,6 +201,12 @@ def simulate(
         write_json(folder / "manifest.json", asdict(manifest))
         own.write(workload, folder / "workload.jsonl")
     return Run(out, manifest)
+
+
+def _places(machine: Machine, policies: Policies, writer: RunWriter) -> dict[str, Any] | None:
+    if machine.experts is None:
+        return None
+    return describe_experts(machine.experts.layout, policies.experts.num_redundant_experts, writer.decisions)
 
 
 def _total_error_frac(calibration: Calibration, folder: Path) -> float:

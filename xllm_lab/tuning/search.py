@@ -165,7 +165,7 @@ def _job(out: Path, spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "workloads": [str(out / f"workload-{k}.jsonl") for k in range(len(spec["workloads"]))],
         "calibration": str(out / "calibration.json"),
-        **{name: spec[name] for name in ("min_slo_attainment_frac", "host_link_bytes_per_s", "store")},
+        **{name: spec[name] for name in ("min_slo_attainment_frac", "host_link_bytes_per_s", "store", "expert_trace")},
     }
 
 

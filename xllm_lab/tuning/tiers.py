@@ -1,4 +1,4 @@
-"""What the instances of a study have below the device, where it is not all in the calibration."""
+"""What the instances of a study have beside the device, where it is not all in the calibration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import Calibration
+from xllm_lab.sim.expert_trace import with_expert_trace
 from xllm_lab.sim.machine import Machine, fitted_machine, with_host_link, with_store
 
 if TYPE_CHECKING:
@@ -17,25 +18,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiers:
-    """A link to the host, and a store below it.
+    """A link to the host, and a store below it; and what experts on several devices have to do.
 
     Attributes:
         host_link_bytes_per_s: each way; None: as calibrated.
         store: as `sim.machine.with_store` takes it; None: there is none.
+        expert_trace: as `sim.expert_trace.with_expert_trace` takes it; None: nothing is known of it.
     """
 
     host_link_bytes_per_s: float | None = None
     store: str | None = None
+    expert_trace: str | None = None
 
     def machine(self, calibration: Calibration, policies: Policies) -> Machine:
         """The calibrated machine with them.
 
         Raises:
-            ConfigError: as `with_host_link` and `with_store`; policies that would never use the store.
+            ConfigError: as `with_host_link`, `with_store` and `with_expert_trace`; policies that would never use the
+                store.
         """
         machine = fitted_machine(calibration)
         if self.host_link_bytes_per_s is not None:
             machine = with_host_link(machine, self.host_link_bytes_per_s)
+        if self.expert_trace is not None:
+            machine = with_expert_trace(machine, self.expert_trace)
         return machine if self.store is None else with_store(machine, self.store, policies)
 
     def refuse_without(self, options: EngineOptions) -> None:
@@ -55,4 +61,4 @@ class Tiers:
 
 def tiers_of(spec: Mapping[str, Any]) -> Tiers:
     """Those of a study, by its specification; earlier ones had none."""
-    return Tiers(host_link_bytes_per_s=spec.get("host_link_bytes_per_s"), store=spec.get("store"))
+    return Tiers(**{name: spec.get(name) for name in ("host_link_bytes_per_s", "store", "expert_trace")})

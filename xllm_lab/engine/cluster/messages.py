@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from xllm_lab.copies import CopyRecord
+from xllm_lab.expert_records import ExpertLoadRecord, ExpertsRecord
 from xllm_lab.formats import own
 from xllm_lab.ledger import BlockKey
 from xllm_lab.records import FinishReason, Recorder, RequestRecord, steps_of
@@ -74,6 +75,12 @@ class Reporter(Recorder):
 
     def copy(self, record: CopyRecord) -> None:
         self._asked.append(record)
+
+    def experts(self, record: ExpertsRecord) -> None:
+        raise AssertionError("engines of a fleet are one process each, whose experts are not divided")
+
+    def expert_load(self, record: ExpertLoadRecord) -> None:
+        raise AssertionError("engines of a fleet are one process each, whose experts are not divided")
 
     def begins(self, record: RequestRecord) -> None:
         """A request arrived; its tokens so far are known."""

@@ -97,7 +97,7 @@ def _sizes(s: Settings, is_xllm: bool) -> dict[str, int] | None:
         if not all(map(s.is_known, names)):
             return None
         tensor, data = s["tensor_parallel_size"] or 1, s["data_parallel_size"] or 1
-        has_experts = s.situation.model is not None and s.situation.model.experts is not None
+        has_experts = s.situation.model is not None and s.situation.model.is_mixture
         return {"tensor": tensor, "data": data, "expert": tensor * data if s[names[2]] and has_experts else 1}
     if not all(map(s.is_known, ("nnodes", "dp_size", "ep_size"))):
         return None

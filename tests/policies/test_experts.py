@@ -59,7 +59,7 @@ def test_no_placement_loses_or_doubles_an_expert(name: str, view: DrawnExpertsVi
         # What is there is judged by what its slots had, or by even shares of what its experts had; tokens are whole, so
         # that a slot may have one more or less.
         had = max(map(sum, by_device(layer.windows[0].slot_tokens, view.num_devices)))
-        before = max(had, peak(layer.slots, loads, view.num_devices))
+        before = max(Fraction(had), peak(layer.slots, loads, view.num_devices))
         assert peak(slots, loads, view.num_devices) < before
         assert before - peak(slots, loads, view.num_devices) >= Fraction(gate) * before * Fraction(99, 100) - len(slots)
 

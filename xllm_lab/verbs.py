@@ -273,6 +273,7 @@ def tune(
         fleet: a fleet, or the cluster file of one, whose policies' knobs are searched, too; None is a single instance.
         beside: policies beside the batch policy, see `configure`; their knobs are searched, too.
     """
+    from xllm_lab.tuning.objective import Objective
     from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
     from xllm_lab.tuning.tiers import Tiers
@@ -287,7 +288,7 @@ def tune(
             num_trials=trials,
             seed=seed,
             out=Path(out),
-            min_slo_attainment_frac=min_slo_attainment_frac,
+            objective=Objective(min_slo_attainment_frac=min_slo_attainment_frac),
             num_workers=workers,
             tiers=Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store),
             on_trial=lambda trial: drawn.update(),

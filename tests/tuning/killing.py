@@ -26,10 +26,10 @@ RESUMABLE = 3
 
 
 def study(out: Path, workers: str | None = None, storage: str | None = None) -> None:
-    """The whole of it, or what is left."""
+    """The whole of it, or what is left. The folder's name says who draws."""
     pool = Processes(2, start="fork")
     try:
-        search(out, num_trials=NUM_TRIALS, num_workers=2, workers=workers or pool, storage=storage)
+        search(out, num_trials=NUM_TRIALS, num_workers=2, workers=workers or pool, storage=storage, sampler=out.name)
     finally:
         pool.close()
 
@@ -74,6 +74,10 @@ def wait_until(out: Path, moment: float, child: int) -> int | None:
 def ends_well(child: int) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == 0, f"the study ended with {code}"
+
+
+def nobody(out: Path, storage: str | None) -> None:
+    study(out, None, storage)
 
 
 def kill_coordinators(out: Path, storage: str | None) -> None:
@@ -132,7 +136,7 @@ def kill_one(pids: list[str]) -> None:
 
 def fill_disks(out: Path, storage: str | None) -> None:
     """No file may grow beyond what the study's own reaches at the moment: what a full disk does to who writes most."""
-    whole = out.parent.with_name("undisturbed") / out.name / "trials.journal"
+    whole = out.parent.with_name(f"undisturbed-{out.name}") / out.name / "trials.journal"
     largest = whole.stat().st_size
     for moment in moments(4):
         limit = max(20_000, int(largest * moment / NUM_TRIALS))
@@ -148,7 +152,7 @@ def fill_disks(out: Path, storage: str | None) -> None:
 
 
 KILLERS: dict[str, Any] = {
-    "nobody": study,
+    "nobody": nobody,
     "coordinator": kill_coordinators,
     "worker": kill_workers,
     "ray worker": kill_ray_workers,
@@ -156,4 +160,4 @@ KILLERS: dict[str, Any] = {
 }
 
 if __name__ == "__main__":
-    KILLERS[sys.argv[1]](Path(sys.argv[2]), *([None] if sys.argv[1] == "nobody" else []), *(sys.argv[3:] or [None]))
+    KILLERS[sys.argv[1]](Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)

@@ -33,10 +33,12 @@ def fill(
 ) -> Iterator[Trial]:
     """Trials in order of number, those that were there first, until there are so many or nothing is proposed."""
     yield from (known := finished(study))
-    while (size := _open_round(study, known, propose, num_trials)) > 0:
-        for trial in _played(study, space, objective, known, size, judge):
+    while (end := _open_round(study, known, propose, num_trials)) > 0:
+        played = []
+        for trial in _played(study, space, objective, known, end, judge):
             yield trial
-        known = finished(study)
+            played.append(trial)
+        known += played
 
 
 def finished(study: optuna.Study) -> list[Trial]:

@@ -132,7 +132,18 @@ def started_postgres(*, port: int = POSTGRES_PORT, listen: str = LOOPBACK) -> It
         if user is not None:
             shutil.chown(folder, user)
         data = str(Path(folder) / "data")
-        made = [initdb, "--pgdata", data, "--username", "postgres", "--auth", "trust", "--encoding", "UTF8", "--no-sync"]
+        made = [
+            initdb,
+            "--pgdata",
+            data,
+            "--username",
+            "postgres",
+            "--auth",
+            "trust",
+            "--encoding",
+            "UTF8",
+            "--no-sync",
+        ]
         done = subprocess.run(made, user=user, cwd=folder, check=False, capture_output=True, text=True)
         if done.returncode != 0:
             raise ConfigError(f"initdb failed: {done.stderr.strip()[-400:]}")
@@ -263,7 +274,9 @@ def _started(
             raise ConfigError(f"{name}: somebody listens on {host}:{port} already, its port for {what}")
     log = tempfile.TemporaryFile()  # noqa: SIM115  (the service closes it)
     # A group of its own: Ctrl-C in a terminal goes to this process, which stops them in turn.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, user=user)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, user=user
+    )
     service = Service(name, tuple(f"{host}:{port} ({what})" for what, (host, port) in ports.items()), process, log)
     until = time.monotonic() + _READY_S
     while not all(_answers(host, port) for host, port in ports.values()):

@@ -1,5 +1,6 @@
-"""A program that searches, kills what it searches with at drawn moments, and resumes: forked, so that nothing is imported
-twice. `test_kills.py` runs it.
+"""A program that searches, kills what it searches with at drawn moments, and resumes. `test_kills.py` runs it.
+
+It forks, so that nothing is imported twice.
 
     python -m tests.tuning.killing WHAT FOLDER [STORAGE]
 """

@@ -112,7 +112,7 @@ def values_of(instance: object) -> dict[str, Any]:
 
 
 @functools.cache
-def _notes(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
+def _notes(cls: Any) -> tuple[tuple[str, Any], ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = dataclasses.fields(cls)
     return tuple((f.name, note) for f in fields for note in getattr(hints[f.name], "__metadata__", ()))

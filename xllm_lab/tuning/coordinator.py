@@ -35,7 +35,7 @@ def fill(
     yield from (known := finished(study))
     while (end := _open_round(study, known, propose, num_trials)) > 0:
         played = []
-        for trial in _played(study, space, objective, known, end, judge):
+        for trial in _played(study, space, objective, known, end=end, judge=judge):
             yield trial
             played.append(trial)
         known += played
@@ -74,7 +74,7 @@ def _open_round(study: optuna.Study, known: Sequence[Trial], propose: Propose, n
 
 
 def _played(
-    study: optuna.Study, space: Space, objective: Objective, known: Sequence[Trial], end: int, judge: Judge
+    study: optuna.Study, space: Space, objective: Objective, known: Sequence[Trial], *, end: int, judge: Judge
 ) -> Iterator[Trial]:
     left = [t for t in study.get_trials(deepcopy=False) if t.number < end and not t.state.is_finished()]
     start, _ = left[0].user_attrs[_ROUND]

@@ -10,6 +10,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 
 from xllm_lab.errors import ConfigError, RunError
 
@@ -56,7 +57,11 @@ def open_study(
             JournalStorage(JournalFileBackend(str(folder / JOURNAL))) if storage is None else RDBStorage(storage)
         )
         return optuna.create_study(
-            study_name=name, storage=opened, directions=list(directions), load_if_exists=True, sampler=None
+            study_name=name,
+            storage=opened,
+            directions=[StudyDirection[name.upper()] for name in directions],
+            load_if_exists=True,
+            sampler=None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{where}: cannot be read: {error!r}; accepted: the trials of an unfinished study") from None
@@ -68,7 +73,9 @@ def open_study(
         if storage is None:
             raise
         told = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{where}: cannot be opened: {told}; accepted: a database's URL, as Optuna takes it") from None
+        raise ConfigError(
+            f"{where}: cannot be opened: {told}; accepted: a database's URL, as Optuna takes it"
+        ) from None
 
 
 def without_password(url: str) -> str:

@@ -1,4 +1,4 @@
-"""What a configuration is worth: a pure function from a specification to a report, and what a study makes of reports."""
+"""What a configuration is worth: a pure function from a specification to a report, and what studies make of those."""
 
 from __future__ import annotations
 
@@ -135,9 +135,7 @@ def metric_of(summary: Mapping[str, Any], metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def simulation(
-    workload: str, calibration: str, tiers: Tiers, *, evaluator: str = "simulator"
-) -> dict[str, Any]:
+def simulation(workload: str, calibration: str, tiers: Tiers, *, evaluator: str = "simulator") -> dict[str, Any]:
     """What all evaluations of a study on one workload have in common; with a "candidate", a specification.
 
     Args:

@@ -97,7 +97,11 @@ def tune(
     paths = [out / f"workload-{k}.jsonl" for k in range(len(workloads))]
     fitted = out / "calibration.json"
     calibrated = checksum(fitted.read_bytes())
-    with _told_of(out, storage), sole_writer(out, has_journal=storage is None), _executor(workers, num_workers) as open_:
+    with (
+        _told_of(out, storage),
+        sole_writer(out, has_journal=storage is None),
+        _executor(workers, num_workers) as open_,
+    ):
         judging = Judging(
             objective=objective,
             evaluate=evaluate,

@@ -73,7 +73,9 @@ class Processes:
 
     def run(self, function: Function, jobs: Sequence[Job]) -> list[Report]:
         found = self._side_by_side(function, jobs)
-        return [self._alone(function, one) if report is None else report for one, report in zip(jobs, found, strict=True)]
+        return [
+            self._alone(function, one) if report is None else report for one, report in zip(jobs, found, strict=True)
+        ]
 
     def close(self) -> None:
         """They end with what they are at."""

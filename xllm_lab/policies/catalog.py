@@ -111,8 +111,12 @@ def values_of(instance: object) -> dict[str, Any]:
     return dataclasses.asdict(instance)
 
 
-@functools.cache
 def _notes(cls: Any) -> tuple[tuple[str, Any], ...]:
+    return _notes_of(cls)
+
+
+@functools.cache
+def _notes_of(cls: Any) -> tuple[tuple[str, Any], ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = dataclasses.fields(cls)
     return tuple((f.name, note) for f in fields for note in getattr(hints[f.name], "__metadata__", ()))

@@ -11,6 +11,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
+from sqlalchemy.exc import SQLAlchemyError
 
 from xllm_lab.errors import ConfigError, RunError
 
@@ -36,6 +37,18 @@ def sole_writer(folder: Path, *, has_journal: bool) -> Iterator[None]:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)  # a torn last line would swallow the next one
         yield
+
+
+@contextmanager
+def told_of(out: Path, storage: str | None) -> Iterator[None]:
+    """What goes wrong with the book, as one line."""
+    where = out if storage is None else without_password(storage)
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{where}: cannot be written: {error.strerror or error}") from None
+    except SQLAlchemyError as error:
+        raise RunError(f"{where}: cannot be written: {' '.join(str(error).split())[:300]}") from None
 
 
 def open_study(

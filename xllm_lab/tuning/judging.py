@@ -60,6 +60,11 @@ class Judging:
             going = [k for k in going if not self._is_given_up(found[k], best)]
         return [self.objective.report(reports, len(self.templates)) for reports in found]
 
+    def known(self, one: Candidate) -> list[Report]:
+        """What was kept of a candidate's evaluations."""
+        found = [self.evaluations.find({**template, "candidate": one.as_dict()}) for template in self.templates]
+        return [report for report in found if report is not None]
+
     def _screened(self, one: Candidate) -> list[Report]:
         reason = self.screen(one)
         return [] if reason is None else [failed(SCREENED, reason)]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.formats import own
@@ -19,7 +17,7 @@ from xllm_lab.sim.calibrate import Calibration, write_calibration
 from xllm_lab.tiering import refuse_link_without_copies
 from xllm_lab.tuning.coordinator import fill
 from xllm_lab.tuning.evaluations import Evaluations, address, checksum, inputs_of
-from xllm_lab.tuning.journal import STUDY_NAME, open_study, sole_writer, without_password
+from xllm_lab.tuning.journal import STUDY_NAME, open_study, sole_writer, told_of, without_password
 from xllm_lab.tuning.judging import Judging, Screen, passes_all
 from xllm_lab.tuning.objective import Objective, evaluate, simulation
 from xllm_lab.tuning.sampling import sampler as make_sampler
@@ -80,7 +78,7 @@ def tune(
         if value < least:
             raise ConfigError(f"{name} is {value}, at least {least} is accepted")
     objective, sampling = objective or Objective(), make_sampler(sampler, seed)
-    space = _priced(space, calibration, tiers := tiers or Tiers())
+    space = priced(space, calibration, tiers := tiers or Tiers())
     spec = _open(
         *(out, workloads, calibration, space),
         {
@@ -98,7 +96,7 @@ def tune(
     fitted = out / "calibration.json"
     calibrated = checksum(fitted.read_bytes())
     with (
-        _told_of(out, storage),
+        told_of(out, storage),
         sole_writer(out, has_journal=storage is None),
         _executor(workers, num_workers) as open_,
     ):
@@ -152,23 +150,11 @@ class Proposing:
         return None
 
 
-@contextmanager
-def _told_of(out: Path, storage: str | None) -> Iterator[None]:
-    """What goes wrong with the book, as one line."""
-    where = out if storage is None else without_password(storage)
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{where}: cannot be written: {error.strerror or error}") from None
-    except SQLAlchemyError as error:
-        raise RunError(f"{where}: cannot be written: {' '.join(str(error).split())[:300]}") from None
-
-
 def _executor(workers: str | Executor, num_workers: int) -> Any:
     return executor(workers, num_workers) if isinstance(workers, str) else nullcontext(workers)
 
 
-def _priced(space: Space, calibration: Calibration, tiers: Tiers) -> Space:
+def priced(space: Space, calibration: Calibration, tiers: Tiers) -> Space:
     """The space as far as the machine knows what things cost there; ConfigError if it does not know enough."""
     _refuse_unused_link(tiers, space)
     if calibration.acceptance is not None:

@@ -180,5 +180,5 @@ def test_a_search_for_something_else_is_not_resumed(
 ) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "rising.json").write_bytes((finished.path / "rising.json").read_bytes())
-    with pytest.raises(ConfigError, match="something else .seed differ"):
+    with pytest.raises(ConfigError, match=r"something else \(seed differ\)"):
         risen(tmp_path / "search", recorded, fitted, seed=7)

@@ -124,7 +124,7 @@ def correction(runs: Sequence[Mapping[str, Any]]) -> Correction:
         for name, wanted in zip(("fixed", "load"), free.tolist(), strict=True)
         if not LOWEST <= wanted <= HIGHEST
     }
-    fixed, load = (float(np.clip(x, LOWEST, HIGHEST)) for x in found)
+    fixed, load = (hit.get(name, float(x)) for name, x in zip(("fixed", "load"), found, strict=True))
     return Correction(
         fixed=fixed, load=load, bounds_hit=hit, error_frac=(predicted / measured - 1, _error_after(total, fixed, load))
     )

@@ -105,7 +105,7 @@ def rise(
     workers: str | Executor = "processes",
     storage: str | None = None,
     evaluations: Path | None = None,
-    on_trial: Callable[[str, Trial], None] = lambda level, trial: None,
+    on_trial: Callable[[str, Trial], object] = lambda level, trial: None,
 ) -> Study:
     """Search through all levels; resumes what was interrupted, level by level.
 
@@ -123,6 +123,10 @@ def rise(
     budget, objective, tiers = budget or Budget(), objective or Objective(), tiers or Tiers()
     if budget.num_engine and engine is None:
         raise ConfigError(f"an engine budget of {budget.num_engine} and no engine; accepted: engine options, or 0")
+    if budget.num_engine and engine is not None:
+        tiers.refuse_without(engine)
+        if space.default.fleet is not None:
+            raise ConfigError("a fleet, and an engine budget; accepted: a single instance, or an engine budget of 0")
     if (out / "study.json").exists():
         raise RunError(f"{out}: is a finished study; accepted: a new folder, or an unfinished study to resume")
     known = _split(workload, budget)
@@ -170,7 +174,7 @@ def rise(
             start=screened.start,
             screen=model,
             prune_p=budget.prune_p,
-            on_trial=lambda trial: on_trial(SLICE, trial),
+            on_trial=lambda trial: _tell(on_trial, SLICE, trial),
             **shared,
         ),
     )
@@ -187,7 +191,7 @@ def rise(
             out=path,
             start=[t.params for t in passed],
             noise_frac=noise,
-            on_trial=lambda trial: on_trial(TRACE, trial),
+            on_trial=lambda trial: _tell(on_trial, TRACE, trial),
             **shared,
         ),
     )
@@ -210,7 +214,7 @@ def rise(
         **{name: shared[name] for name in ("seed", "objective", "tiers", "evaluations", "storage", "num_workers")},
         workers=workers,
     )
-    measured = level.run(lambda trial: on_trial(ENGINE, trial))
+    measured = level.run(lambda trial: _tell(on_trial, ENGINE, trial))
     story.tell(ENGINE, level.story(measured))
     return _finished(out, on_trace, measured, noise, calibration_of=on_trace)
 
@@ -254,6 +258,10 @@ def _passed_on(trials: Sequence[Trial], count: int, equal_frac: float) -> list[T
     good = [t for t in ranked if t.number != best.number][: max(count, math.ceil(len(ranked) / 4))]
     every = [*first, *good]
     return [every[k] for k in spread([t.candidate for t in every], count)]
+
+
+def _tell(on_trial: Callable[[str, Trial], object], level: str, trial: Trial) -> None:
+    on_trial(level, trial)
 
 
 def _level(path: Path, search: Callable[[Path], Study]) -> Study:

@@ -2,8 +2,8 @@
 
 A steady state is sought in which as many requests end as arrive. With a step time T, arrivals bring `rate * T` prompts
 to each step, and Little's law keeps `rate * steps of a request * T` decoding; T is the price of that batch. Where
-budgets or memory hold fewer, a queue grows as long as the trace lasts. What helps a candidate and is not known in closed form
-is taken for granted (drafts cost no rows and are kept as at best; the largest cache is never short), so what is cut
+budgets or memory hold fewer, a queue grows as long as the trace lasts. What helps a candidate and is not known so is
+taken for granted (drafts cost no rows and are kept as at best; the largest cache is never short), so what is cut
 here is cut for what it costs at least.
 """
 

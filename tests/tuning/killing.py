@@ -107,11 +107,11 @@ def kill_ray_workers(out: Path, storage: str | None) -> None:
 
 
 def ray_workers() -> list[str]:
-    """Of this user's processes, those that are Ray's workers and descend from this one."""
+    """Of Ray's processes that descend from this one, its workers; without its agents, a whole node is gone."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::") and descends(path.parent.name):
+            if path.read_bytes().startswith((b"ray::_in_worker", b"ray::IDLE")) and descends(path.parent.name):
                 found.append(path.parent.name)
         except OSError:
             continue

@@ -132,7 +132,7 @@ def test_policies_of_a_fleet_are_chosen_from_where_there_is_one() -> None:
         assert owners == {f"roles.{trial.params['roles']}"} - {"roles.colocated"}
         study.tell(trial, 0.0)
     assert seen == {(a, b) for a in ("round-robin", "prefix-affinity") for b in ("colocated", "static", "slo-flip")}
-    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == fleet()  # type: ignore[arg-type]
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == fleet()
     with pytest.raises(ConfigError, match="unknown policy 'static'; accepted: batch"):
         Space(default(), ["static"])
 

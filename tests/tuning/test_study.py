@@ -250,7 +250,8 @@ def job(folder: Path, one: Candidate) -> dict[str, Any]:
     own.write(workload(), folder / "w.jsonl")
     write_calibration(CALIBRATION, folder / "c.json")
     inputs = inputs_of([folder / "w.jsonl", folder / "c.json"])
-    return {"spec": {**simulation(*inputs, Tiers()), "candidate": one.as_dict()}, "inputs": inputs}
+    served, calibrated = inputs
+    return {"spec": {**simulation(served, calibrated, Tiers()), "candidate": one.as_dict()}, "inputs": inputs}
 
 
 def test_a_pool_too_small_is_a_violation_not_an_accident(tmp_path: Path) -> None:

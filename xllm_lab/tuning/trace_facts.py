@@ -192,7 +192,7 @@ def kv_fit(workload: Workload, config: InstanceConfig) -> dict[str, float]:
     blocks = [ceil_div(length, config.block_size) for length in lengths]
     mean = sum(blocks) / len(blocks)
     return {
-        "num_kv_blocks": config.num_kv_blocks,
+        "pool_blocks": config.num_kv_blocks,
         "longest_request_blocks": blocks[-1],
         "mean_request_blocks": mean,
         "requests_at_once": config.num_kv_blocks / mean,
@@ -205,7 +205,7 @@ def facts_as_dict(curve: ReuseCurve, fit: Mapping[str, float], drafts: DraftFact
     sizes = [2**k for k in range(max(curve.distances, default=1).bit_length() + 1)]
     return {
         "prefix_hit_frac_by_blocks": {size: curve.hit_frac(size) for size in sizes},
-        "block_size": curve.block_size,
+        "tokens_per_block": curve.block_size,
         "kv_fit": dict(fit),
         "drafts": None if drafts is None else drafts.as_dict(),
         "model_error": "none: these are counts",

@@ -77,10 +77,10 @@ class Processes:
             self._alone(function, one) if report is None else report for one, report in zip(jobs, found, strict=True)
         ]
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """They end with what they are at."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
             self._pool = None
 
     def _side_by_side(self, function: Function, jobs: Sequence[Job]) -> list[Report | None]:

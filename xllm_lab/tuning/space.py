@@ -71,7 +71,7 @@ class Space:
         num_stores: int | None = None,
     ) -> Space:
         """The same space where only these are known, or are there; ConfigError if the default is another."""
-        return Space(
+        return type(self)(
             self.default,
             self._also,
             methods=methods or self._methods,

@@ -6,8 +6,8 @@
 
 `measure` may be killed and begun again. For each workload it serves the trace's first part twice with the default (all
 at once, and at the rate that takes), which is all that simulator and tuner learn from; promises are three times the
-paced run's median TTFT and 1.5 times its TPOT, and the rate is 1.4 times what the default takes. Every point then serves
-the last part, which nobody else sees.
+paced run's median TTFT and 1.5 times its TPOT, and the rate is 1.4 times what the default takes. Every point then
+serves the last part, which nobody else sees.
 
 `compare` lets each method choose points, and looks up what the engine said; a method chooses by the first measurement,
 and is judged by the mean of both. Methods: the tuner (`tuning.rising`), which begins with the default; random points;
@@ -118,7 +118,8 @@ def prepare(folder: Path, name: str, recorded: Workload, engine: Engine, model_l
         rate_per_s = half / summarize(full.records).makespan_s
         paced = engine.replay(scale_rate_to(learn, 0.7 * rate_per_s), *serve, out=runs / "paced")
         told = summarize(paced.records)
-        assert told.ttft_us is not None and told.tpot_us is not None, "it was served"
+        assert told.ttft_us is not None, "it was served"
+        assert told.tpot_us is not None, "it was served"
         slo = Slo(ttft_us=round(3 * told.ttft_us.p50), tpot_us=round(1.5 * told.tpot_us.p50))
         own.write(with_slo(scale_rate_to(recorded, RUSH * rate_per_s), slo), folder / "workload.jsonl")
         write_calibration(calibrate([full, paced]), folder / "calibration.json")
@@ -131,6 +132,8 @@ def measure(o: argparse.Namespace) -> None:
     engine = Engine(options(o))
     model_len = min(2048, engine.model.config.max_position)
     for name, recorded in workloads(o.requests):
+        if o.only not in (None, name):
+            continue
         folder = o.folder / name.replace(" ", "-")
         prepare(folder, name, recorded, engine, model_len)
         with tempfile.TemporaryDirectory() as tmp:
@@ -318,6 +321,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100, help="of the tuner, in the simulator")
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", metavar="WORKLOAD", help="measure no other")
     parser.add_argument("--axes", type=json.loads, default={}, help="other values of some axes, as JSON")
     o = parser.parse_args()
     AXES.update({name: tuple(values) for name, values in o.axes.items()})

@@ -28,11 +28,16 @@ RESUMABLE = 3
 
 def study(out: Path, workers: str | None = None, storage: str | None = None) -> None:
     """The whole of it, or what is left. The folder's name says who draws."""
-    pool = Processes(2, start="fork")
+    pool, drawn = Processes(2, start="fork"), out.name.partition("-")[0]
     try:
-        search(out, num_trials=NUM_TRIALS, num_workers=2, workers=workers or pool, storage=storage, sampler=out.name)
+        search(out, num_trials=num_trials(out), num_workers=2, workers=workers or pool, storage=storage, sampler=drawn)
     finally:
         pool.close()
+
+
+def num_trials(out: Path) -> int:
+    """Fewer where the folder says so: databases are slow, and their book is the same."""
+    return int(out.name.partition("-")[2] or NUM_TRIALS)
 
 
 def evaluated(out: Path) -> int:
@@ -40,9 +45,9 @@ def evaluated(out: Path) -> int:
     return sum(1 for _ in (out.parent / "evaluations").glob("*/[0-9a-f]*.json"))
 
 
-def moments(seed: int) -> list[float]:
+def moments(out: Path, seed: int) -> list[float]:
     """Numbers of evaluations at which somebody dies, ascending."""
-    return sorted(random.Random(seed).uniform(0, 0.95 * NUM_TRIALS) for _ in range(NUM_KILLS))
+    return sorted(random.Random(seed).uniform(0, 0.9 * num_trials(out)) for _ in range(NUM_KILLS))
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -82,7 +87,7 @@ def nobody(out: Path, storage: str | None) -> None:
 
 
 def kill_coordinators(out: Path, storage: str | None) -> None:
-    for moment in moments(1):
+    for moment in moments(out, 1):
         child = forked(partial(study, out, None, storage))
         assert wait_until(out, moment, child) is None, "it was to be killed, and ended"
         os.kill(child, signal.SIGKILL)
@@ -92,7 +97,7 @@ def kill_coordinators(out: Path, storage: str | None) -> None:
 
 def kill_workers(out: Path, storage: str | None) -> None:
     child = forked(partial(study, out, None, storage))
-    for moment in moments(2):
+    for moment in moments(out, 2):
         assert wait_until(out, moment, child) is None, "nobody is to be killed any more"
         kill_one(Path(f"/proc/{child}/task/{child}/children").read_text(encoding="ascii").split())
     ends_well(child)
@@ -100,7 +105,7 @@ def kill_workers(out: Path, storage: str | None) -> None:
 
 def kill_ray_workers(out: Path, storage: str | None) -> None:
     child = forked(partial(study, out, "ray", storage))
-    for moment in moments(3):
+    for moment in moments(out, 3):
         assert wait_until(out, moment, child) is None, "nobody is to be killed any more"
         kill_one(ray_workers())
     ends_well(child)
@@ -139,7 +144,7 @@ def fill_disks(out: Path, storage: str | None) -> None:
     """No file may grow beyond what the study's own reaches at the moment: what a full disk does to who writes most."""
     whole = out.parent.with_name(f"undisturbed-{out.name}") / out.name / "trials.journal"
     largest = whole.stat().st_size
-    for moment in moments(4):
+    for moment in moments(out, 4):
         limit = max(20_000, int(largest * moment / NUM_TRIALS))
 
         def limited(limit: int = limit) -> None:

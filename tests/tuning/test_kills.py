@@ -96,16 +96,16 @@ def postgres() -> Iterator[str]:
 
 def test_ten_coordinators_are_killed_whose_book_is_in_postgresql(folder: Path, postgres: str) -> None:
     """The same trials as with a journal."""
-    study = assert_same_trials(killed("coordinator", folder, "random", postgres), undisturbed(folder, "random"))
+    study = assert_same_trials(killed("coordinator", folder, "random-50", postgres), undisturbed(folder, "random-50"))
     assert study.spec["storage"] == postgres
 
 
 def test_a_database_file_will_do(folder: Path, tmp_path: Path) -> None:
     """SQLite's, undisturbed."""
     url = f"sqlite:///{tmp_path / 'book.sqlite'}"
-    out = tmp_path / "random"
+    out = tmp_path / "random-50"
     run(["nobody", str(out), url])
-    assert_same_trials(out, undisturbed(folder, "random"))
+    assert_same_trials(out, undisturbed(folder, "random-50"))
 
 
 def assert_same_trials(out: Path, whole: Path) -> Study:

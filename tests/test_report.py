@@ -23,7 +23,7 @@ from xllm_lab.runs import Manifest, Run, describe, read_run, write_run
 from xllm_lab.sim.compare import METRICS
 from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import simulate
-from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.objective import worth
 from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial
@@ -64,8 +64,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     trials = []
     for number, change in enumerate(changes):
         one = Candidate(instance=dataclasses.replace(CONFIG, **change), policies=Policies(POLICY))
-        job = {"workloads": [str(tmp / "workload-0.jsonl")], "calibration": str(tmp / "calibration.json")}
-        report = evaluate({**job, "min_slo_attainment_frac": 0.0, "candidate": one.as_dict()})
+        report = worth(one, [tmp / "workload-0.jsonl"], tmp / "calibration.json")
         trials.append(Trial(number=number, candidate=one, report=report))
     spec = {"workloads": ["a-trace.jsonl"], "model": calibration().model}
     return Study(path=tmp, spec=spec, trials=tuple(trials))

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ LOOPBACK = "127.0.0.1"
 # The services' own defaults.
 MASTER_PORT, METRICS_PORT = 50051, 9003
 ETCD_PORT, ETCD_PEER_PORT = 2379, 2380
+POSTGRES_PORT = 5432
 _READY_S, _STOP_S, _POLL_S = 20.0, 5.0, 0.02
 
 
@@ -114,6 +115,41 @@ def start_etcd(
     command += ["--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers]
     command += ["--initial-cluster", f"default={peers}"]
     return _started("etcd", command, {"clients": (listen, port), "peers": (listen, peer_port)})
+
+
+@contextmanager
+def started_postgres(*, port: int = POSTGRES_PORT, listen: str = LOOPBACK) -> Iterator[str]:
+    """PostgreSQL with an empty database in a folder that is removed, as the URL that Optuna takes; loopback only.
+
+    Raises:
+        ConfigError: it is not installed, or ends before it answers.
+    """
+    initdb = _program("initdb", "on Debian, apt-get install postgresql")
+    server = _program("postgres", "on Debian, apt-get install postgresql")
+    # It refuses to run as root; Debian's package brings a user for it.
+    user = "postgres" if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="xllm-lab-postgres-") as folder:
+        if user is not None:
+            shutil.chown(folder, user)
+        data = str(Path(folder) / "data")
+        made = [
+            initdb,
+            "--pgdata",
+            data,
+            "--username",
+            "postgres",
+            "--auth",
+            "trust",
+            "--encoding",
+            "UTF8",
+            "--no-sync",
+        ]
+        done = subprocess.run(made, user=user, cwd=folder, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ConfigError(f"initdb failed: {done.stderr.strip()[-400:]}")
+        command = [server, "-D", data, "-p", str(port), "-h", listen, "-k", folder]
+        with _started("PostgreSQL", command, {"clients": (listen, port)}, user=user):
+            yield f"postgresql+psycopg://postgres@{listen}:{port}/postgres"
 
 
 def free_ports(num_ports: int) -> tuple[int, ...]:
@@ -203,6 +239,7 @@ def _needed() -> tuple[_Needed, ...]:
     return (
         _Needed("libibverbs.so.1", "libibverbs1", _has_library("libibverbs.so.1")),
         _Needed("etcd", "etcd-server", shutil.which("etcd") is not None),
+        _Needed("PostgreSQL", "postgresql", _program_path("initdb") is not None),
     )
 
 
@@ -216,20 +253,30 @@ def _has_library(name: str) -> bool:
 
 def _program(name: str, how_to_get: str) -> str:
     """Beside this interpreter, or on the path."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    found = _program_path(name)
     if found is None:
         raise ConfigError(f"{name} is not installed; {how_to_get}")
     return found
 
 
-def _started(name: str, command: Sequence[str], ports: dict[str, tuple[str, int]]) -> Service:
+def _program_path(name: str) -> str | None:
+    beside = Path(sys.executable).with_name(name)
+    # Debian keeps PostgreSQL's, of each version, off the path.
+    versions = sorted(str(path) for path in Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    return str(beside) if beside.exists() else shutil.which(name) or (versions[-1] if versions else None)
+
+
+def _started(
+    name: str, command: Sequence[str], ports: dict[str, tuple[str, int]], *, user: str | None = None
+) -> Service:
     for what, (host, port) in ports.items():
         if _answers(host, port):
             raise ConfigError(f"{name}: somebody listens on {host}:{port} already, its port for {what}")
     log = tempfile.TemporaryFile()  # noqa: SIM115  (the service closes it)
     # A group of its own: Ctrl-C in a terminal goes to this process, which stops them in turn.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, user=user
+    )
     service = Service(name, tuple(f"{host}:{port} ({what})" for what, (host, port) in ports.items()), process, log)
     until = time.monotonic() + _READY_S
     while not all(_answers(host, port) for host, port in ports.values()):

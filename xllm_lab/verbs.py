@@ -267,6 +267,16 @@ def tune(
     store: str | None = None,
     expert_trace: str | None = None,
     fleet: FleetConfig | PathLike | None = None,
+    limits: Mapping[str, float] | None = None,
+    second_axis: str | None = None,
+    storage: str | None = None,
+    executor: str = "processes",
+    evaluations: PathLike | None = None,
+    engine_budget: int | None = None,
+    recorded: Run | PathLike | None = None,
+    engine: EngineOptions | None = None,
+    engine_requests: int = 64,
+    slice_requests: int = 500,
     progress: bool = True,
     **beside: str | None,
 ) -> Study:
@@ -278,26 +288,53 @@ def tune(
         store: of KV blocks below the host, see `sim.machine.with_store`; knobs that need one are searched, too.
         expert_trace: loads of experts divided among devices, see `sim.expert_trace.with_expert_trace`.
         fleet: a fleet, or the cluster file of one, whose policies' knobs are searched, too; None is a single instance.
+        limits, second_axis: see `tuning.objective.Objective`.
+        storage, executor, evaluations: see `tuning.search.tune`.
+        engine_budget: search through all levels, see `tuning.rising`, one trace; None is the simulator alone.
+        recorded, engine, engine_requests, slice_requests: of such a search.
         beside: policies beside the batch policy, see `configure`; their knobs are searched, too.
     """
+    from xllm_lab.tuning.objective import Objective
+    from xllm_lab.tuning.rising import Budget, rise
     from xllm_lab.tuning.search import tune as search
     from xllm_lab.tuning.space import Space
     from xllm_lab.tuning.tiers import Tiers
 
     default = replace(configure(policy, settings, **beside), fleet=None if fleet is None else _fleet(fleet))
-    space = Space(default, also)
-    with bar(trials, "tune", show=progress) as drawn:
-        return search(
-            [_workload(trace) for trace in traces],
-            _calibration(calibration),
-            space,
-            num_trials=trials,
-            seed=seed,
-            out=Path(out),
-            min_slo_attainment_frac=min_slo_attainment_frac,
-            num_workers=workers,
-            tiers=Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store, expert_trace=expert_trace),
-            on_trial=lambda trial: drawn.update(),
+    space, workloads = Space(default, also), [_workload(trace) for trace in traces]
+    known: dict[str, Any] = {
+        "seed": seed,
+        "out": Path(out),
+        "objective": Objective(
+            min_slo_attainment_frac=min_slo_attainment_frac, limits=dict(limits or {}), second_axis=second_axis
+        ),
+        "num_workers": workers,
+        "workers": executor,
+        "storage": storage,
+        "evaluations": None if evaluations is None else Path(evaluations),
+        "tiers": Tiers(host_link_bytes_per_s=host_link_bytes_per_s, store=store, expert_trace=expert_trace),
+    }
+    if engine_budget is None:
+        with bar(trials, "tune", show=progress) as drawn:
+            return search(
+                *(workloads, _calibration(calibration), space),
+                num_trials=trials,
+                on_trial=lambda trial: drawn.update(),
+                **known,
+            )
+    if len(workloads) != 1:
+        raise ConfigError(f"{len(workloads)} traces, and an engine budget; accepted: one trace")
+    budget = Budget(
+        num_trials=trials, num_engine=engine_budget, engine_requests=engine_requests, slice_requests=slice_requests
+    )
+    with bar(trials + budget.num_passed_on + 1 + engine_budget, "tune", show=progress) as drawn:
+        return rise(
+            *(workloads[0], _calibration(calibration), space),
+            budget=budget,
+            recorded=None if recorded is None else _run(recorded),
+            engine=engine,
+            on_trial=lambda level, trial: (drawn.set_postfix_str(level), drawn.update()),
+            **known,
         )
 
 

@@ -30,7 +30,7 @@ from xllm_lab.sim.machine import Machine, fitted_machine, with_acceptance
 from xllm_lab.sim.parity import parity
 from xllm_lab.sim.simulator import run_simulation, simulate
 from xllm_lab.step_samples import samples
-from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.objective import worth
 from xllm_lab.workload import ClosedLoop, Workload
 
 CONFIG = instance_config(num_kv_blocks=512, max_seqs_per_batch=8, max_tokens_per_batch=128)
@@ -163,14 +163,7 @@ def test_a_search_weighs_drafts(calibrated: Path, tmp_path: Path) -> None:
     own.write(work(8), tmp_path / "trace.jsonl")
 
     def goodput(candidate: Candidate) -> float:
-        report = evaluate(
-            {
-                "workloads": [str(tmp_path / "trace.jsonl")],
-                "calibration": str(calibrated),
-                "min_slo_attainment_frac": 0.0,
-                "candidate": candidate.as_dict(),
-            }
-        )
+        report = worth(candidate, [tmp_path / "trace.jsonl"], calibrated)
         assert report["failure"] is None
         return float(report["goodput_per_s"])
 

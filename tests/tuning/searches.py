@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from xllm_lab.policies.catalog import make_policy
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import Calibration, Residual
 from xllm_lab.step_time import TERMS, StepTime
+from xllm_lab.tuning.objective import Objective
 from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial
@@ -21,7 +23,6 @@ from xllm_lab.tuning.tiers import Tiers
 from xllm_lab.workload import Slo, Workload
 
 A = TypeVar("A")
-B = TypeVar("B")
 
 CALIBRATION = Calibration(
     step_time=StepTime(tuple({"eager_us": 2_000.0, "token_us": 90.0}.get(term, 0.0) for term in TERMS)),
@@ -64,6 +65,7 @@ def search(
     on_trial: Callable[[Trial], None] = lambda trial: None,
     min_slo_attainment_frac: float = 0.0,
     tiers: Tiers | None = None,
+    **more: Any,
 ) -> Study:
     return tune(
         [on or workload()],
@@ -74,8 +76,9 @@ def search(
         out=out,
         num_workers=num_workers,
         on_trial=on_trial,
-        min_slo_attainment_frac=min_slo_attainment_frac,
+        objective=Objective(min_slo_attainment_frac=min_slo_attainment_frac),
         tiers=tiers,
+        **more,
     )
 
 
@@ -85,8 +88,10 @@ class WorkersHere:
     def __init__(self, num_workers: int, **_: object) -> None:
         assert num_workers > 0
 
-    def map(self, function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
-        return iter([function(value) for value in values])
+    def submit(self, function: Callable[..., A], *values: Any) -> Future[A]:
+        done: Future[A] = Future()
+        done.set_result(function(*values))
+        return done
 
     def shutdown(self, **_: object) -> None:
         """Nobody is here to be sent home."""

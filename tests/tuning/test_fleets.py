@@ -26,7 +26,7 @@ from xllm_lab.sim.machine import fitted_machine
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.tuning import workers
 from xllm_lab.tuning.export import export
-from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.objective import worth
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, read_study
 from xllm_lab.workload import Slo, Workload
@@ -78,9 +78,8 @@ def test_the_study_says_it_all(finished: Study, tmp_path: Path) -> None:
     assert finished.spec["space"]["default"]["fleet"] == SPLIT.as_dict()["fleet"]
     read = read_study(finished.path)
     assert read.trials == finished.trials
-    job = {"workloads": [str(finished.path / "workload-0.jsonl")], "min_slo_attainment_frac": 0.0}
-    spec = {**job, "calibration": str(finished.path / "calibration.json"), "candidate": read.best.candidate.as_dict()}
-    assert evaluate(spec) == finished.best.report
+    on = ([finished.path / "workload-0.jsonl"], finished.path / "calibration.json")
+    assert worth(read.best.candidate, *on) == finished.best.report
 
 
 def test_equal_seeds_give_equal_fleets(finished: Study, tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_policies_of_a_fleet_are_chosen_from_where_there_is_one() -> None:
         assert owners == {f"roles.{trial.params['roles']}"} - {"roles.colocated"}
         study.tell(trial, 0.0)
     assert seen == {(a, b) for a in ("round-robin", "prefix-affinity") for b in ("colocated", "static", "slo-flip")}
-    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == fleet()  # type: ignore[arg-type]
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == fleet()
     with pytest.raises(ConfigError, match="unknown policy 'static'; accepted: batch"):
         Space(default(), ["static"])
 
@@ -210,9 +209,8 @@ def split(num_prefill: int) -> Candidate:
 def test_the_tuner_finds_the_split_that_trying_all_finds(tmp_path: Path) -> None:
     """Three of five compute prompts: with fewer first tokens are late, with more the last one is too busy."""
     study = search(tmp_path / "study", space=Space(split(1)), on=mixed(), num_trials=24)
-    job = {"workloads": [str(study.path / "workload-0.jsonl")], "min_slo_attainment_frac": 0.0}
-    job["calibration"] = str(study.path / "calibration.json")
-    every = {n: evaluate({**job, "candidate": split(n).as_dict()})["goodput_per_s"] for n in range(1, NUM_INSTANCES)}
+    on = ([study.path / "workload-0.jsonl"], study.path / "calibration.json")
+    every = {n: worth(split(n), *on)["goodput_per_s"] for n in range(1, NUM_INSTANCES)}
     best = max(every, key=lambda n: every[n])
     assert every[best] > 1.5 * max(goodput for n, goodput in every.items() if n != best)
     assert study.default.goodput_per_s == every[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,7 @@ from xllm_lab.sim.calibrate import write_calibration
 from xllm_lab.sim.simulator import run_simulation
 from xllm_lab.store.directory import blocks_in
 from xllm_lab.tuning import workers
-from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.objective import worth
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import read_study
 from xllm_lab.tuning.tiers import Tiers, tiers_of
@@ -51,13 +50,9 @@ def test_a_study_keeps_its_tiers_and_its_trials_have_them(tmp_path: Path) -> Non
     assert all(trial.report["failure"] is None for trial in study.trials)
     assert PREFETCH in study.spec["space"]["knobs"]
     assert tiers_of(read_study(study.path).spec) == GIVEN
-    job: dict[str, Any] = {
-        "workloads": [str(study.path / "workload-0.jsonl")],
-        "calibration": str(study.path / "calibration.json"),
-    }
-    job |= {"min_slo_attainment_frac": 0.0, "candidate": storing().as_dict()}
-    assert evaluate({**job, **{n: study.spec[n] for n in ("host_link_bytes_per_s", "store")}}) == study.default.report
-    assert "what a copy to the host and back takes is not known" in evaluate(job)["failure"]
+    on = ([study.path / "workload-0.jsonl"], study.path / "calibration.json")
+    assert worth(storing(), *on, tiers=tiers_of(study.spec)) == study.default.report
+    assert "what a copy to the host and back takes is not known" in worth(storing(), *on)["failure"]
 
 
 def test_a_link_alone_brings_no_knob_of_a_store(tmp_path: Path) -> None:

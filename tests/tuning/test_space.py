@@ -96,7 +96,7 @@ def test_knobs_of_the_shapes_policy_are_searched() -> None:
     }
     limits = {c.as_dict()["policies"]["shapes"]["acl_graph_decode_batch_size_limit"] for _, c in drawn(space)}
     assert len(limits) > 5
-    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == space.default  # type: ignore[arg-type]
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == space.default
     assert candidate_of(space.default.as_dict()) == space.default
     assert num_changes(space.default, default()) == 1
     assert num_changes(space.default, with_shapes(XllmBuckets(max_tokens_for_graph_mode=1))) == 1
@@ -105,7 +105,7 @@ def test_knobs_of_the_shapes_policy_are_searched() -> None:
 def test_the_default_is_a_point_of_its_space() -> None:
     """Its parameters, suggested, are the default again."""
     space = Space(default(), ["fcfs"])
-    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()  # type: ignore[arg-type]
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()
 
 
 def test_no_draw_leaves_the_annotated_range() -> None:
@@ -133,7 +133,7 @@ def test_memory_is_cut_in_whole_blocks() -> None:
     """60 blocks of 16 are 960 tokens: 7 blocks of 128."""
     space = Space(default(num_kv_blocks=60))
     params = {**space.default_params(), "block_size": 128, "num_kv_blocks": 4096}
-    cut = space.suggest(optuna.trial.FixedTrial(params))  # type: ignore[arg-type]
+    cut = space.suggest(optuna.trial.FixedTrial(params))
     assert cut.instance.num_kv_blocks == 7
 
 
@@ -164,7 +164,7 @@ def test_policies_of_any_decision_are_chosen_from() -> None:
         assert made.as_dict()["policies"]["shapes"]["name"] == params["shapes"]
         owners = {name.split(".")[1] for name in params if name.startswith("shapes.")}
         assert owners == {params["shapes"]} - {"eager"}
-    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()  # type: ignore[arg-type]
+    assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == default()
     others = [with_shapes(one).policies for one in (PowersOfTwo(), XllmBuckets())]
     assert list(space.alternatives()) == [default().policies, *others]
 

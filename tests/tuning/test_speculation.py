@@ -26,7 +26,7 @@ from xllm_lab.sim.acceptance import LearntAcceptance, MethodProcess, Process, Ra
 from xllm_lab.sim.calibrate import write_calibration
 from xllm_lab.step_time import TERMS, StepTime
 from xllm_lab.tuning import workers
-from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.objective import worth
 from xllm_lab.tuning.search import tune
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study
@@ -88,8 +88,7 @@ def goodput_per_s(folder: Path, workload: Workload, candidate: Candidate, draft:
     write_calibration(CALIBRATION, folder / "other.json")
     own.write(workload, folder / "other.jsonl")
     other = replace(candidate, policies=replace(candidate.policies, draft=draft))
-    spec = {"workloads": [str(folder / "other.jsonl")], "calibration": str(folder / "other.json")}
-    report = evaluate({**spec, "min_slo_attainment_frac": 0.0, "candidate": other.as_dict()})
+    report = worth(other, [folder / "other.jsonl"], folder / "other.json")
     assert report["failure"] is None
     return float(report["goodput_per_s"])
 

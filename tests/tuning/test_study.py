@@ -26,9 +26,11 @@ from xllm_lab.policies.catalog import make_policy
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import write_calibration
 from xllm_lab.tuning import workers
-from xllm_lab.tuning.objective import evaluate
+from xllm_lab.tuning.evaluations import inputs_of
+from xllm_lab.tuning.objective import Objective, evaluate, simulation
 from xllm_lab.tuning.space import Space
 from xllm_lab.tuning.study import Study, Trial, read_study
+from xllm_lab.tuning.tiers import Tiers
 from xllm_lab.workload import Slo
 
 NUM_TRIALS = 5
@@ -102,15 +104,11 @@ def journal_of(study: Study) -> bytes:
 
 
 def assert_resumes(finished: Study, out: Path, *, after: int, is_torn: bool = False) -> None:
-    """Killed after so many lines: what was finished is kept, the default is the first, the total is what was asked."""
+    """Killed after so many lines: in the end all trials are those of the study that nobody killed."""
     lines = journal_of(finished).splitlines(keepends=True)
     torn = lines[after][: len(lines[after]) // 2] if is_torn else b""
     resumed = search(unfinished_copy(finished, out, b"".join(lines[:after]) + torn), num_trials=NUM_TRIALS)
-    assert resumed.default.candidate == default(), f"after line {after}"
-    done = num_told(lines[:after])
-    assert resumed.trials[:done] == finished.trials[:done], f"after line {after}"
-    distinct = {json.dumps(c.as_dict(), sort_keys=True) for c in candidates(resumed)}
-    assert len(resumed.trials) == len(distinct) == NUM_TRIALS, f"after line {after}"
+    assert resumed.trials == finished.trials, f"after line {after}"
 
 
 @pytest.mark.slow
@@ -218,45 +216,59 @@ def test_a_journal_of_nonsense_is_named(finished: Study, tmp_path: Path) -> None
         search(out)
 
 
-def test_a_worker_that_was_killed_does_not_spoil_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory, say: one message, and the study resumes."""
+def test_a_worker_that_is_killed_is_replaced(finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever killed it: its trial is run again, and the study is as if nothing had been."""
+    deaths = iter([False, True, True, False, True])
 
-    class Killed(WorkersHere):
-        def map(self, *_: object) -> Any:
-            raise BrokenProcessPool
+    class Mortal(WorkersHere):
+        def submit(self, *job: Any) -> Any:
+            if next(deaths, False):
+                raise BrokenProcessPool
+            return super().submit(*job)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, "ProcessPoolExecutor", Killed)
-        with pytest.raises(RunError, match="a worker process was killed"):
-            search(tmp_path / "study")
-    assert search(tmp_path / "study", num_trials=2).default.candidate == default()
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Mortal)
+    assert search(tmp_path / "study", num_trials=NUM_TRIALS).trials == finished.trials
 
 
-def spec(folder: Path, one: Candidate, *, min_slo_attainment_frac: float = 0.0) -> dict[str, Any]:
+def test_a_trial_that_kills_every_worker_is_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, say: it has a category, is never best, and no other study takes it for granted."""
+
+    class Deadly(WorkersHere):
+        def submit(self, function: Any, of: Any, job: Any) -> Any:
+            if job["spec"]["candidate"] != default().as_dict():
+                raise BrokenProcessPool
+            return super().submit(function, of, job)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Deadly)
+    study = search(tmp_path / "study", num_trials=3)
+    assert [t.report["category"] for t in study.trials] == [None, workers.DIED, workers.DIED]
+    assert study.best.number == 0
+    assert len(list((tmp_path / "evaluations").rglob("*.json"))) == 1
+
+
+def job(folder: Path, one: Candidate) -> dict[str, Any]:
     own.write(workload(), folder / "w.jsonl")
     write_calibration(CALIBRATION, folder / "c.json")
-    return {
-        "workloads": [str(folder / "w.jsonl")],
-        "calibration": str(folder / "c.json"),
-        "min_slo_attainment_frac": min_slo_attainment_frac,
-        "candidate": one.as_dict(),
-    }
+    inputs = inputs_of([folder / "w.jsonl", folder / "c.json"])
+    served, calibrated = inputs
+    return {"spec": {**simulation(served, calibrated, Tiers()), "candidate": one.as_dict()}, "inputs": inputs}
 
 
 def test_a_pool_too_small_is_a_violation_not_an_accident(tmp_path: Path) -> None:
     """The longest request needs 20 blocks; with 8 the trial is complete, worth nothing, and says why."""
-    report = evaluate(spec(tmp_path, default(num_kv_blocks=8)))
+    report = Objective().report([evaluate(job(tmp_path, default(num_kv_blocks=8)))], 1)
     assert report["failure"].startswith("RequestTooLargeError: request 0")
+    assert report["category"] == "RequestTooLargeError"
     assert report["goodput_per_s"] == 0
     assert all(violation > 0 for violation in report["constraints"].values())
 
 
 def test_too_few_promises_kept_is_a_violation(tmp_path: Path) -> None:
     """By how many too few."""
-    free = evaluate(spec(tmp_path, default()))
-    attained = free["summaries"][0]["slo_attainment_frac"]
+    evaluated = [evaluate(job(tmp_path, default()))]
+    attained = evaluated[0]["summary"]["slo_attainment_frac"]
     assert 0 < attained < 1
-    strict = evaluate(spec(tmp_path, default(), min_slo_attainment_frac=1.0))
+    free, strict = (Objective(min_slo_attainment_frac=frac).report(evaluated, 1) for frac in (0.0, 1.0))
     assert strict["constraints"]["slo_attainment"] == pytest.approx(1 - attained)
     assert strict["goodput_per_s"] == free["goodput_per_s"]
 

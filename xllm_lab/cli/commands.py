@@ -24,6 +24,7 @@ from xllm_lab.cli.options import (
     transform_options,
     workload,
 )
+from xllm_lab.cli.searching import searching, searching_options
 from xllm_lab.errors import ConfigError
 from xllm_lab.progress import tell
 from xllm_lab.runs import Run, new_file, read_run
@@ -175,6 +176,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-slo-attainment", type=float, default=0.0, metavar="FRAC")
     tier_options(parser)
     fleet_options(parser)
+    searching_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="study folder; an unfinished one is resumed")
 
 
@@ -194,6 +196,7 @@ def _tune(o: argparse.Namespace) -> int:
         expert_trace=o.expert_trace,
         fleet=fleet(o),
         progress=not o.quiet,
+        **searching(o),
     )
     value = {
         "study": str(study.path),
@@ -206,7 +209,8 @@ def _tune(o: argparse.Namespace) -> int:
     }
     line = (
         f"default {study.default.goodput_per_s:.2f}, best {study.best.goodput_per_s:.2f} tokens/s within SLO, "
-        f"simulated (trial {study.best.number} of {len(study.trials)}); `xllm-lab verify` measures it"
+        f"{'measured' if o.engine_budget else 'simulated'} (trial {study.best.number} of {len(study.trials)}); "
+        "`xllm-lab verify` measures it"
     )
     return _print(o, value, line)
 

@@ -111,11 +111,15 @@ def values_of(instance: object) -> dict[str, Any]:
     return dataclasses.asdict(instance)
 
 
-def _notes(cls: type[Any]) -> Iterator[tuple[str, Any]]:
+def _notes(cls: Any) -> tuple[tuple[str, Any], ...]:
+    return _notes_of(cls)
+
+
+@functools.cache
+def _notes_of(cls: Any) -> tuple[tuple[str, Any], ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    for f in dataclasses.fields(cls):
-        for note in getattr(hints[f.name], "__metadata__", ()):
-            yield f.name, note
+    fields = dataclasses.fields(cls)
+    return tuple((f.name, note) for f in fields for note in getattr(hints[f.name], "__metadata__", ()))
 
 
 def _as_type(name: str, value: Any, hint: Any) -> Any:
@@ -146,8 +150,18 @@ def _type_name(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-def _classes() -> Iterator[type[Any]]:
-    for module in _modules():
+def _classes() -> tuple[type[Any], ...]:
+    return _classes_of(_modules())
+
+
+# A search asks for every trial anew, which took longer than to simulate it.
+@functools.cache
+def _classes_of(modules: tuple[types.ModuleType, ...]) -> tuple[type[Any], ...]:
+    return tuple(_found_in(modules))
+
+
+def _found_in(modules: tuple[types.ModuleType, ...]) -> Iterator[type[Any]]:
+    for module in modules:
         for _, cls in inspect.getmembers(module, inspect.isclass):
             is_policy = dataclasses.is_dataclass(cls) and isinstance(getattr(cls, "decides", None), str)
             if is_policy and cls.__module__ == module.__name__ and not cls.__name__.startswith("_"):

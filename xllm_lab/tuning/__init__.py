@@ -1,1 +1,4 @@
-"""Search in the simulator, verify on the engine, hand over to production. Read `space.py`, `search.py`, `verify.py`."""
+"""Search in the simulator, verify on the engine, hand over to production.
+
+Read `space.py`, `search.py` (one level), `rising.py` (all levels), `verify.py`.
+"""

@@ -1,4 +1,4 @@
-"""The study's book: Optuna's journal file, whole and with one writer, whatever killed the last one."""
+"""The study's book: Optuna's journal file or a database, whole and with one writer, whatever killed the last one."""
 
 from __future__ import annotations
 
@@ -8,69 +8,91 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from sqlalchemy.exc import SQLAlchemyError
 
-from xllm_lab.errors import RunError
-from xllm_lab.tuning.space import Space
+from xllm_lab.errors import ConfigError, RunError
 
+JOURNAL = "trials.journal"
 STUDY_NAME = "xllm-lab"
-# With more startup trials TPE learns what the workload is like; fewer are wasted where knobs do nothing.
-NUM_STARTUP_TRIALS = 16
-_AGAIN = "in place of"
 
 
 @contextmanager
-def sole_writer(journal: Path) -> Iterator[None]:
-    """Makes the journal writable by this process alone, and whole: a coordinator may have died while it wrote.
+def sole_writer(folder: Path, *, has_journal: bool) -> Iterator[None]:
+    """Makes the study this process's alone, and its journal whole: a coordinator may have died while it wrote.
 
     The lock is the kernel's, so it dies with its owner. Optuna's own, a file, outlives a killed one by 30 seconds.
     """
-    with journal.open("ab+") as file:
+    journal = folder / JOURNAL
+    with (journal if has_journal else folder / "coordinator.lock").open("ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{journal.parent}: is being searched by another process; accepted: one at a time") from None
-        Path(f"{journal}.lock").unlink(missing_ok=True)
-        file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)  # a torn last line would swallow the next one
+            raise RunError(f"{folder}: is being searched by another process; accepted: one at a time") from None
+        if has_journal:
+            Path(f"{journal}.lock").unlink(missing_ok=True)
+            file.seek(0)
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)  # a torn last line would swallow the next one
         yield
 
 
-def open_journal(journal: Path, seed: int, space: Space) -> optuna.Study:
-    """The study in a journal file, new or resumed, with its default and whatever was lost queued, and its sampler.
+@contextmanager
+def told_of(out: Path, storage: str | None) -> Iterator[None]:
+    """What goes wrong with the book, as one line."""
+    where = out if storage is None else without_password(storage)
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{where}: cannot be written: {error.strerror or error}") from None
+    except SQLAlchemyError as error:
+        raise RunError(f"{where}: cannot be written: {' '.join(str(error).split())[:300]}") from None
+
+
+def open_study(
+    folder: Path, storage: str | None, name: str, *, directions: tuple[str, ...] = ("maximize",)
+) -> optuna.Study:
+    """The study, new or as it was left.
+
+    Args:
+        storage: a database's URL as Optuna takes it; None is the journal in the folder.
 
     Raises:
-        RunError: the file holds no study of ours.
+        ConfigError: the database cannot be opened.
+        RunError: the journal holds no study of ours.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    where = str(folder / JOURNAL) if storage is None else without_password(storage)
     try:
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+        opened: BaseStorage = (
+            JournalStorage(JournalFileBackend(str(folder / JOURNAL))) if storage is None else RDBStorage(storage)
+        )
+        return optuna.create_study(
+            study_name=name,
+            storage=opened,
+            directions=[StudyDirection[name.upper()] for name in directions],
+            load_if_exists=True,
+            sampler=None,
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{journal}: cannot be read: {error!r}; accepted: the trials of an unfinished study") from None
-    _ask_again(study)
-    if not study.trials:
-        study.enqueue_trial(space.default_params())
-    study.sampler = optuna.samplers.TPESampler(
-        seed=seed + len(study.trials),
-        n_startup_trials=NUM_STARTUP_TRIALS,
-        # Optuna 5's defaults (multivariate, constant liar) stay near the first feasible point of tight constraints.
-        multivariate=False,
-        constant_liar=False,
-    )
-    return study
+        raise RunError(f"{where}: cannot be read: {error!r}; accepted: the trials of an unfinished study") from None
+    except ImportError as error:
+        raise ConfigError(f"{where}: {error}; accepted: with the database's driver installed") from None
+    except OSError:
+        raise
+    except Exception as error:
+        if storage is None:
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{where}: cannot be opened: {told}; accepted: a database's URL, as Optuna takes it"
+        ) from None
 
 
-def _ask_again(study: optuna.Study) -> None:
-    """Queue what a killed coordinator left running, once each, whichever line of this it is killed at itself."""
-    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(stale.number, state=TrialState.FAIL)
-    asked_again = {t.user_attrs.get(_AGAIN) for t in study.get_trials(deepcopy=False)}
-    for lost in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-        if lost.number not in asked_again:
-            # Of the default, which was queued too, not all parameters may have been drawn yet.
-            params = {**lost.system_attrs.get("fixed_params", {}), **lost.params}
-            study.enqueue_trial(params, user_attrs={_AGAIN: lost.number})
+def without_password(url: str) -> str:
+    """A database's URL, for people."""
+    head, at, tail = url.rpartition("@")
+    scheme, colon, rest = head.partition("://")
+    return f"{scheme}{colon}{rest.partition(':')[0]}{at}{tail}" if at else url

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, get_type_hints
-
-import optuna
+from typing import Any, Protocol, get_type_hints
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
@@ -16,6 +14,14 @@ from xllm_lab.policies.api import Around, Choice, Knob
 from xllm_lab.policies.catalog import knobs_with_effect, make_policy, policies, policy_class, policy_name, values_of
 from xllm_lab.policies.draft import METHODS
 from xllm_lab.policies.of_instance import DECISIONS, Policies, not_asked
+
+
+class Draws(Protocol):
+    """Who says what each parameter is: an `optuna.Trial`, or a point of an enumeration."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = ...) -> int: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = ...) -> float: ...
 
 
 class Space:
@@ -65,7 +71,7 @@ class Space:
         num_stores: int | None = None,
     ) -> Space:
         """The same space where only these are known, or are there; ConfigError if the default is another."""
-        return Space(
+        return type(self)(
             self.default,
             self._also,
             methods=methods or self._methods,
@@ -95,7 +101,7 @@ class Space:
                 params[prefix + name] = value
         return params
 
-    def suggest(self, trial: optuna.Trial) -> Candidate:
+    def suggest(self, trial: Draws) -> Candidate:
         """Draw a candidate. Several policies make a conditional space: only the drawn one's knobs are drawn."""
         # Policies' names, the instance, policies' knobs: in an order that adding a decision does not change.
         names = {decides: self._draw_name(trial, decides) for decides in self.names}
@@ -128,7 +134,7 @@ class Space:
             "default": self.default.as_dict(),
         }
 
-    def _draw(self, trial: optuna.Trial, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
+    def _draw(self, trial: Draws, prefix: str, cls: type[Any]) -> Iterator[tuple[str, Any]]:
         hints = get_type_hints(cls)
         for name, note in self._knobs(cls).items():
             if isinstance(note, Choice):
@@ -150,7 +156,7 @@ class Space:
                 return Choice(*(v for v in note.values if v not in every or v in here))
         return note
 
-    def _draw_name(self, trial: optuna.Trial, decides: str) -> str:
+    def _draw_name(self, trial: Draws, decides: str) -> str:
         names = self.names[decides]
         if len(names) == 1:
             return names[0]

@@ -1,13 +1,13 @@
 """A study: what was tried and what it was worth. `search.py` makes one.
 
-A study is a folder: spec.json (what is searched, on what), trials.journal (Optuna's storage), and study.json, which
-is written last: without it the study is unfinished.
+A study is a folder: spec.json (what is searched, on what), trials.journal (Optuna's storage, unless that is a
+database), and study.json, which is written last: without it the study is unfinished.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,29 @@ class Trial:
     """One evaluated candidate.
 
     Attributes:
-        report: what `objective.evaluate` returned.
+        report: see `Objective.report`.
+        params: what was drawn, as Optuna has it.
     """
 
     number: int
     candidate: Candidate
     report: dict[str, Any]
+    params: dict[str, Any] = field(default_factory=dict)
 
     @property
     def goodput_per_s(self) -> float:
         return float(self.report["goodput_per_s"])
 
     @property
+    def value_per_s(self) -> float:
+        """What is sought to be large: goodput per device."""
+        return float(self.report.get("goodput_per_device_per_s", self.goodput_per_s))
+
+    @property
     def is_feasible(self) -> bool:
-        return all(value <= 0 for value in self.report["constraints"].values())
+        """It runs, keeps every promise, and was evaluated on every workload."""
+        is_whole: bool = self.report.get("is_whole", True)
+        return is_whole and all(value <= 0 for value in self.report["constraints"].values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +68,12 @@ class Study:
     @property
     def best(self) -> Trial:
         """See `pick`."""
-        return pick(self.trials)
+        return pick(self.trials, self.equal_frac)
+
+    @property
+    def equal_frac(self) -> float:
+        """Candidates this close to the best one are its equals: 1 %, or the noise that was measured if that is more."""
+        return max(EQUAL_FRAC, float(self.spec.get("noise_frac") or 0.0))
 
     def pareto(self) -> list[Trial]:
         """Feasible trials that no other beats in both goodput and P90 TTFT, by goodput."""
@@ -74,15 +88,15 @@ class Study:
         return front
 
 
-def pick(trials: Sequence[Trial]) -> Trial:
-    """The fewest changes among the feasible trials within 1 % of the best goodput; the default if none is feasible."""
+def pick(trials: Sequence[Trial], equal_frac: float = EQUAL_FRAC) -> Trial:
+    """The fewest changes among the feasible trials as good as the best one; the default if none is feasible."""
     default = trials[0]
     feasible = [t for t in trials if t.is_feasible]
     if not feasible:
         return default
-    enough = max(t.goodput_per_s for t in feasible) * (1 - EQUAL_FRAC)
-    close = [t for t in feasible if t.goodput_per_s >= enough]
-    return min(close, key=lambda t: (num_changes(t.candidate, default.candidate), -t.goodput_per_s, t.number))
+    enough = max(t.value_per_s for t in feasible) * (1 - equal_frac)
+    close = [t for t in feasible if t.value_per_s >= enough]
+    return min(close, key=lambda t: (num_changes(t.candidate, default.candidate), -t.value_per_s, t.number))
 
 
 def ttft_p90_us(trial: Trial) -> float | None:
@@ -98,7 +112,10 @@ def read_study(path: Path) -> Study:
     value = read_json(path / "study.json", accepted)
     try:
         trials = [
-            Trial(number=t["number"], candidate=candidate(t["candidate"]), report=t["report"]) for t in value["trials"]
+            Trial(
+                number=t["number"], candidate=candidate(t["candidate"]), report=t["report"], params=t.get("params", {})
+            )
+            for t in value["trials"]
         ]
         if not trials:
             raise ConfigError("there are no trials")
@@ -115,4 +132,5 @@ def write_study(path: Path, spec: dict[str, Any], trials: Sequence[Trial]) -> St
 
 
 def _as_dict(trial: Trial) -> dict[str, Any]:
-    return {"number": trial.number, "candidate": trial.candidate.as_dict(), "report": trial.report}
+    told = {"number": trial.number, "candidate": trial.candidate.as_dict(), "report": trial.report}
+    return {**told, "params": trial.params}

@@ -153,6 +153,11 @@ class Run:
         except ValueError as error:
             raise RunError(f"{self.path / 'requests.parquet'}: {error}; accepted: {_FINISHED}") from None
 
+    @property
+    def written_at_us(self) -> int:
+        """When the manifest was written, Unix time; as its file says."""
+        return (self.path / "manifest.json").stat().st_mtime_ns // 1000
+
     def expect_all(self, name: str, count: int) -> None:
         """RunError unless a file of the folder holds as many requests as the manifest says."""
         expected = self.manifest.workload["num_requests"]

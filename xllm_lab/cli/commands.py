@@ -35,6 +35,7 @@ from xllm_lab.text import (
     measured_validation_table,
     policies_page,
     published_table,
+    recommendation_table,
     rules_page,
     summary_table,
 )
@@ -215,6 +216,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     engine_options(parser)
     served_fleet_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
+    _known_option(parser)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
 
 
@@ -229,6 +231,7 @@ def _verify(o: argparse.Namespace) -> int:
         engine=engine(o),
         registry=o.registry,
         listen=o.listen,
+        known=o.known,
         progress=not o.quiet,
     )
     value = {"gain": {**asdict(done.gain), "is_better": done.gain.is_better}, "winner": done.winner.as_dict()}
@@ -406,6 +409,23 @@ def _validate_measured(o: argparse.Namespace) -> int:
     return _print(o, [v.as_dict() for v in found], measured_validation_table(found))
 
 
+def _known_option(parser: argparse.ArgumentParser) -> None:
+    what = "engine runs that say how wrong the simulator is; else as wrong as `compare` accepts"
+    parser.add_argument("--known", nargs="+", type=Path, default=[], metavar="RUN", help=what)
+
+
+def _recommend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path)
+    _known_option(parser)
+    parser.add_argument("--arrivals", type=int, default=5, metavar="N", help="over so many, of the same burstiness")
+
+
+def _recommend(o: argparse.Namespace) -> int:
+    found = verbs.recommend(o.study, known=o.known, arrivals=o.arrivals)
+    text = "\n\n".join(f"{source}\n{recommendation_table(one)}" for source, one in found.items())
+    return _print(o, {source: one.as_dict() for source, one in found.items()}, text)
+
+
 def _print_run(run: Run, o: argparse.Namespace) -> int:
     summary = summarize_run(run)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
@@ -443,6 +463,9 @@ COMMANDS = {
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
     "tune": Command("search the knobs of an instance or a fleet in the simulator", _tune_options, _tune),
+    "recommend": Command(
+        "what a study's best is predicted to do, and which changes matter", _recommend_options, _recommend
+    ),
     "verify": Command("measure a study's best against its default on the engine", _verify_options, _verify),
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),

@@ -153,7 +153,7 @@ class Foresight:
     def __init__(
         self, calibration: Calibration, tiers: Tiers | None = None, known: Mapping[str, float] | None = None
     ) -> None:
-        self.calibration, self._tiers, self._is_error_measured = calibration, tiers or Tiers(), known is not None
+        self.calibration, self.tiers, self._is_error_measured = calibration, tiers or Tiers(), known is not None
         self._known = known or {}
 
     def recommend(
@@ -224,7 +224,7 @@ class Foresight:
 
     def run(self, one: Candidate, workload: Workload, factor: float = 1.0) -> Records:
         """Simulate on a machine whose steps take `factor` times as long as calibrated."""
-        machine = self._tiers.machine(scaled(self.calibration, factor), one.policies)
+        machine = self.tiers.machine(scaled(self.calibration, factor), one.policies)
         machine.refuse_if_not_priced(one.policies, one.instance)
         for request in workload.requests:
             one.instance.refuse_if_too_large(request)
@@ -260,7 +260,7 @@ class Foresight:
         return spread.half_width_frac(level)
 
     def _provenance(self, one: Candidate, extrapolated_frac: float) -> Provenance:
-        given = self._tiers.host_link_bytes_per_s is not None or self._tiers.store is not None
+        given = self.tiers.host_link_bytes_per_s is not None or self.tiers.store is not None
         if given and not isinstance(one.policies.cache, DeviceOnly):
             return Provenance.ANALYTIC
         if extrapolated_frac > EXTRAPOLATED_FRAC_WARNING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from xllm_lab.engine.engine import Engine
 from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.records import Records
 from xllm_lab.runs import Run, new_folder, read_json, read_run, write_json
-from xllm_lab.sim.calibrate import Calibration
+from xllm_lab.sim.calibrate import Calibration, write_calibration
 from xllm_lab.step_time import StepTime
 from xllm_lab.tuning.evidence import Evidence, evidence
 from xllm_lab.tuning.fresh_store import FreshStore
 from xllm_lab.tuning.gain import Gain, paired_gain
 from xllm_lab.tuning.intervals import Foresight, Recommendation, recommendation
+from xllm_lab.tuning.tiers import Tiers
 from xllm_lab.workload import Workload
 
 MIN_REPEATS = 3
@@ -50,6 +51,7 @@ class Verification:
         gain: of goodput, warm-up left out.
         recommendation: what was predicted of these very arrivals, and on what it rests; None if nobody asked.
         alternatives: the study's other good candidates, for who serves another workload than this one day.
+        tiers: that the candidates were simulated with.
     """
 
     default: Candidate
@@ -59,6 +61,7 @@ class Verification:
     recommendation: Recommendation | None = None
     calibrated: Calibrated | None = None
     alternatives: tuple[Candidate, ...] = ()
+    tiers: Tiers = field(default_factory=Tiers)
 
     @property
     def winner(self) -> Candidate:
@@ -126,7 +129,10 @@ def verify(
             else foresight.recommend(default, tuned, workloads, found.counted_from, same_arrivals=True),
             calibrated=None if foresight is None else Calibrated.of(foresight.calibration),
             alternatives=tuple(alternatives),
+            tiers=Tiers() if foresight is None else foresight.tiers,
         )
+        if foresight is not None:
+            write_calibration(foresight.calibration, folder / "calibration.json")
         write_json(folder / "verification.json", {**_as_dict(done), "evidence": found.as_dict()})
     return done
 
@@ -157,6 +163,7 @@ def read_verification(path: Path) -> Verification:
             recommendation=None if foreseen is None else recommendation(foreseen),
             calibrated=None if calibrated is None else Calibrated(**calibrated),
             alternatives=tuple(candidate(one) for one in value.get("alternatives", ())),
+            tiers=Tiers(**value.get("tiers", {})),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(f"{path / 'verification.json'}: {error!r}; accepted: {accepted}") from None
@@ -199,4 +206,5 @@ def _as_dict(done: Verification) -> dict[str, Any]:
         "recommendation": None if done.recommendation is None else done.recommendation.as_dict(),
         "calibrated": None if done.calibrated is None else asdict(done.calibrated),
         "alternatives": [one.as_dict() for one in done.alternatives],
+        "tiers": asdict(done.tiers),
     }

@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from xllm_lab.sim.parity import Parity
     from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate.published import PublishedValidation
+    from xllm_lab.tuning.drift import Drift
     from xllm_lab.tuning.export import Export
     from xllm_lab.tuning.intervals import Foresight, Recommendation
     from xllm_lab.tuning.lint.linter import Lint
     from xllm_lab.tuning.lint.rules import Rule
     from xllm_lab.tuning.lint.settings import Situation
+    from xllm_lab.tuning.promote import Promotion, Refusal, Terms
     from xllm_lab.tuning.study import Study
     from xllm_lab.tuning.verify import Verification
 
@@ -629,3 +631,25 @@ def _foresight(study: Study, known: Iterable[Run | PathLike]) -> Foresight:
     fitted, tiers = read_calibration(study.path / "calibration.json"), tiers_of(study.spec)
     runs = [_run(run) for run in known]
     return Foresight(fitted, tiers, known_error(fitted, runs, tiers) if runs else None)
+
+
+def promote(
+    verification: PathLike, *, to: str, out: PathLike, version: str | None = None, terms: Terms | None = None
+) -> tuple[Promotion | None, list[Refusal]]:
+    """Hand the candidate of a verification to production, or say why not; see `tuning.promote.promote`.
+
+    Args:
+        to: a name of `tuning.export.targets()`.
+    """
+    from xllm_lab.tuning.promote import promote as pass_gate
+
+    return pass_gate(Path(verification), to=to, out=Path(out), version=version, terms=terms)
+
+
+def drift(trace: Workload | PathLike, *, promoted: Promotion | PathLike) -> Drift:
+    """Whether a live trace left what a configuration was promoted for, and what that costs; see `tuning.drift`."""
+    from xllm_lab.tuning.drift import drift as look
+    from xllm_lab.tuning.promote import Promotion, read_promotion
+
+    found = promoted if isinstance(promoted, Promotion) else read_promotion(Path(promoted))
+    return look(_workload(trace), found)

@@ -47,14 +47,16 @@ class PairedBootstrap:
 
     def __init__(self, default: Sequence[Records], tuned: Sequence[Records]) -> None:
         self._pairs = [(_Columns(one), _Columns(other)) for one, other in zip(default, tuned, strict=True)]
-        generator = stream(0, "bootstrap")
-        self._repeats = generator.integers(0, len(self._pairs), (NUM_DRAWS, len(self._pairs)))
-        self._rows = [[_stretches(generator, len(one.good_tokens)) for _ in range(NUM_DRAWS)] for one, _ in self._pairs]
+        self._generator = stream(0, "bootstrap")
+        self._repeats = self._generator.integers(0, len(self._pairs), (NUM_DRAWS, len(self._pairs)))
 
     def gain(self) -> tuple[float, float] | None:
         """95 % interval of the gain of goodput, as a fraction of the default's; None if a default may have none."""
-        default = self._means([[one.goodput_per_s(r) for r in rows] for (one, _), rows in self._drawn()])
-        tuned = self._means([[other.goodput_per_s(r) for r in rows] for (_, other), rows in self._drawn()])
+        rows = [_stretches(self._generator, len(one.good_tokens)) for one, _ in self._pairs]
+        default, tuned = (
+            self._means([pair[k].goodput_per_s(drawn) for pair, drawn in zip(self._pairs, rows, strict=True)])
+            for k in range(2)
+        )
         if not (default > 0).all():
             return None
         low, high = np.percentile(tuned / default - 1, _95)
@@ -64,20 +66,18 @@ class PairedBootstrap:
         """Of latencies' percentiles, microseconds, by metric; those of latencies that all runs have."""
         found = {}
         for name in ("ttft_us", "tpot_us"):
-            drawn = [[_percentiles(pair, name, r) for r in rows] for pair, rows in self._drawn()]
-            exact = np.asarray([_percentiles(pair, name, None) for pair, _ in self._drawn()])
-            if np.isnan(exact).any():
+            both = [_of_both(one.latencies[name], other.latencies[name]) for one, other in self._pairs]
+            if not all(len(one) for one, _ in both):
                 continue
+            rows = [_stretches(self._generator, len(one)) for one, _ in both]
+            exact = np.asarray([_differences(one[None], other[None])[:, 0] for one, other in both]).mean(axis=0)
+            drawn = [_differences(one[r], other[r]) for (one, other), r in zip(both, rows, strict=True)]
             for k, level in enumerate(LEVELS):
-                low, high = np.nanpercentile(self._means([[of[k] for of in of_run] for of_run in drawn]), _95)
-                expected = math.fsum(exact[:, k]) / len(exact)
-                found[f"{name}.p{level}"] = Difference(expected=expected, low=float(low), high=float(high))
+                low, high = np.percentile(self._means([of_run[k] for of_run in drawn]), _95)
+                found[f"{name}.p{level}"] = Difference(expected=float(exact[k]), low=float(low), high=float(high))
         return found
 
-    def _drawn(self) -> list[tuple[tuple[_Columns, _Columns], list[Ints]]]:
-        return list(zip(self._pairs, self._rows, strict=True))
-
-    def _means(self, values: Sequence[Sequence[float]]) -> Floats:
+    def _means(self, values: Sequence[Floats]) -> Floats:
         """Over the repeats of each draw; of values [repeats][draws]."""
         means: Floats = np.take_along_axis(np.asarray(values).T, self._repeats, axis=1).mean(axis=1)
         return means
@@ -92,9 +92,10 @@ class _Columns:
         self.latencies = {"ttft_us": _column(run.requests, ttft_us), "tpot_us": _column(run.requests, tpot_us)}
         self._span_s = summarize(run).makespan_s
 
-    def goodput_per_s(self, rows: Ints) -> float:
-        """As if these requests had come in the run's span."""
-        return float(self.good_tokens[rows].sum()) / self._span_s if self._span_s else 0.0
+    def goodput_per_s(self, rows: Ints) -> Floats:
+        """Of each draw, as if its requests had come in the run's span."""
+        tokens: Floats = self.good_tokens[rows].sum(axis=1)
+        return tokens / self._span_s if self._span_s else np.zeros_like(tokens)
 
 
 def _column(requests: Sequence[RequestRecord], latency: Callable[[RequestRecord], float | None]) -> Floats:
@@ -102,18 +103,20 @@ def _column(requests: Sequence[RequestRecord], latency: Callable[[RequestRecord]
     return np.asarray([np.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def _percentiles(pair: tuple[_Columns, _Columns], name: str, rows: Ints | None) -> Floats:
-    one, other = (c.latencies[name] if rows is None else c.latencies[name][rows] for c in pair)
-    both = ~(np.isnan(one) | np.isnan(other))
-    if not both.any():
-        return np.full(len(LEVELS), np.nan)
-    difference: Floats = np.percentile(other[both], LEVELS) - np.percentile(one[both], LEVELS)
-    return difference
+def _of_both(one: Floats, other: Floats) -> tuple[Floats, Floats]:
+    there = ~(np.isnan(one) | np.isnan(other))
+    return one[there], other[there]
+
+
+def _differences(one: Floats, other: Floats) -> Floats:
+    """Of percentiles, shape [levels, draws]; of latencies [draws, requests]."""
+    found: Floats = np.percentile(other, LEVELS, axis=1) - np.percentile(one, LEVELS, axis=1)
+    return found
 
 
 def _stretches(generator: Generator, count: int) -> Ints:
-    """As many rows as there are, in stretches that go on at the beginning."""
+    """Rows of each draw, shape [draws, count]: as many as there are, in stretches that go on at the beginning."""
     length = max(1, round(math.sqrt(count)))
-    starts = generator.integers(0, count, -(-count // length))
-    rows: Ints = (starts[:, None] + np.arange(length)).ravel()[:count] % count
+    starts = generator.integers(0, count, (NUM_DRAWS, -(-count // length)))
+    rows: Ints = (starts[:, :, None] + np.arange(length)).reshape(NUM_DRAWS, -1)[:, :count] % count
     return rows

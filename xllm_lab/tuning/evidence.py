@@ -116,7 +116,7 @@ def evidence(
 
 def warm(run: Records, num_warm_up: int) -> Records:
     """The requests that count."""
-    return Records(after(run.requests, num_warm_up), run.steps)
+    return Records(after(run.requests, num_warm_up), run.steps) if num_warm_up else run
 
 
 def mean_metrics(summaries: Sequence[Summary]) -> dict[str, float]:

@@ -214,13 +214,12 @@ class Foresight:
             )
         return found
 
-    def goodput_per_s(self, one: Candidate, workloads: Sequence[Workload]) -> float | None:
-        """Mean over the workloads; None if it cannot run."""
+    def goodputs_per_s(self, one: Candidate, workloads: Sequence[Workload]) -> list[float] | None:
+        """On each workload; None if it cannot run."""
         try:
-            summaries = self._summaries(one, workloads, (0,) * len(workloads), 1.0)
+            return [s.goodput_per_s for s in self._summaries(one, workloads, (0,) * len(workloads), 1.0)]
         except (RequestTooLargeError, ConfigError, PolicyError):
             return None
-        return math.fsum(s.goodput_per_s for s in summaries) / len(summaries)
 
     def run(self, one: Candidate, workload: Workload, factor: float = 1.0) -> Records:
         """Simulate on a machine whose steps take `factor` times as long as calibrated."""

@@ -146,11 +146,8 @@ def promote(
         RunError: something is missing, unreadable, or cannot be written.
     """
     terms = terms or Terms()
-    before = read_promotion(out) if (out / "manifest.json").exists() else None
-    if before is None and out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: holds something that is no promotion; accepted: a new folder, or an earlier promotion")
     at_us = time.time_ns() // 1000 if now_us is None else now_us
-    case = _Case(path, terms, None if before is None else before.promoted, at_us)
+    case = _Case(path, terms, _serving(out), at_us)
     if found := _refusals(case):
         return None, found
     verified, foreseen = case.verified, case.verified.recommendation
@@ -194,12 +191,40 @@ def promote(
 
 def read_promotion(path: Path) -> Promotion:
     """Open a promotion. RunError if it is none, was interrupted, or its files are not those that were written."""
+    found = _read_manifest(path)
+    if (changed := _changed_file(found)) is not None:
+        raise RunError(
+            f"{changed}: is not what the manifest tells; accepted: as `promote` wrote it (it was interrupted, or the "
+            "file was changed: promote again, or go back by the rollback beside it)"
+        )
+    return found
+
+
+def _serving(out: Path) -> Candidate | None:
+    """What an earlier promotion into this folder left serving; None if there was none."""
+    if not (out / "manifest.json").exists():
+        if out.exists() and any(not file.name.startswith("rollback.") for file in out.iterdir()):
+            raise RunError(f"{out}: holds something that is no promotion; accepted: a new folder, or a promotion")
+        return None
+    before = _read_manifest(out)
+    return before.promoted if _changed_file(before) is None else before.rollback
+
+
+def _changed_file(promotion: Promotion) -> Path | None:
+    for name, checksum in promotion.files.items():
+        file = promotion.path / name
+        if not file.exists() or _checksum(file.read_text(encoding="utf-8")) != checksum:
+            return file
+    return None
+
+
+def _read_manifest(path: Path) -> Promotion:
     accepted = "a folder that `promote` wrote"
     value = read_json(path / "manifest.json", accepted)
     try:
         if value["format"] != FORMAT:
             raise ValueError(f"format is {value['format']}, {FORMAT} is accepted")
-        found = Promotion(
+        return Promotion(
             path=path,
             to=value["to"],
             promoted=candidate(value["promoted"]),
@@ -213,14 +238,6 @@ def read_promotion(path: Path) -> Promotion:
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(f"{path / 'manifest.json'}: {error!r}; accepted: {accepted}") from None
-    for name, checksum in found.files.items():
-        file = path / name
-        if not file.exists() or _checksum(file.read_text(encoding="utf-8")) != checksum:
-            raise RunError(
-                f"{file}: is not what the manifest tells; accepted: as `promote` wrote it (it was interrupted, or the "
-                "file was changed: promote again, or go back by the rollback beside it)"
-            )
-    return found
 
 
 class _Case:

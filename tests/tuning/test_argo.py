@@ -111,5 +111,5 @@ def test_a_real_prediction_becomes_conditions() -> None:
 
 
 def test_a_target_that_exposes_nothing_predicted_is_refused() -> None:
-    with pytest.raises(ConfigError, match="xllm exposes none of tpot_us.p90"):
+    with pytest.raises(ConfigError, match=r"xllm exposes none of tpot_us\.p90"):
         analysis_template({"tpot_us.p90": INTERVAL}, "xllm", name="p")

@@ -154,23 +154,23 @@ def _shared_frac(part: Sequence[Request]) -> float:
 
 
 def _continued_frac(part: Sequence[Request]) -> float:
-    """Of requests, those whose prompt begins with a whole earlier one of the slice: the next turn of a session."""
+    """Of requests, those whose prompt begins with an earlier, shorter one of the slice: the next turn of a session."""
     return sum(goes_on for _, goes_on in _alike(part)) / len(part)
 
 
 def _alike(part: Sequence[Request]) -> Iterator[tuple[int, bool]]:
-    """For each request: tokens shared with an earlier one, and whether an earlier prompt ends within them."""
+    """For each request: tokens shared with an earlier one, and whether a shorter one's full blocks all are."""
     nodes: dict[tuple[int, Hashable], int] = {}
-    ends: set[int] = set()
+    ends: dict[int, int] = {}  # length of the shortest prompt whose full blocks end here
     for request in part:
-        node, shared, is_known, goes_on = 0, 0, True, False
+        node, shared, is_known, goes_on, length = 0, 0, True, False, request.prompt.num_tokens
         for block, num_tokens in _blocks(request.prompt):
             is_known = is_known and (node, block) in nodes
             node = nodes.setdefault((node, block), len(nodes) + 1)
             shared += num_tokens * is_known
-            goes_on = goes_on or (is_known and node in ends)
+            goes_on = goes_on or (is_known and ends.get(node, length) < length)
         if node:
-            ends.add(node)
+            ends[node] = min(length, ends.get(node, length))
         yield shared, goes_on
 
 

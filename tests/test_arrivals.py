@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workload_strategies import HOUR_US, plain_request, workloads
-from xllm_lab.arrivals import gamma_bursts, poisson, uniform, with_arrivals
+from xllm_lab.arrivals import gamma_bursts, poisson, rotated, uniform, with_arrivals
 from xllm_lab.errors import ConfigError
 from xllm_lab.workload import Workload
 
@@ -98,3 +99,15 @@ def test_arrivals_must_fit_the_workload() -> None:
         with_arrivals(workload, [0, 1, 2])
     with pytest.raises(ConfigError, match="from 5 us to 4 us"):
         with_arrivals(workload, [5, 4])
+
+
+@given(st.integers(3, 40), st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_rotated_arrivals_have_the_same_gaps_in_the_same_circle(num: int, seed: int, draw: int) -> None:
+    """So rate, span and every burst but one stay as they were; seed 0 is the workload itself."""
+    times = poisson(num, 3.0, draw)
+    before = Workload(requests=tuple(replace(plain_request(i), arrival_us=us) for i, us in enumerate(times)))
+    turned = rotated(before, seed)
+    assert [r.id for r in turned.requests] == [r.id for r in before.requests]
+    gaps, others = ([b - a for a, b in pairwise(r.arrival_us for r in w.requests)] for w in (before, turned))
+    assert any(others == gaps[k:] + gaps[:k] for k in range(len(gaps)))
+    assert (turned == before) or seed > 0

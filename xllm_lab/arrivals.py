@@ -57,6 +57,23 @@ def with_arrivals(workload: Workload, arrival_us: Sequence[int]) -> Workload:
     )
 
 
+def rotated(workload: Workload, seed: int) -> Workload:
+    """The same requests in the same order, whose gaps begin elsewhere: other requests meet the bursts.
+
+    Gaps, their order and the span stay, so rate and burstiness do, too; seed 0 is the workload as it is. In a closed
+    loop, where clients decide when they send, nothing changes, and where all gaps are equal neither.
+
+    Raises:
+        ConfigError: a negative seed.
+    """
+    arrivals_us = np.asarray([r.arrival_us for r in workload.requests], dtype=np.int64)
+    if seed == 0 or len(arrivals_us) < 3 or workload.closed_loop is not None:
+        return workload
+    by = int(stream(seed, "rotation").integers(1, len(arrivals_us) - 1))
+    gaps_us = np.roll(np.diff(arrivals_us), by)
+    return with_arrivals(workload, [int(us) for us in arrivals_us[0] + np.concatenate(([0], np.cumsum(gaps_us)))])
+
+
 def _after(gaps_us: npt.NDArray[np.float64]) -> tuple[int, ...]:
     # Rounding the sums rather than the gaps keeps the error below a microsecond however long the trace.
     return (0, *(int(us) for us in np.rint(np.cumsum(gaps_us))))

@@ -269,10 +269,8 @@ def _first_broken(law: str, policy: Policy, broken: Callable[[Any], str | None],
 
 
 def _impure_imports(cls: type[Any]) -> list[str]:
-    # What a notebook or a script imports for itself is not the policy's.
-    owner = cls if cls.__module__ == "__main__" else importlib.import_module(cls.__module__)
     names: set[str] = set()
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner)))):
+    for node in ast.walk(ast.parse(_source(cls))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -280,6 +278,19 @@ def _impure_imports(cls: type[Any]) -> list[str]:
         elif isinstance(node, ast.Attribute) and node.attr == "random":
             names.add(ast.unparse(node))  # np.random needs no import of its own
     return sorted(n for n in names if n.split(".")[0] not in PURE_MODULES and not n.startswith(PURE_PACKAGES))
+
+
+def _source(cls: type[Any]) -> str:
+    """Of the policy's module. What a notebook or a script imports for itself is not the policy's."""
+    if cls.__module__ != "__main__":
+        return inspect.getsource(importlib.import_module(cls.__module__))
+    try:
+        return textwrap.dedent(inspect.getsource(cls))
+    except OSError:  # a notebook is no file, but functions know their cell; those that dataclass made are of none
+        cell = cls.decide.__code__.co_filename
+        functions = [inspect.unwrap(f) for f in vars(cls).values() if inspect.isfunction(f)]
+        written = [f for f in functions if f.__code__.co_filename == cell]
+        return "\n".join(textwrap.dedent(inspect.getsource(f)) for f in written)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.compare import Row
 from xllm_lab.step_time import Chunk
 from xllm_lab.text import comparison_table, gain_line, left_out_line, table
-from xllm_lab.tuning.verify import MIN_REPEATS, Gain, runs_of
+from xllm_lab.tuning.gain import Gain
+from xllm_lab.tuning.verify import MIN_REPEATS, runs_of
 from xllm_lab.wording import compact
 from xllm_lab.workload import Slo, Workload
 

@@ -182,6 +182,11 @@ class Run:
         path = self.path / EXPERT_LOADS_FILE
         return expert_loads_from(read_parquet(path, EXPERT_LOADS_SCHEMA)) if path.exists() else []
 
+    @property
+    def written_at_us(self) -> int:
+        """When the manifest was written, Unix time; as its file says."""
+        return (self.path / "manifest.json").stat().st_mtime_ns // 1000
+
     def expect_all(self, name: str, count: int) -> None:
         """RunError unless a file of the folder holds as many requests as the manifest says."""
         expected = self.manifest.workload["num_requests"]

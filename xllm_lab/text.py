@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from xllm_lab.sim.compare import Row
     from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate.published import PublishedValidation
+    from xllm_lab.tuning.drift import Drift
+    from xllm_lab.tuning.gain import Gain
+    from xllm_lab.tuning.intervals import Interval, KnobEffect, Recommendation
     from xllm_lab.tuning.lint.rules import Rule
-    from xllm_lab.tuning.verify import Gain
+    from xllm_lab.tuning.promote import Promotion, Refusal
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -192,3 +195,64 @@ def _example_cell(rule: Rule) -> str:
     told = "<br>".join(f"`{line}`" for line in rule.example.splitlines())
     beside = {k: v for k, v in rule.example_situation.items() if k != "version"}
     return told + (f" with {', '.join(f'{k} {v}' for k, v in beside.items())}" if beside else "")
+
+
+def recommendation_table(found: Recommendation) -> str:
+    """Predicted intervals of the default and the candidate, where numbers come from, and what each change is worth."""
+    rows = []
+    for metric, tuned in found.tuned.items():
+        was = found.default.get(metric)
+        cells = [interval_text(metric, was) if was else "-", interval_text(metric, tuned), str(tuned.provenance)]
+        rows.append([metric_label(metric), *cells])
+    blocks = [table(["95 % together", "default", "recommended", "step times"], rows)]
+    if found.knobs:
+        changes = [[k.knob, f"{k.default} -> {k.tuned}", _effect_text(k)] for k in found.knobs]
+        blocks.append(table(["change", "", "goodput it is worth"], changes))
+    error = "measured" if found.is_error_measured else "as much as `compare` accepts; tell engine runs with --known"
+    blocks.append(f"over {found.num_workloads} arrivals; the simulator's own error: {error}")
+    return "\n\n".join(blocks)
+
+
+def interval_text(metric: str, interval: Interval) -> str:
+    """`12 (10 to 14)`, in the metric's unit."""
+    expected, low, high = (metric_text(metric, v) for v in (interval.expected, interval.low, interval.high))
+    return f"{expected} ({low} to {high})"
+
+
+def _effect_text(effect: KnobEffect) -> str:
+    if effect.effect_frac is None or effect.low_frac is None or effect.high_frac is None:
+        return "needed: nothing is served in time without"
+    effect_text, low, high = map(signed_percent, (effect.effect_frac, effect.low_frac, effect.high_frac))
+    told = f"{effect_text} ({low} to {high})"
+    return f"{told}, in the noise" if effect.is_in_noise else told
+
+
+def promotion_text(done: Promotion | None, why: Sequence[Refusal]) -> str:
+    """What was promoted, or each reason against it."""
+    if done is None:
+        return "\n".join(("not promoted", *(f"  {refusal.reason}: {refusal.says}" for refusal in why)))
+    return (
+        f"promoted: {done.config}\n  evidence and the way back are beside it, and analysis-template.yaml for a canary"
+    )
+
+
+def drift_text(found: Drift) -> str:
+    """Each feature then and now, the verdict, and what it costs."""
+    rows = [
+        [c.feature, compact(c.was), compact(c.now), compact(c.threshold), "DRIFT" if c.is_drift else "-"]
+        for c in found.changes
+    ]
+    lines = [table(["", "tuned for", "now", "noise", ""], rows), ""]
+    lines.append("left the tuned region" if found.has_drifted else "within the tuned region")
+    cost = found.cost
+    if cost is None or cost.gain_frac is None or cost.low_frac is None or cost.high_frac is None:
+        none = cost is None
+        lines.append(
+            f"in the simulator, the promoted configuration has the most goodput of {found.num_candidates + 1}"
+            if none
+            else "in the simulator, the promoted configuration keeps no promise here, and another does"
+        )
+    else:
+        low, high = signed_percent(cost.low_frac), signed_percent(cost.high_frac)
+        lines.append(f"in the simulator, another has {signed_percent(cost.gain_frac)} goodput ({low} to {high})")
+    return "\n".join(lines + ["it pays to tune again"] * found.pays_to_tune)

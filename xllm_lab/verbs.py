@@ -36,10 +36,13 @@ if TYPE_CHECKING:
     from xllm_lab.sim.parity import Parity
     from xllm_lab.sim.validate.measured import MeasuredValidation
     from xllm_lab.sim.validate.published import PublishedValidation
+    from xllm_lab.tuning.drift import Drift
     from xllm_lab.tuning.export import Export
+    from xllm_lab.tuning.intervals import Foresight, Recommendation
     from xllm_lab.tuning.lint.linter import Lint
     from xllm_lab.tuning.lint.rules import Rule
     from xllm_lab.tuning.lint.settings import Situation
+    from xllm_lab.tuning.promote import Promotion, Refusal, Terms
     from xllm_lab.tuning.study import Study
     from xllm_lab.tuning.verify import Verification
 
@@ -347,11 +350,13 @@ def verify(
     engine: Engine | EngineOptions | EngineFleet | None = None,
     registry: str = "embedded",
     listen: str = "127.0.0.1",
+    known: Iterable[Run | PathLike] = (),
     progress: bool = True,
 ) -> Verification:
     """Measure a study's best candidate against its default on the engine, in turn, on a held-out trace.
 
     Args:
+        known: engine runs that say how wrong the simulator is, for the predicted intervals.
         engine: an open engine, or the options to open one with; of a study of a fleet, one with as many processes.
         registry, listen: of a fleet, as in `replay`.
 
@@ -375,7 +380,8 @@ def verify(
         else:
             host = closed.enter_context(_opened_fleet(engine, fleet.num_instances, registry=registry, listen=listen))
         tiers.refuse_without(host.options)
-        records = watched(2 * repeats * len(workload.requests), "verify", show=progress)
+        foresight = _foresight(opened, known)
+        records = watched((2 * repeats + 2) * len(workload.requests), "verify", show=progress)
         with records.bar:
             return measure(
                 host,
@@ -387,6 +393,8 @@ def verify(
                 step_time=machine.step_time,
                 draft_time=machine.draft_time,
                 copy_time=machine.copy_time or None,
+                foresight=foresight,
+                alternatives=[trial.candidate for trial in opened.runners_up()],
                 make_records=lambda: type(records)(bar=records.bar),
             )
 
@@ -633,3 +641,61 @@ def lint_rules() -> tuple[Rule, ...]:
     from xllm_lab.tuning.lint.rules import every_rule
 
     return every_rule()
+
+
+def recommend(
+    study: Study | PathLike, *, known: Iterable[Run | PathLike] = (), arrivals: int = 5
+) -> dict[str, Recommendation]:
+    """What a study's best candidate is predicted to do, on each of its workloads by source, beside the default.
+
+    Args:
+        known: engine runs that say how wrong the simulator is.
+        arrivals: over so many of them, see `arrivals.rotated`.
+
+    Raises:
+        ConfigError: fewer than two arrivals.
+    """
+    from xllm_lab.arrivals import rotated
+    from xllm_lab.tuning.study import Study, read_study
+
+    opened = study if isinstance(study, Study) else read_study(Path(study))
+    foresight = _foresight(opened, known)
+    found = {}
+    for number, source in enumerate(opened.spec["workloads"]):
+        workload = read_trace(opened.path / f"workload-{number}.jsonl")
+        found[f"{number}: {source}"] = foresight.recommend(
+            opened.default.candidate, opened.best.candidate, [rotated(workload, seed) for seed in range(arrivals)]
+        )
+    return found
+
+
+def _foresight(study: Study, known: Iterable[Run | PathLike]) -> Foresight:
+    from xllm_lab.sim.calibrate import read_calibration
+    from xllm_lab.tuning.intervals import Foresight, known_error
+    from xllm_lab.tuning.tiers import tiers_of
+
+    fitted, tiers = read_calibration(study.path / "calibration.json"), tiers_of(study.spec)
+    runs = [_run(run) for run in known]
+    return Foresight(fitted, tiers, known_error(fitted, runs, tiers) if runs else None)
+
+
+def promote(
+    verification: PathLike, *, to: str, out: PathLike, version: str | None = None, terms: Terms | None = None
+) -> tuple[Promotion | None, list[Refusal]]:
+    """Hand the candidate of a verification to production, or say why not; see `tuning.promote.promote`.
+
+    Args:
+        to: a name of `tuning.export.targets()`.
+    """
+    from xllm_lab.tuning.promote import promote as pass_gate
+
+    return pass_gate(Path(verification), to=to, out=Path(out), version=version, terms=terms)
+
+
+def drift(trace: Workload | PathLike, *, promoted: Promotion | PathLike) -> Drift:
+    """Whether a live trace left what a configuration was promoted for, and what that costs; see `tuning.drift`."""
+    from xllm_lab.tuning.drift import drift as look
+    from xllm_lab.tuning.promote import Promotion, read_promotion
+
+    found = promoted if isinstance(promoted, Promotion) else read_promotion(Path(promoted))
+    return look(_workload(trace), found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from tests.small_runs import request
 from tests.tiny_models import MAX_POSITION, tiny_model
 from tests.tuning.searches import CALIBRATION, default
 from xllm_lab import verbs
+from xllm_lab.arrivals import with_arrivals
 from xllm_lab.candidate import Candidate
 from xllm_lab.engine.engine import Engine, EngineOptions
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, RunError
 from xllm_lab.metrics import summarize
 from xllm_lab.policies.catalog import make_policy
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.runs import Run, read_run
+from xllm_lab.tuning.gain import Gain, paired_gain
+from xllm_lab.tuning.intervals import Foresight
 from xllm_lab.tuning.study import Study
-from xllm_lab.tuning.verify import Gain, Verification, paired_gain, read_verification, runs_of, verify
+from xllm_lab.tuning.verify import Calibrated, Verification, read_evidence, read_verification, runs_of, verify
 from xllm_lab.workload import Slo, Workload
 
 DEFAULT = default(max_model_len=MAX_POSITION)
@@ -63,6 +67,63 @@ def test_default_and_tuned_take_turns(engine: Watched, verified: tuple[Path, Ver
         (f"{name}-{i}", policy) for i in range(3) for name, policy in (("default", "DecodeFirst"), ("tuned", "Fcfs"))
     ]
     assert engine.asked[:6] == turns
+
+
+def test_the_default_then_serves_the_first_and_the_last_arrivals_again(
+    engine: Watched, verified: tuple[Path, Verification]
+) -> None:
+    """What it then differs by from itself is noise; nobody who beats it by less has beaten anything."""
+    assert engine.asked[6:8] == [("again-0", "DecodeFirst"), ("again-2", "DecodeFirst")]
+    assert read_evidence(verified[0]).noise_frac is not None
+
+
+def test_each_repeat_has_other_arrivals_and_pairs_have_the_same(engine: Watched, tmp_path: Path) -> None:
+    """Or a gain at one pattern of arrivals would be measured three times."""
+    bursts = with_arrivals(WORKLOAD, (0, 100, 200, 90_000))
+    verify(engine, bursts, default=DEFAULT, tuned=TUNED, out=tmp_path / "v", step_time=CALIBRATION.step_time)
+    arrivals = {
+        name: [tuple(r.arrival_us for r in read_run(path).workload.requests) for path in runs_of(tmp_path / "v", name)]
+        for name in ("default", "tuned", "again")
+    }
+    assert arrivals["default"][0] == (0, 100, 200, 90_000)
+    assert len(set(arrivals["default"])) > 1
+    assert arrivals["default"] == arrivals["tuned"]
+    assert arrivals["again"] == arrivals["default"][::2]
+
+
+def test_evidence_is_worked_out_from_the_runs(verified: tuple[Path, Verification]) -> None:
+    """Of what is written beside them nothing is believed; greedy tokens are the same under both policies."""
+    out, done = verified
+    found = read_evidence(out)
+    assert found.gain == done.gain
+    assert found.num_changed_outputs == 0
+    written = json.loads((out / "verification.json").read_text(encoding="utf-8"))["evidence"]
+    assert written == json.loads(json.dumps(found.as_dict()))
+
+
+def test_a_prediction_is_of_the_arrivals_that_are_measured(engine: Watched, tmp_path: Path) -> None:
+    done = verify(
+        *(engine, WORKLOAD),
+        default=DEFAULT,
+        tuned=TUNED,
+        out=tmp_path / "v",
+        step_time=CALIBRATION.step_time,
+        foresight=Foresight(CALIBRATION),
+        alternatives=[DEFAULT],
+    )
+    assert done.recommendation is not None
+    assert done.recommendation.num_workloads == 3
+    assert done.recommendation.tuned["goodput_per_s"].parts_frac["seeds"] == 0
+    assert {k.knob for k in done.recommendation.knobs} == {"batch"}
+    assert done.calibrated == Calibrated.of(CALIBRATION)
+    assert read_verification(tmp_path / "v") == done
+
+
+def test_half_of_the_runs_are_no_evidence(verified: tuple[Path, Verification], tmp_path: Path) -> None:
+    shutil.copytree(verified[0], tmp_path / "v")
+    shutil.rmtree(tmp_path / "v" / "tuned-1")
+    with pytest.raises(RunError, match=r"repeats are .* accepted: the runs of a whole verification"):
+        read_evidence(tmp_path / "v")
 
 
 def test_the_runs_behind_a_gain_are_kept(verified: tuple[Path, Verification]) -> None:

@@ -31,11 +31,14 @@ from xllm_lab.runs import Run, new_file, read_run
 from xllm_lab.summary_of_run import summarize_run
 from xllm_lab.text import (
     comparison_table,
+    drift_text,
     gain_line,
     left_out_line,
     measured_validation_table,
     policies_page,
+    promotion_text,
     published_table,
+    recommendation_table,
     rules_page,
     summary_table,
 )
@@ -221,6 +224,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     engine_options(parser)
     served_fleet_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
+    _known_option(parser)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
 
 
@@ -235,6 +239,7 @@ def _verify(o: argparse.Namespace) -> int:
         engine=engine(o),
         registry=o.registry,
         listen=o.listen,
+        known=o.known,
         progress=not o.quiet,
     )
     value = {"gain": {**asdict(done.gain), "is_better": done.gain.is_better}, "winner": done.winner.as_dict()}
@@ -412,6 +417,61 @@ def _validate_measured(o: argparse.Namespace) -> int:
     return _print(o, [v.as_dict() for v in found], measured_validation_table(found))
 
 
+def _known_option(parser: argparse.ArgumentParser) -> None:
+    what = "engine runs that say how wrong the simulator is; else as wrong as `compare` accepts"
+    parser.add_argument("--known", nargs="+", type=Path, default=[], metavar="RUN", help=what)
+
+
+def _recommend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path)
+    _known_option(parser)
+    parser.add_argument("--arrivals", type=int, default=5, metavar="N", help="over so many, of the same burstiness")
+
+
+def _recommend(o: argparse.Namespace) -> int:
+    found = verbs.recommend(o.study, known=o.known, arrivals=o.arrivals)
+    text = "\n\n".join(f"{source}\n{recommendation_table(one)}" for source, one in found.items())
+    return _print(o, {source: one.as_dict() for source, one in found.items()}, text)
+
+
+def _promote_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("verification", type=Path)
+    parser.add_argument("--to", required=True, help="target: xllm, xllm_flagfile or vllm")
+    parser.add_argument("--engine-version", metavar="V", help="of xLLM: a release or a commit; else the latest known")
+    asked = "of requests, for which each promise is kept in the worst repeat; 0.99 unless said"
+    parser.add_argument("--min-slo-attainment", type=float, metavar="FRAC", help=asked)
+    parser.add_argument("--max-calibration-age-days", type=float, metavar="D", help="30 unless said")
+    parser.add_argument("--out", type=Path, required=True, help="folder; an earlier promotion in it is replaced")
+
+
+def _promote(o: argparse.Namespace) -> int:
+    from xllm_lab.tuning.promote import Terms
+
+    said: dict[str, Any] = {}
+    if o.min_slo_attainment is not None:
+        said["min_kept_frac"] = o.min_slo_attainment
+    if o.max_calibration_age_days is not None:
+        said["max_calibration_age_s"] = round(o.max_calibration_age_days * 86_400)
+    done, why = verbs.promote(o.verification, to=o.to, out=o.out, version=o.engine_version, terms=Terms(**said))
+    value = {
+        "promoted": None if done is None else str(done.config),
+        "refusals": [asdict(refusal) for refusal in why],
+    }
+    _print(o, value, promotion_text(done, why))
+    return 0 if done is not None else 1
+
+
+def _drift_options(parser: argparse.ArgumentParser) -> None:
+    trace_options(parser)
+    parser.add_argument("--promoted", type=Path, required=True, metavar="DIR", help="as `promote` wrote it")
+
+
+def _drift(o: argparse.Namespace) -> int:
+    found = verbs.drift(workload(o.trace, o), promoted=o.promoted)
+    _print(o, found.as_dict(), drift_text(found))
+    return 1 if found.has_drifted else 0
+
+
 def _print_run(run: Run, o: argparse.Namespace) -> int:
     summary = summarize_run(run)
     return _print(o, {"run": str(run.path), **summary.as_dict()}, f"{summary_table(summary)}\n{run.path}")
@@ -449,8 +509,13 @@ COMMANDS = {
     "compare": Command("the simulator's error beside the engine's own run-to-run spread", _compare_options, _compare),
     "parity": Command("does the simulator decide as the engine did? exit status 1 if not", _parity_options, _parity),
     "tune": Command("search the knobs of an instance or a fleet in the simulator", _tune_options, _tune),
+    "recommend": Command(
+        "what a study's best is predicted to do, and which changes matter", _recommend_options, _recommend
+    ),
     "verify": Command("measure a study's best against its default on the engine", _verify_options, _verify),
     "export": Command("write a verified configuration as production reads it", _export_options, _export),
+    "promote": Command("hand what was verified to production; exit status 1 if refused", _promote_options, _promote),
+    "drift": Command("has a trace left the tuned region, at what cost? exit status 1 if so", _drift_options, _drift),
     "report": Command("one HTML page about runs, a study and its verification", _report_options, _report),
     "timeline": Command("what a run did and when, for https://ui.perfetto.dev", _timeline_options, _timeline),
     "policies": Command("every policy and its knobs", _policies_options, _policies),

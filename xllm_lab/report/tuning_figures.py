@@ -12,8 +12,8 @@ from xllm_lab.report.drawing import ALARM, ENGINE, NEUTRAL, SIMULATOR, SIMULATOR
 from xllm_lab.wording import signed_percent
 
 if TYPE_CHECKING:  # they need optuna and torch, which a page without them does not
+    from xllm_lab.tuning.gain import Gain
     from xllm_lab.tuning.study import Study, Trial
-    from xllm_lab.tuning.verify import Gain
 
 _SIZE = (380, 255)
 

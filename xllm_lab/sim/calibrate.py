@@ -62,6 +62,8 @@ class Calibration:
         draft_time: what making them took, in no step's time.
         page_time: what mapping pages took, neither; None if KV was paged.
         copy_time: what copies between tiers took, beside the steps.
+        versions: of what the runs were made with; empty if they do not say.
+        measured_at_us: when the oldest of the runs was written, Unix time; None if nobody knows.
     """
 
     step_time: StepTime
@@ -76,6 +78,8 @@ class Calibration:
     draft_time: DraftTime = field(default_factory=DraftTime)
     page_time: PageTime | None = None
     copy_time: CopyTime = field(default_factory=CopyTime)
+    versions: dict[str, str] = field(default_factory=dict)
+    measured_at_us: int | None = None
 
     def step_time_with_host(self) -> StepTime:
         """Of whole steps, of a host that the device waits for: what policies are told.
@@ -123,6 +127,8 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
         draft_time=fit_draft_time(one for run in runs for one in drafted(run.records.steps)),
         page_time=fit_page_time(one for run in runs for one in mapped(run.records.steps)),
         copy_time=fit_copy_time(one for run in runs for one in copied(run.records.copies)),
+        versions=runs[0].manifest.versions,
+        measured_at_us=min(run.written_at_us for run in runs),
     )
 
 
@@ -195,6 +201,9 @@ def read_calibration(path: Path) -> Calibration:
                     for kind, w in value["copy_time"].items()
                 }
             ),
+            # Earlier ones do not say.
+            versions=value.get("versions", {}),
+            measured_at_us=value.get("measured_at_us"),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: {error!r}; accepted: {accepted}") from None

@@ -75,6 +75,15 @@ class Study:
         """Candidates this close to the best one are its equals: 1 %, or the noise that was measured if that is more."""
         return max(EQUAL_FRAC, float(self.spec.get("noise_frac") or 0.0))
 
+    def runners_up(self, num: int = 5) -> list[Trial]:
+        """The feasible trials of the most goodput beside the best one and the default, each candidate once."""
+        taken, found = [self.default.candidate, self.best.candidate], list[Trial]()
+        for trial in sorted((t for t in self.trials if t.is_feasible), key=lambda t: (-t.goodput_per_s, t.number)):
+            if trial.candidate not in taken:
+                taken.append(trial.candidate)
+                found.append(trial)
+        return found[:num]
+
     def pareto(self) -> list[Trial]:
         """Feasible trials that no other beats in both goodput and P90 TTFT, by goodput."""
         front: list[Trial] = []

@@ -33,6 +33,12 @@ def targets() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
+def suffix(to: str) -> str:
+    """Of a file that a known target reads, without the dot; vLLM wants its own."""
+    known: str = importlib.import_module(f"{__name__}.{to}").SUFFIX
+    return known
+
+
 def export(candidate: Candidate, to: str, *, kv_bytes_per_token: int, version: str | None = None) -> Export:
     """Translate a configuration. What is written is in the target's own table, and `lint` finds nothing wrong with it.
 

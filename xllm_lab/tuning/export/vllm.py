@@ -26,6 +26,8 @@ _NEEDS_MODEL = "the model that drafts, which no run of ours knows"
 # Policies that do nothing, and those that are told above.
 _SAID = ("shapes", "draft")
 
+SUFFIX = "yaml"
+
 
 class VllmConfig(NamedTuple):
     """See `Export`."""

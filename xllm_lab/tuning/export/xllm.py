@@ -30,6 +30,8 @@ _XTENSOR_LACKS = {
 }
 _NO_MIX = "xLLM computes no prompts beside drafts: num_speculative_tokens turns enable_mix_batch off"
 
+SUFFIX = "json"
+
 
 class XllmConfig(NamedTuple):
     """See `Export`."""

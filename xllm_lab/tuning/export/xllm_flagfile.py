@@ -9,6 +9,8 @@ from xllm_lab.tuning.export.xllm import told_in_flags
 from xllm_lab.tuning.lint.finding import told_value
 from xllm_lab.tuning.lint.flag_table import LATEST, version_named
 
+SUFFIX = "flags"
+
 
 class XllmFlagfile(NamedTuple):
     """See `Export`."""

@@ -18,6 +18,8 @@ from xllm_lab.policies.draft.adaptive_pruning import AdaptivePruning
 from xllm_lab.policies.draft.fixed import Fixed
 from xllm_lab.policies.draft.load_aware import LoadAware
 from xllm_lab.policies.draft.off import OFF
+from xllm_lab.policies.experts.refined import Refined
+from xllm_lab.policies.experts.xllm_balanced import XllmBalanced
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.policies.shapes.powers_of_two import PowersOfTwo
 from xllm_lab.policies.shapes.xllm_buckets import XllmBuckets
@@ -49,6 +51,7 @@ def test_decode_first_as_xllm_reads_it() -> None:
     assert made.config == {
         "block_size": 16,
         "enable_chunked_prefill": True,
+        "enable_eplb": False,
         "enable_graph": False,
         "enable_mix_batch": True,
         "enable_prefix_cache": True,
@@ -71,9 +74,30 @@ def test_an_export_holds_flags_and_nothing_else(policy: str) -> None:
     made = export(candidate(policy), "xllm", kv_bytes_per_token=KV_BYTES_PER_TOKEN)
     cls = policies("batch")[policy]
     known = {flag.name for part in (InstanceConfig, cls) for flag in flags(part).values()}
-    assert set(made.config) <= known | set(cls.xllm_flags) | {"max_cache_size", "enable_graph"}
+    assert set(made.config) <= known | set(cls.xllm_flags) | {"max_cache_size", "enable_graph", "enable_eplb"}
     assert made.config.items() >= dict(cls.xllm_flags).items()
     assert json.loads(json.dumps(made.config)) == made.config
+
+
+def test_balance_of_experts_is_told_as_xllm_has_it() -> None:
+    """Seconds by its flags; a policy of ours that it has not is listed."""
+    own = candidate("decode-first")
+    balanced = XllmBalanced(interval_us=60_000_000, num_redundant_experts=2, min_peak_gain_frac=0.1)
+    made = export(
+        replace(own, policies=replace(own.policies, experts=balanced)), "xllm", kv_bytes_per_token=KV_BYTES_PER_TOKEN
+    )
+    told = {name: value for name, value in made.config.items() if "ep" in name.split("_")[0] or "eplb" in name}
+    assert told == {
+        "enable_eplb": True,
+        "eplb_min_peak_load_improvement": 0.1,
+        "eplb_policy_kind": "balanced",
+        "eplb_update_interval": 60,
+    }
+    assert made.config["redundant_experts_num"] == 2
+    ours = export(
+        replace(own, policies=replace(own.policies, experts=Refined())), "xllm", kv_bytes_per_token=KV_BYTES_PER_TOKEN
+    )
+    assert ours.left_out["experts"] == "refined"
 
 
 def test_graphs_are_told_as_xllm_has_them() -> None:

@@ -80,6 +80,8 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--expert-dispatch", default="all-gather", metavar="WAY", help="all-gather, or all-to-all")
     group.add_argument("--redundant-experts", type=int, default=0, metavar="N", help="slots of each beside its own")
+    ready = "experts that are not copied by then stay where they are"
+    group.add_argument("--prepare-timeout-s", type=float, default=30.0, metavar="S", help=ready)
     group.add_argument("--rank-timeout-s", type=float, default=300.0, metavar="S", help="one waits so long for another")
     group.add_argument("--check-ops", action="store_true", help="hold operators' calls against their documented limits")
     group.add_argument(
@@ -176,6 +178,7 @@ def engine(o: argparse.Namespace) -> EngineOptions:
         expert_dispatch=o.expert_dispatch,
         num_redundant_experts=o.redundant_experts,
         rank_timeout_s=o.rank_timeout_s,
+        prepare_timeout_s=o.prepare_timeout_s,
         draft_model=o.draft_model,
         host_link_bytes_per_s=o.host_link,
         store=o.store,

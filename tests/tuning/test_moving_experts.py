@@ -14,7 +14,7 @@ from tests.small_runs import request
 from tests.tuning.searches import WorkersHere, default, search
 from xllm_lab import verbs
 from xllm_lab.candidate import Candidate
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, TraceError
 from xllm_lab.policies.experts.xllm_balanced import XllmBalanced
 from xllm_lab.tuning import workers
 from xllm_lab.tuning.space import Space
@@ -56,3 +56,15 @@ def test_interval_redundancy_and_gate_are_searched(loads: Path, tmp_path: Path) 
 def test_what_there_is_to_balance_must_be_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="experts is 'xllm-balanced', and what there is to balance is not known"):
         search(tmp_path / "study", space=Space(balancing()), on=half_a_minute())
+
+
+def test_a_report_on_other_loads_is_not_taken_for_that_on_these(loads: Path, tmp_path: Path) -> None:
+    """Though they lie where the others lay."""
+    trace = tmp_path / "loads.npz"
+    trace.write_bytes(loads.read_bytes())
+    before = Tiers(expert_trace=str(trace)).described()
+    assert before == Tiers(expert_trace=str(trace)).described()
+    trace.write_bytes(loads.read_bytes()[:-1])
+    assert before != Tiers(expert_trace=str(trace)).described()
+    with pytest.raises(TraceError, match=r"gone\.npz: cannot be read: No such file"):
+        Tiers(expert_trace=str(tmp_path / "gone.npz")).described()

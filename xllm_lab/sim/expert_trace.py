@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from xllm_lab.errors import ConfigError
+from xllm_lab.errors import ConfigError, TraceError
+from xllm_lab.expert_records import EXPERT_LOADS_FILE, EXPERTS_FILE
 from xllm_lab.rebalancing import ExpertLayout, layout_from, placements
 from xllm_lab.runs import Run, read_run
 from xllm_lab.sim.experts.loads import load
@@ -15,6 +17,8 @@ from xllm_lab.sim.experts.serving import Popularity, ServedExperts, popularity_o
 from xllm_lab.sim.machine import Machine
 
 _OPTIONS = ("bytes_per_s", "row_us", "activation_us")
+# What of a run is read.
+_READ = ("manifest.json", "steps.parquet", EXPERTS_FILE, EXPERT_LOADS_FILE)
 
 
 def with_expert_trace(machine: Machine, spec: str) -> Machine:
@@ -65,6 +69,22 @@ def with_expert_trace(machine: Machine, spec: str) -> Machine:
         route=getattr(machine.cost, "route", None),
     )
     return replace(machine, experts=experts, timing={**machine.timing, "expert_trace": spec, **experts.described()})
+
+
+def checksum(spec: str) -> str:
+    """SHA-256 of what such a trace holds; TraceError or RunError if there is none."""
+    path = Path(spec.partition("?")[0])
+    files = [path]
+    if path.is_dir():
+        folder = read_run(path).path
+        files = [file for name in _READ if (file := folder / name).exists()]
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(file.read_bytes())
+        except OSError as error:
+            raise TraceError(f"{file}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def _numbers(spec: str, rest: str) -> Mapping[str, float]:

@@ -211,7 +211,7 @@ class EngineLevel:
             "workloads": [self.held_out.source],
             "model": self.calibration.model,
             **self.objective.as_dict(),
-            **asdict(self.tiers),
+            **self.tiers.described(),
         }
         name = STUDY_NAME if self.storage is None else f"{STUDY_NAME}-{self.out.name}-{address(spec)[:8]}"
         if not (self.out / "spec.json").exists():

@@ -46,7 +46,7 @@ def engine_spec(
         "options": json.loads(json.dumps(asdict(options))),
         "machine": machine,
         "repeat": repeat,
-        **asdict(tiers),
+        **tiers.described(),
     }
 
 

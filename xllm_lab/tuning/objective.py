@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def simulation(workload: str, calibration: str, tiers: Tiers, *, evaluator: str 
         "code": code_version(),
         "workload": workload,
         "calibration": calibration,
-        **asdict(tiers),
+        **tiers.described(),
     }
 
 

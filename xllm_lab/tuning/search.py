@@ -89,7 +89,7 @@ def tune(
             "prune_p": prune_p,
             "noise_frac": noise_frac,
             **objective.as_dict(),
-            **asdict(tiers),
+            **tiers.described(),
         },
     )
     paths = [out / f"workload-{k}.jsonl" for k in range(len(workloads))]

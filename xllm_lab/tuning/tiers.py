@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from xllm_lab.errors import ConfigError
 from xllm_lab.policies.of_instance import Policies
 from xllm_lab.sim.calibrate import Calibration
-from xllm_lab.sim.expert_trace import with_expert_trace
+from xllm_lab.sim.expert_trace import checksum, with_expert_trace
 from xllm_lab.sim.machine import Machine, fitted_machine, with_host_link, with_store
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ class Tiers:
     host_link_bytes_per_s: float | None = None
     store: str | None = None
     expert_trace: str | None = None
+
+    def described(self) -> dict[str, str | float | None]:
+        """As a specification names them: a trace by what it holds, too."""
+        trace = self.expert_trace
+        return {**asdict(self), "expert_trace_checksum": None if trace is None else checksum(trace)}
 
     def machine(self, calibration: Calibration, policies: Policies) -> Machine:
         """The calibrated machine with them.

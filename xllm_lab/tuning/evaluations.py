@@ -25,7 +25,7 @@ Spec = dict[str, Any]
 Report = dict[str, Any]
 
 # What people read and type decides nothing about a report.
-_SURFACE = ("cli", "report", "verbs.py", "text.py", "demo.py", "__main__.py", "tuning/lint", "tuning/export")
+_SURFACE = ("cli", "report", "verbs", "text.py", "demo.py", "__main__.py", "tuning/lint", "tuning/export")
 
 
 class Evaluations:

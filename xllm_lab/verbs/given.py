@@ -35,6 +35,7 @@ def configure(policy: str | None = None, settings: Mapping[str, Any] | None = No
 
 
 def by_decision(policy: str | None, beside: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Names of policies by what they decide; ConfigError for a decision that is none."""
     refuse_other_decisions(beside, BESIDE)
     return {"batch": policy, **beside}
 
@@ -52,12 +53,14 @@ def run_of(run: Run | PathLike) -> Run:
 
 
 def calibration_of(calibration: Calibration | PathLike) -> Calibration:
+    """Read from its file, if it is not open."""
     from xllm_lab.sim.calibrate import read_calibration
 
     return read_calibration(Path(calibration)) if isinstance(calibration, Path | str) else calibration
 
 
 def fleet_of(fleet: FleetConfig | PathLike) -> FleetConfig:
+    """Read from its cluster file, if it is not open."""
     from xllm_lab.fleet_file import read_fleet
 
     return read_fleet(Path(fleet)) if isinstance(fleet, (Path, str)) else fleet

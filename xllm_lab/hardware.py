@@ -135,10 +135,16 @@ def hardware(name: str | Path) -> Device:
         return measure_this_cpu()
     key = _ALIASES.get(key, key)
     devices = _built_in()
+    # As cards and profiles spell them, too: RTXPRO6000.
+    key = next((name for name in devices if _letters(name) == _letters(key)), key)
     if key not in devices:
         accepted = ", ".join((*devices, *_ALIASES, THIS_CPU))
         raise ConfigError(f"no hardware {str(name)!r} is known; accepted are {accepted}, or a .toml file")
     return devices[key]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name))
 
 
 @cache

@@ -97,6 +97,8 @@ def _measured_folder(v: MeasuredValidation) -> str:
         f"{v.num_shared_prompts} prompts are known to begin as an earlier one; {v.num_preemptions} preemptions; "
         f"{v.extrapolated_frac:.1%} of the steps are outside the profile's tables"
     )
+    if v.links_of is not None:
+        told += f"; links between devices are not told, and taken as {v.links_of}'s"
     head = [f"{v.folder.name}, ms", "measured", "ours", "error", "LLMServingSim"]
     return "\n".join((table(head, rows), _measured_verdict([v]), told))
 

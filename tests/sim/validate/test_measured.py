@@ -213,8 +213,13 @@ def test_a_group_of_tensor_parallel_instances_is_simulated(tmp_path: Path) -> No
     assert validate_measured(write_group(tmp_path / "group", meta=meta, tensor_parallel=2)).num_preemptions == 0
 
 
-def test_a_group_needs_its_link(tmp_path: Path) -> None:
+def test_a_group_has_the_links_of_its_card_where_none_are_told(tmp_path: Path) -> None:
     folder = write_group(tmp_path / "group")
+    assert validate_measured(folder).links_of is None
     (folder / "llmservingsim-config.json").unlink()
-    with pytest.raises(TraceError, match=r"link_bw .* are needed"):
+    meta = folder / "profile" / "meta.yaml"
+    meta.write_text(meta.read_text().replace("test-device", "RTXPRO6000"))
+    assert validate_measured(folder).links_of == "rtx-pro-6000"
+    meta.write_text(meta.read_text().replace("RTXPRO6000", "ABACUS"))
+    with pytest.raises(TraceError, match=r"link_bw .* are needed, as the links of 'ABACUS'"):
         validate_measured(folder)

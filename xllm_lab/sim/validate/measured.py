@@ -5,14 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from xllm_lab.errors import TraceError
-from xllm_lab.hardware import Link
+from xllm_lab.errors import ConfigError, TraceError
+from xllm_lab.hardware import Link, hardware
 from xllm_lab.instance_config import InstanceConfig
 from xllm_lab.known_models import known_model
 from xllm_lab.model_spec import ModelSpec, read_model_spec
@@ -22,7 +23,7 @@ from xllm_lab.policies.shapes import ShapesPolicy
 from xllm_lab.policies.shapes.eager import EAGER
 from xllm_lab.policies.shapes.vllm_buckets import VllmBuckets
 from xllm_lab.records import Records
-from xllm_lab.sim.cost.collectives import Collectives
+from xllm_lab.sim.cost.collectives import Collectives, collectives
 from xllm_lab.sim.cost.exchanges import Links
 from xllm_lab.sim.cost.profile_bundle import read_bundle
 from xllm_lab.sim.cost.profiled import ProfiledCost
@@ -70,6 +71,7 @@ class MeasuredValidation:
     Attributes:
         extrapolated_frac: of the simulated steps, those outside the profile's tables.
         num_shared_prompts: prompts known to begin as an earlier one does.
+        links_of: the device whose figures the links between devices have, where the folder does not tell; else None.
     """
 
     folder: Path
@@ -77,6 +79,7 @@ class MeasuredValidation:
     extrapolated_frac: float
     num_preemptions: int
     num_shared_prompts: int
+    links_of: str | None
 
     @property
     def mean_abs_error_frac(self) -> float:
@@ -112,7 +115,8 @@ def validate_measured(
     group = _group_size(folder, model)
     num_devices = bundle.tensor_parallel * group
     spread = num_devices if folder.engine_argument("enable_expert_parallel", False) else 1
-    cost = ProfiledCost(bundle, model, links=_links(folder, num_devices), data_parallel=group, expert_parallel=spread)
+    links, links_of = _links(folder, num_devices, bundle.hardware)
+    cost = ProfiledCost(bundle, model, links=links, data_parallel=group, expert_parallel=spread)
     shared = _shared(folder, config.block_size, workload_file)
     requests = workload(folder, shared, config.block_size)
     timing = Predicted(cost)
@@ -131,6 +135,7 @@ def validate_measured(
         extrapolated_frac=timing.extrapolated_frac,
         num_preemptions=sum(r.num_preemptions for r in records.requests),
         num_shared_prompts=len(shared),
+        links_of=links_of,
     )
 
 
@@ -214,18 +219,24 @@ def _gpu_blocks(folder: MeasuredFolder, model: ModelSpec, block_size: int) -> in
     return max(2, int(free / (model.kv_bytes_per_token() * block_size)))
 
 
-def _links(folder: MeasuredFolder, num_devices: int) -> Links | None:
+def _links(folder: MeasuredFolder, num_devices: int, card: str) -> tuple[Links | None, str | None]:
+    """The folder's, or those of a known device, and which."""
     if num_devices == 1:
-        return None
+        return None, None
     gb_per_s, latency_ns = folder.config.get("link_bw"), folder.config.get("link_latency")
-    if not gb_per_s or latency_ns is None:
-        raise TraceError(
-            f"{folder.path / 'llmservingsim-config.json'}: link_bw (GB/s) and link_latency (ns) are needed"
+    if gb_per_s and latency_ns is not None:
+        link = Link(
+            bytes_per_s=float(gb_per_s) * 1e9, latency_us=float(latency_ns) / 1e3, num_devices=num_devices, frac=1.0
         )
-    link = Link(
-        bytes_per_s=float(gb_per_s) * 1e9, latency_us=float(latency_ns) / 1e3, num_devices=num_devices, frac=1.0
-    )
-    return lambda size: Collectives(size, link, kernel_us=0.0)
+        return lambda size: Collectives(size, link, kernel_us=0.0), None
+    try:
+        device = hardware(card)
+    except ConfigError:
+        raise TraceError(
+            f"{folder.path / 'llmservingsim-config.json'}: link_bw (GB/s) and link_latency (ns) are needed, as the "
+            f"links of {card!r}, which the profile is of, are not known"
+        ) from None
+    return partial(collectives, device), device.name
 
 
 def _machine(folder: MeasuredFolder, name: str) -> dict[str, float]:

@@ -41,14 +41,27 @@ def sole_writer(folder: Path, *, has_journal: bool) -> Iterator[None]:
 
 @contextmanager
 def told_of(out: Path, storage: str | None) -> Iterator[None]:
-    """What goes wrong with the book, as one line."""
+    """What goes wrong with the book, as one line. An interruption is none, wherever in the book it came.
+
+    Optuna's lock that is interrupted while it is given back fails over its own file.
+    """
     where = out if storage is None else without_password(storage)
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
+        if isinstance(error, RuntimeError):
+            raise
         raise RunError(f"{where}: cannot be written: {error.strerror or error}") from None
     except SQLAlchemyError as error:
         raise RunError(f"{where}: cannot be written: {' '.join(str(error).split())[:300]}") from None
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether it happened while an interruption was on its way up."""
+    before = error.__context__
+    return before is not None and (isinstance(before, KeyboardInterrupt) or was_interrupted(before))
 
 
 def open_study(

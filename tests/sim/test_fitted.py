@@ -169,7 +169,7 @@ def test_a_run_and_its_samples_teach_the_same(engine_run: Run) -> None:
     from_run = calibrate([engine_run])
     manifest = engine_run.manifest
     from_rows = calibrate_on(steps, model=manifest.model, hardware=manifest.hardware, sources=("engine",))
-    assert from_run == from_rows
+    assert replace(from_run, versions={}, measured_at_us=None) == from_rows
 
 
 def test_a_runs_error_is_read_from_its_folder(engine_run: Run) -> None:

@@ -35,13 +35,13 @@ def test_a_run_beside_itself_has_no_gain_and_no_noise() -> None:
     assert (found.gain.gain_frac, found.bootstrap_frac, found.noise_frac) == (0, (0, 0), 0)
     assert all((d.expected, d.low, d.high) == (0, 0, 0) for d in found.differences.values())
     assert found.num_changed_outputs == 0
-    assert found.low_frac == 0
+    assert found.least_gain_frac == 0
 
 
 def test_a_faster_machine_shows_in_every_interval() -> None:
     found = evidence(runs(), runs(0.5), ARRIVALS)
-    assert found.low_frac is not None
-    assert found.low_frac > 0
+    assert found.least_gain_frac is not None
+    assert found.least_gain_frac > 0
     assert found.differences["tpot_us.p50"].high < 0
     assert found.noise_frac is None, "nobody replayed the default again"
 

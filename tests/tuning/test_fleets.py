@@ -119,7 +119,7 @@ def test_changes_of_a_fleet_are_counted() -> None:
 
 def test_policies_of_a_fleet_are_chosen_from_where_there_is_one() -> None:
     """Each with its knobs, as those of an instance; where there is none, they are unknown."""
-    space = Space(fleet(), ["static", "prefix-affinity", "roles.slo-flip"])
+    space = Space(fleet(), ["roles.static", "prefix-affinity", "roles.slo-flip"])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study, seen = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2)), set()
     for _ in range(40):
@@ -133,8 +133,8 @@ def test_policies_of_a_fleet_are_chosen_from_where_there_is_one() -> None:
         study.tell(trial, 0.0)
     assert seen == {(a, b) for a in ("round-robin", "prefix-affinity") for b in ("colocated", "static", "slo-flip")}
     assert space.suggest(optuna.trial.FixedTrial(space.default_params())) == fleet()
-    with pytest.raises(ConfigError, match="unknown policy 'static'; accepted: batch"):
-        Space(default(), ["static"])
+    with pytest.raises(ConfigError, match="unknown policy 'slo-flip'; accepted: batch"):
+        Space(default(), ["slo-flip"])
 
 
 def test_no_more_instances_compute_prompts_than_can() -> None:

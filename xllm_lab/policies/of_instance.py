@@ -46,6 +46,21 @@ class Policies:
         """Each decision's name with its policy."""
         return ((decides, getattr(self, decides)) for decides in DECISIONS)
 
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is ever drafted."""
+        return self.draft != OFF
+
+    @property
+    def copies(self) -> bool:
+        """Whether KV ever leaves the device."""
+        return self.cache != DEVICE_ONLY
+
+    @property
+    def captured_by(self) -> ShapesPolicy:
+        """Which steps an engine captures before it serves."""
+        return self.shapes
+
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Plain data; `policies_from` turns it back."""
         return {decides: {"name": policy_name(policy), **values_of(policy)} for decides, policy in self}

@@ -343,7 +343,8 @@ def roofline_machine(device: Device, model: ModelSpec, deployment: Deployment | 
 def _divided_experts(model: ModelSpec, d: Deployment, device: Device | None) -> dict[str, Any]:
     """What a machine knows of experts that are spread over devices."""
     e = model.experts
-    if e is None or d.expert_parallel == 1:
+    # Published deployments have devices beyond those of a divisor, for copies and shared experts: nothing moves there.
+    if e is None or d.expert_parallel == 1 or e.num_experts % d.expert_parallel:
         return {}
     layers = tuple(range(model.num_dense_layers, model.num_dense_layers + e.num_layers))
     return {

@@ -106,8 +106,7 @@ def num_restarts(candidates: Sequence[Candidate]) -> int:
 
 
 def _needs_restart(one: Candidate) -> str:
-    told = one.as_dict()
-    return json.dumps([told["instance"], told["policies"].get("shapes")], sort_keys=True)
+    return json.dumps([one.as_dict()["instance"], repr(one.policies.captured_by)], sort_keys=True)
 
 
 @functools.lru_cache(maxsize=1)

@@ -62,10 +62,10 @@ class Evidence:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for people and manifests."""
-        return {**asdict(self), "low_frac": self.low_frac}
+        return {**asdict(self), "least_gain_frac": self.least_gain_frac}
 
     @property
-    def low_frac(self) -> float | None:
+    def least_gain_frac(self) -> float | None:
         """The gain is above this: the lower of two lower bounds, as three pairs are few, and requests share queues."""
         if self.gain.low_frac is None or self.bootstrap_frac is None:
             return None

@@ -28,7 +28,6 @@ from xllm_lab.candidate import Candidate
 from xllm_lab.draft_time import DraftTime, Weights
 from xllm_lab.errors import ConfigError, PolicyError, RequestTooLargeError, RunError
 from xllm_lab.metrics import Summary, metric_value, summarize
-from xllm_lab.policies.cache.device_only import DeviceOnly
 from xllm_lab.policies.catalog import policy_name, values_of
 from xllm_lab.records import Records
 from xllm_lab.runs import Run
@@ -260,7 +259,7 @@ class Foresight:
 
     def _provenance(self, one: Candidate, extrapolated_frac: float) -> Provenance:
         given = self.tiers.host_link_bytes_per_s is not None or self.tiers.store is not None
-        if given and not isinstance(one.policies.cache, DeviceOnly):
+        if given and one.policies.copies:
             return Provenance.ANALYTIC
         if extrapolated_frac > EXTRAPOLATED_FRAC_WARNING:
             return Provenance.EXTRAPOLATED

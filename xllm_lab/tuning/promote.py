@@ -342,7 +342,7 @@ def _lost_requests(case: _Case) -> Iterator[str]:
 
 
 def _gain_in_noise(case: _Case) -> Iterator[str]:
-    low, floor = case.evidence.low_frac, max(EQUAL_FRAC, case.evidence.noise_frac or 0.0)
+    low, floor = case.evidence.least_gain_frac, max(EQUAL_FRAC, case.evidence.noise_frac or 0.0)
     if low is None:
         yield "the default's goodput is 0, so no gain can be given"
     elif low <= floor:

@@ -15,7 +15,6 @@ from typing import Any
 
 from xllm_lab.candidate import Candidate
 from xllm_lab.errors import ConfigError
-from xllm_lab.policies.draft.off import Off
 from xllm_lab.sim.calibrate import Calibration
 from xllm_lab.sim.cost import Batch
 from xllm_lab.step_time import Chunk
@@ -104,7 +103,7 @@ class StepScreen:
         # Below the device other tiers may hold everything.
         found = self._curve.hit_frac(2**62 if machine.copy_time else instance.num_kv_blocks)
         new = self._prompt * (1 - (found if instance.enable_prefix_cache else 0.0))
-        steps = self._output / (1.0 if isinstance(policies.draft, Off) else self._tokens_per_step)
+        steps = self._output / (self._tokens_per_step if policies.drafts else 1.0)
         room = max(1.0, instance.num_kv_tokens / (self._prompt + self._output))
         most_seqs = min(float(instance.max_seqs_per_batch), room)
         context, step_us, load = int(self._prompt + self._output / 2), 0.0, 0.0

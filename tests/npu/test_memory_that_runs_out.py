@@ -1,4 +1,8 @@
-"""Too little memory is one line with the numbers, and the next run is as good as the first."""
+"""Too little memory is one line with the numbers, and the next run is as good as the first.
+
+Runs before the other engine tests, as its name sorts: pieces that they leave in torch_npu's allocator are neither free
+nor in use.
+"""
 
 from __future__ import annotations
 
